@@ -1,0 +1,65 @@
+/* Files, sockets and processes' signals: every call waits as a task, none blocks the loop,
+ * all return 0 or a count, or -errno. This is the seam: a simulator takes the place of the
+ * table behind these functions, and then no descriptor is a real one.
+ *
+ * Reads and writes of files and sockets may be short, as the kernel's are, unless a function
+ * says _full. A buffer is the kernel's until the call returns, cancelled or not; a call
+ * that was submitted to a file is not cancelled half way. Calls that wait for a peer (recv,
+ * send, accept, connect, poll) are cancellable. */
+#pragma once
+
+#include "rt/task.h"
+
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+
+/* ---- files ---- */
+int io_open(const char *path, int flags, mode_t mode); /* the descriptor; O_CLOEXEC is added */
+void io_close(int fd);                                 /* does not wait; -1 is left alone */
+ssize_t io_pread(int fd, void *buf, size_t n, uint64_t offset);
+ssize_t io_pwrite(int fd, const void *buf, size_t n, uint64_t offset, int rw_flags); /* RWF_DSYNC */
+int io_pread_full(int fd, void *buf, size_t n, uint64_t offset); /* end of file reads as zeroes */
+int io_pwrite_full(int fd, const void *buf, size_t n, uint64_t offset, int rw_flags);
+int io_fdatasync(int fd);
+int io_fsync(int fd);
+int io_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
+int io_ftruncate(int fd, uint64_t size_bytes);
+int io_fstat(int fd, struct stat *ret);
+int io_stat(const char *path, struct stat *ret);
+/* SEEK_DATA or SEEK_HOLE from OFFSET; the position, or -ENXIO past the last data. */
+int64_t io_seek(int fd, uint64_t offset, int whence);
+/* An open file description lock (F_OFD_SETLK) on [offset, offset+length); TYPE F_RDLCK,
+ * F_WRLCK, F_UNLCK. -EAGAIN when another holds it. */
+int io_lock(int fd, int type, uint64_t offset, uint64_t length);
+/* Is there another's lock that would stop TYPE? 0 no, 1 yes (F_OFD_GETLK). */
+int io_lock_test(int fd, int type, uint64_t offset, uint64_t length);
+int io_unlink(const char *path);
+int io_rename(const char *from, const char *to);
+int io_sync_dir_of(const char *path);                   /* fsync of the directory that holds PATH */
+int io_ioctl(int fd, unsigned long request, void *arg); /* on a worker thread */
+/* The resolved path (realpath); caller frees *RET. */
+int io_realpath(const char *path, char **ret);
+
+/* ---- sockets, pipes, terminals ---- */
+int io_socket(int domain, int type, int protocol);
+int io_connect(int fd, const struct sockaddr *addr, socklen_t length);
+int io_accept(int fd);
+ssize_t io_recv(int fd, void *buf, size_t n); /* 0: end of stream; also for pipes and ttys */
+ssize_t io_send(int fd, const void *buf, size_t n);
+int io_recv_full(int fd, void *buf, size_t n); /* -ECONNRESET when the stream ends early */
+int io_sendv_full(int fd, struct iovec *iov, int count); /* iov is changed */
+/* Waits for POLLIN/POLLOUT; the events, or -ETIMEDOUT at DEADLINE_NS (NEVER_NS: no limit). */
+int io_poll(int fd, int events, uint64_t deadline_ns);
+void io_shutdown(int fd); /* both ways: whoever waits on it ends */
+
+/* ---- signals ---- */
+/* Blocks these signals for the whole process (call before threads are made) and returns a
+ * descriptor; io_signal_wait waits for the next one and returns its number. */
+int io_signal_open(const int *signals, size_t n);
+int io_signal_wait(int fd);
+
+/* ---- worker threads ---- */
+/* Runs FN(ARG) on a worker thread and returns its result: a pure function over lent
+ * buffers, or a call that blocks. Not cancellable. */
+int worker_run(int (*fn)(void *arg), void *arg);
