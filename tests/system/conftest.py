@@ -1,0 +1,77 @@
+"""pytest's setup of the system tests. Run one with /usr/bin/python3 -m pytest tests/system/...
+
+Fixtures: `tmp` (a short temporary directory), `daemon` (a function that starts tidemarkd with
+the given arguments and, after the test, stops it and checks its end).
+"""
+
+import os
+import pathlib
+import shlex
+import sys
+
+sys.dont_write_bytecode = True
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import pytest  # noqa: E402
+from tidemark_testlib import Daemon, find_tidemarkd, temp_dir  # noqa: E402
+
+KEPT = ("TIDEMARK", "TIDEMARK_BUILD", "TIDEMARK_PARITY", "TIDEMARK_SEED", "TIDEMARK_BACKEND",
+        "ASAN_OPTIONS", "UBSAN_OPTIONS", "LSAN_OPTIONS")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes more than half a minute")
+    config.addinivalue_line("markers", "no_tidemarkd: does not need the tidemarkd binary")
+
+
+@pytest.fixture
+def tmp():
+    with temp_dir() as path:
+        yield path
+
+
+@pytest.fixture
+def tidemarkd():
+    """The path of the binary under test."""
+    path = find_tidemarkd()
+    if not os.access(path, os.X_OK):
+        pytest.fail(f"{path} is not there: build it, or say TIDEMARK=/path/to/tidemarkd")
+    return path
+
+
+@pytest.fixture
+def daemon(tidemarkd, tmp):
+    """daemon("--blockdev", ...) -> a running Daemon; all are stopped and checked at the end."""
+    running = []
+
+    def start(*argv, **kwargs):
+        kwargs.setdefault("directory", tmp)
+        kwargs.setdefault("binary", tidemarkd)
+        running.append(Daemon(*argv, **kwargs))
+        return running[-1]
+
+    yield start
+    errors = []
+    for one in reversed(running):
+        try:
+            if one.running:
+                one.stop()
+            elif one.process.returncode != -9:
+                one.check_stderr()
+        except Exception as error:  # stop them all before saying so
+            errors.append(str(error))
+            one.kill()
+    assert not errors, "\n".join(errors)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure prints the one command that repeats it."""
+    report = (yield).get_result()
+    if report.failed:
+        env = [f"{key}={shlex.quote(os.environ[key])}" for key in KEPT if os.environ.get(key)]
+        root = pathlib.Path(item.config.rootpath)
+        where = f"{item.location[0]}::{item.nodeid.split('::', 1)[-1]}"
+        command = " ".join([*env, "/usr/bin/python3 -m pytest", shlex.quote(where)])
+        report.sections.append(("repeat it with", f"cd {root} && {command}"))

@@ -1,0 +1,63 @@
+"""The plumbing itself, tried on qemu-storage-daemon: it must work before it judges us."""
+
+import shutil
+
+import pytest
+from tidemark_testlib import (
+    QSD, Daemon, Exited, QMPError, Timeout, check_image, compare, connect, create_image, nbd_uri,
+    qemu_io, sha256_of,
+)
+from tidemark_testlib.nbd import extents
+
+pytestmark = pytest.mark.skipif(not shutil.which(QSD), reason="qemu-storage-daemon not installed")
+
+
+def qcow2(path, node="disk"):
+    return f"qcow2,node-name={node},file.driver=file,file.filename={path}"
+
+
+def test_a_daemon_starts_answers_and_stops(tmp):
+    image = create_image(tmp / "a.qcow2", size="1M")
+    with Daemon("--blockdev", qcow2(image), binary=QSD, directory=tmp) as d:
+        nodes = d.qmp.execute("query-named-block-nodes", flat=True)
+        assert "disk" in [n["node-name"] for n in nodes]
+        d.qmp.execute("block-dirty-bitmap-add", node="disk", name="b")
+        assert d.qmp.bitmaps("disk")["b"]["count"] == 0
+        with pytest.raises(QMPError, match="already exists"):
+            d.qmp.execute("block-dirty-bitmap-add", node="disk", name="b")
+        d.stop("quit")
+
+
+def test_a_daemon_that_does_not_start_says_why(tmp):
+    with pytest.raises(Exited) as caught:
+        Daemon("--blockdev", "nosuchdriver,node-name=x", binary=QSD, directory=tmp)
+    assert caught.value.status == 1
+    assert "nosuchdriver" in caught.value.stderr
+
+
+def test_a_job_is_waited_for_and_a_missing_event_is_a_timeout(tmp):
+    a = create_image(tmp / "a.qcow2", size="4M")
+    b = create_image(tmp / "b.qcow2", size="4M")
+    qemu_io(a, "write -P 7 1M 1M", fmt="qcow2")
+    with Daemon("--blockdev", qcow2(a, "a"), "--blockdev", qcow2(b, "b"), binary=QSD,
+                directory=tmp) as d:
+        done = d.qmp.run_job("blockdev-backup", "j", device="a", target="b", sync="full")
+        assert done["len"] == done["offset"]
+        with pytest.raises(Timeout):
+            d.qmp.wait_event("NOSUCH", timeout=0.1)
+    assert compare(a, b)
+    assert sha256_of(a) == sha256_of(b)
+    assert check_image(b)["corruptions"] == 0
+
+
+def test_nbd(tmp):
+    image = create_image(tmp / "a.qcow2", size="4M")
+    sock = tmp / "nbd.sock"
+    with Daemon("--blockdev", qcow2(image), "--nbd-server", f"addr.type=unix,addr.path={sock}",
+                "--export", "nbd,id=e,node-name=disk,name=x,writable=on", binary=QSD,
+                directory=tmp):
+        handle = connect(nbd_uri(sock, "x"), ["base:allocation"])
+        handle.pwrite(b"x" * 65536, 65536)
+        assert extents(handle, "base:allocation") == [
+            (0, 65536, 3), (65536, 65536, 0), (131072, (4 << 20) - 131072, 3)]
+        handle.shutdown()
