@@ -16,7 +16,7 @@ sys.path.insert(0, str(HERE))
 import pytest  # noqa: E402
 from tidemark_testlib import Daemon, find_tidemarkd, temp_dir  # noqa: E402
 
-KEPT = ("TIDEMARK", "TIDEMARK_BUILD", "TIDEMARK_PARITY", "TIDEMARK_SEED", "TIDEMARK_BACKEND",
+KEPT = ("TIDEMARK", "TIDEMARK_BUILD", "TIDEMARK_PARITY", "TIDEMARK_SEED", "TIDEMARK_LOOP",
         "ASAN_OPTIONS", "UBSAN_OPTIONS", "LSAN_OPTIONS")
 
 
