@@ -1,0 +1,112 @@
+/* Named dirty bitmaps on a node: who marks them and when, and what may be done to them.
+ *
+ * A bitmap is a row of flags over a pure set (bitmap/bitmap.h). Marking happens through the node's
+ * write observer, before the data is submitted; so whatever clears bits or switches what is
+ * marked does it with the node quiesced (graph_quiesce_begin), or a write in flight would land
+ * under a clear bit. Functions that need that say "quiesced" and assert it.
+ *
+ * While a job has a bitmap it is busy: frozen as it was, with a successor that records in its
+ * place if (and only if) it was recording. The end is one of two:
+ *
+ *     advance     the successor becomes the bitmap (same name)         job succeeded
+ *     roll back   what the job leaves dirty is OR-ed INTO THE SUCCESSOR, which then becomes
+ *                 the bitmap: nobody's marks ever change hands         failed, cancelled, never
+ *
+ * Nameless bitmaps (a successor, the copy engine's sets) stand in the same list, newest first,
+ * as queries show them. */
+#pragma once
+
+#include "bitmap/bitmap.h"
+#include "block/block.h"
+
+struct dirty_bitmap;
+
+enum { DIRTY_NAME_MAX = 1023 }; /* bytes, QEMU's limit */
+
+/* Registers the room with the graph; once per graph, before nodes are opened. */
+void dirty_init(struct graph *g);
+
+/* ---- finding and asking ---- */
+
+struct dirty_bitmap *dirty_find(struct node *n, const char *name); /* NULL: none */
+/* Newest first, nameless ones included. */
+struct dirty_bitmap *dirty_first(struct node *n);
+struct dirty_bitmap *dirty_next(struct dirty_bitmap *bm);
+struct node *dirty_node(const struct dirty_bitmap *bm);
+const char *dirty_name(const struct dirty_bitmap *bm); /* NULL: nameless */
+uint64_t dirty_granularity(const struct dirty_bitmap *bm);
+bool dirty_busy(const struct dirty_bitmap *bm);
+bool dirty_enabled(const struct dirty_bitmap *bm); /* its own switch, whatever its successor does */
+bool dirty_recording(const struct dirty_bitmap *bm); /* as queries say: it or its successor */
+bool dirty_persistent(const struct dirty_bitmap *bm);
+bool dirty_inconsistent(const struct dirty_bitmap *bm);
+bool dirty_readonly(const struct dirty_bitmap *bm);
+/* The set itself; of a busy bitmap, as it was at the start. Lent. */
+struct bitmap *dirty_bits(struct dirty_bitmap *bm);
+/* BlockDirtyInfo of every bitmap of the node, newest first; NULL when there is none. */
+struct json_object *dirty_info(struct node *n);
+/* SHA-256 of the content, as x-debug-block-dirty-bitmap-sha256 of QEMU 7.2: 64 hex digits. */
+int dirty_sha256(struct dirty_bitmap *bm, char hex[65], struct error *err);
+
+/* QEMU's texts for what is not allowed now: which of these states forbid it. */
+enum {
+    DIRTY_CHECK_BUSY = 1,
+    DIRTY_CHECK_READONLY = 2,
+    DIRTY_CHECK_INCONSISTENT = 4,
+    DIRTY_CHECK_DEFAULT = 7,
+    DIRTY_CHECK_ALLOW_READONLY = DIRTY_CHECK_BUSY | DIRTY_CHECK_INCONSISTENT,
+};
+int dirty_check(struct dirty_bitmap *bm, unsigned checks, struct error *err);
+/* As QEMU finds bitmaps for commands: node by device or node name, then the bitmap; texts
+ * "Node 'x' not found", "Dirty bitmap 'y' not found". */
+int dirty_lookup(struct graph *g, const char *node, const char *name, struct node **n,
+                 struct dirty_bitmap **bm, struct error *err) MUST_CHECK;
+
+/* ---- changing; graph_lock held ---- */
+
+enum { DIRTY_PERSISTENT = 1, DIRTY_DISABLED = 2 };
+/* GRANULARITY 0: QEMU's default for the node. NAME NULL: nameless. Quiesced unless DIRTY_DISABLED.
+ * Checks name, granularity, uniqueness, and (persistent) whether the node's format can store it. */
+int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsigned flags,
+              struct dirty_bitmap **ret, struct error *err) MUST_CHECK;
+/* Takes it from the list and, when persistent, from the image (unless KEEP_STORED). Cannot fail
+ * once the image has been written; dirty_remove_stored goes first where that may fail. */
+int dirty_remove(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
+void dirty_release(struct dirty_bitmap *bm); /* from memory only: nameless ones, undone adds */
+/* For a transaction: hidden (dropped at commit, back at abort); a hidden one records on. */
+void dirty_hide(struct dirty_bitmap *bm);
+void dirty_unhide(struct dirty_bitmap *bm);
+void dirty_set_persistent(struct dirty_bitmap *bm, bool persistent);
+void dirty_set_enabled(struct dirty_bitmap *bm, bool enabled); /* quiesced */
+void dirty_set_busy(struct dirty_bitmap *bm, bool busy);
+void dirty_set_readonly(struct dirty_bitmap *bm, bool readonly);
+void dirty_set_inconsistent(struct dirty_bitmap *bm);
+/* Empties it and gives the caller the old bits, for a transaction's undo. Quiesced. */
+struct bitmap *dirty_clear(struct dirty_bitmap *bm);
+/* Undo of a clear or merge: OLD's bits OR what was marked since... quiesced; steals OLD. */
+void dirty_restore(struct dirty_bitmap *bm, struct bitmap *old);
+/* BM |= bits of SRC (any granularity). *UNDO, when not NULL, gets the bits as they were. */
+int dirty_merge(struct dirty_bitmap *bm, struct dirty_bitmap *src, struct bitmap **undo,
+                struct error *err) MUST_CHECK;
+
+/* ---- a job's hold on a bitmap ---- */
+
+/* Quiesced: busy, and a successor records if the bitmap did. */
+int dirty_start(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
+/* The start never happened (its transaction was not committed): bitmap OR successor, not busy. */
+void dirty_unstart(struct dirty_bitmap *bm);
+/* The successor becomes the bitmap. */
+void dirty_advance(struct dirty_bitmap *bm);
+/* REMAINING (NULL: the whole bitmap as at the start) is OR-ed into the successor, which becomes
+ * the bitmap. */
+int dirty_roll_back(struct dirty_bitmap *bm, const struct bitmap *remaining) MUST_CHECK;
+
+/* ---- where bitmaps are kept between runs; persist/ registers here ---- */
+
+struct dirty_store {
+    /* May a persistent bitmap be added? QEMU's texts. */
+    int (*can_add)(struct dirty_store *s, struct node *n, const char *name,
+                   uint64_t granularity_bytes, struct error *err);
+    int (*remove)(struct dirty_store *s, struct node *n, const char *name, struct error *err);
+};
+void dirty_set_store(struct graph *g, struct dirty_store *s);
