@@ -81,7 +81,8 @@ int bitmap_resize(struct bitmap *bm, uint64_t new_size_bytes) MUST_CHECK;
 /* The serial form, as qcow2 keeps it: bit i % 8 (lowest first) of byte i / 8 stands for
  * granule i. FIRST and LENGTH count bytes of this form, any alignment; multiples of 8 are
  * faster. What lies beyond bitmap_serial_length() is written as zero and ignored on reading,
- * so a caller may work in whole clusters. */
+ * so a caller may work in whole clusters. (QEMU's SHA-256 of a bitmap is over this form, padded
+ * to a multiple of 8 bytes and never empty.) */
 uint64_t bitmap_serial_length(const struct bitmap *bm);
 void bitmap_serialise(const struct bitmap *bm, uint64_t first, void *buf, size_t length);
 void bitmap_deserialise(struct bitmap *bm, uint64_t first, const void *buf, size_t length);
