@@ -236,7 +236,8 @@ void node_unobserve(struct node *n, struct write_observer *o);
 
 /* ---- what later rooms hang on nodes ---- */
 
-/* Called for every node; registered once per graph (dirty/, persist/). */
+/* Called for every node; registered once per graph (dirty/, persist/). opened: in the order of
+ * registration; closing and gone: in the reverse (persist/ saves what dirty/ then frees). */
 struct graph_hook {
     /* After the driver has opened (or reopened, with the new read_only); an error fails the open.
      */
@@ -245,6 +246,8 @@ struct graph_hook {
     void (*closing)(struct graph_hook *h, struct node *n);
     /* Node goes from read-write to read-only (saves), or back (loads); may be NULL. */
     int (*reopening)(struct graph_hook *h, struct node *n, bool to_read_only, struct error *err);
+    /* All nodes are closed and the graph goes: free what hangs on it, and the hook; may be NULL. */
+    void (*gone)(struct graph_hook *h);
     TAILQ_ENTRY(graph_hook) link;
 };
 void graph_add_hook(struct graph *g, struct graph_hook *h);
@@ -252,6 +255,9 @@ void graph_add_hook(struct graph *g, struct graph_hook *h);
 /* A pointer of a later room per node, by a key that the room owns (the address of a static). */
 void *node_get_data(const struct node *n, const void *key);
 void node_set_data(struct node *n, const void *key, void *data);
+/* The same for the graph: NULL until set. */
+void *graph_get_data(const struct graph *g, const void *key);
+void graph_set_data(struct graph *g, const void *key, void *data);
 
 /* ---- reports ---- */
 
