@@ -5,7 +5,9 @@
  * Reads and writes of files and sockets may be short, as the kernel's are, unless a function
  * says _full. A buffer is the kernel's until the call returns, cancelled or not; a call
  * that was submitted to a file is not cancelled half way. Calls that wait for a peer (recv,
- * send, accept, connect, poll) are cancellable. */
+ * send, accept, connect, poll) are cancellable. A task that is cancelled already, and not
+ * shielded, gets -ECANCELED from all of them and nothing has been done; worker_run and what
+ * is marked "at once" do their work all the same. */
 #pragma once
 
 #include "rt/task.h"
@@ -16,7 +18,7 @@
 
 /* ---- files ---- */
 int io_open(const char *path, int flags, mode_t mode); /* the descriptor; O_CLOEXEC is added */
-void io_close(int fd);                                 /* does not wait; -1 is left alone */
+void io_close(int fd);                                 /* at once; -1 is left alone */
 ssize_t io_pread(int fd, void *buf, size_t n, uint64_t offset);
 ssize_t io_pwrite(int fd, const void *buf, size_t n, uint64_t offset, int rw_flags); /* RWF_DSYNC */
 int io_pread_full(int fd, void *buf, size_t n, uint64_t offset); /* end of file reads as zeroes */
@@ -36,13 +38,21 @@ int io_lock(int fd, int type, uint64_t offset, uint64_t length);
 int io_lock_test(int fd, int type, uint64_t offset, uint64_t length);
 int io_unlink(const char *path);
 int io_rename(const char *from, const char *to);
+int io_mkdir(const char *path, mode_t mode);
 int io_sync_dir_of(const char *path);                   /* fsync of the directory that holds PATH */
 int io_ioctl(int fd, unsigned long request, void *arg); /* on a worker thread */
 /* The resolved path (realpath); caller frees *RET. */
 int io_realpath(const char *path, char **ret);
 
 /* ---- sockets, pipes, terminals ---- */
-int io_socket(int domain, int type, int protocol);
+int io_socket(int domain, int type, int protocol); /* at once; so are those up to io_peername */
+int io_socketpair(int ret[2]);                     /* AF_UNIX, SOCK_STREAM */
+int io_bind(int fd, const struct sockaddr *addr, socklen_t length);
+int io_listen(int fd, int backlog);
+int io_setsockopt(int fd, int level, int name, const void *value, socklen_t length);
+int io_getsockopt(int fd, int level, int name, void *value, socklen_t *length);
+int io_sockname(int fd, struct sockaddr_storage *ret, socklen_t *length); /* our end */
+int io_peername(int fd, struct sockaddr_storage *ret, socklen_t *length); /* the other */
 int io_connect(int fd, const struct sockaddr *addr, socklen_t length);
 int io_accept(int fd);
 ssize_t io_recv(int fd, void *buf, size_t n); /* 0: end of stream; also for pipes and ttys */
@@ -51,7 +61,7 @@ int io_recv_full(int fd, void *buf, size_t n); /* -ECONNRESET when the stream en
 int io_sendv_full(int fd, struct iovec *iov, int count); /* iov is changed */
 /* Waits for POLLIN/POLLOUT; the events, or -ETIMEDOUT at DEADLINE_NS (NEVER_NS: no limit). */
 int io_poll(int fd, int events, uint64_t deadline_ns);
-void io_shutdown(int fd); /* both ways: whoever waits on it ends */
+void io_shutdown(int fd); /* at once, both ways: whoever waits on it ends */
 
 /* ---- signals ---- */
 /* Blocks these signals for the whole process (call before threads are made) and returns a

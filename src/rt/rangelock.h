@@ -11,6 +11,7 @@ struct range_holder {
     struct range range;
     enum range_lock_mode mode;
     bool granted;
+    unsigned blockers; /* how many before it, granted or waiting, exclude it */
     struct task *waiting;
     struct rangelock *lock; /* NULL: not held */
 };
