@@ -9,7 +9,8 @@
 
 enum { SOCKET_MAX_LISTEN = 8 };
 
-/* What one address listens on: a host name may stand for several. */
+/* What one address listens on: a host name may stand for several. Accept with io_accept on
+ * each of fds. */
 struct listener {
     int fds[SOCKET_MAX_LISTEN];
     size_t count;
@@ -19,9 +20,6 @@ struct listener {
 int listener_open(struct listener *l, struct json_object *addr, int backlog, struct error *err);
 /* Ends waiting accepts and removes the socket's file. */
 void listener_close(struct listener *l);
-/* One more connection, from any of the descriptors; its fd. */
-int listener_accept(struct listener *l);
-
 /* A connection to ADDR; its fd. Name resolution happens on a worker thread. */
 int socket_connect(struct json_object *addr, struct error *err);
 
