@@ -13,6 +13,7 @@
 #include "base/log.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -336,10 +337,13 @@ void coro_fini(struct coro *c)
 
 static void swap(struct coro *from, struct coro *to)
 {
-    if (use_ucontext())
+    if (use_ucontext()) {
+        /* The signal mask is the thread's, not the stack's: whoever blocks one, for all. */
+        pthread_sigmask(SIG_SETMASK, NULL, &to->uc->uc_sigmask);
         swapcontext(from->uc, to->uc);
-    else
+    } else {
         coro_swap(&from->sp, to->sp);
+    }
 }
 
 void coro_switch(struct coro *from, struct coro *to)
