@@ -23,6 +23,11 @@ struct dirty_bitmap;
 
 enum { DIRTY_NAME_MAX = 1023 }; /* bytes, QEMU's limit */
 
+/* block_resize. What a shrink has cut off since a bitmap's last clear and a grow brings back reads
+ * as zeroes now, and is dirty in every bitmap, recording or not; other new bytes are clean. Of a
+ * bitmap that was loaded nobody knows what was cut off in an earlier run: until its next clear all
+ * that grows is dirty. */
+
 /* Registers the room with the graph; once per graph, before nodes are opened. */
 void dirty_init(struct graph *g);
 
@@ -64,16 +69,24 @@ int dirty_lookup(struct graph *g, const char *node, const char *name, struct nod
 
 /* ---- changing; graph_lock held ---- */
 
-enum { DIRTY_PERSISTENT = 1, DIRTY_DISABLED = 2 };
-/* GRANULARITY 0: QEMU's default for the node. NAME NULL: nameless. Quiesced unless DIRTY_DISABLED.
+enum {
+    DIRTY_PERSISTENT = 1,
+    DIRTY_DISABLED = 2,
+    DIRTY_LOADED = 4, /* comes from the store, which is not asked whether it can be added */
+};
+/* GRANULARITY 0: QEMU's default for the node (a client's own 0 is refused before, by the text
+ * DIRTY_BAD_GRANULARITY). NAME NULL: nameless. Quiesced unless DIRTY_DISABLED.
  * Checks name, granularity, uniqueness, and (persistent) whether the node's format can store it. */
+#define DIRTY_BAD_GRANULARITY "Granularity must be power of 2 and at least 512"
 int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsigned flags,
               struct dirty_bitmap **ret, struct error *err) MUST_CHECK;
-/* Takes it from the list and, when persistent, from the image (unless KEEP_STORED). Cannot fail
- * once the image has been written; dirty_remove_stored goes first where that may fail. */
+/* Takes it from the image, when persistent, and then from the list. A transaction does the first
+ * (which may fail, and wait) and hides it, then releases it at commit. */
 int dirty_remove(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
+int dirty_remove_stored(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
 void dirty_release(struct dirty_bitmap *bm); /* from memory only: nameless ones, undone adds */
-/* For a transaction: hidden (dropped at commit, back at abort); a hidden one records on. */
+/* For a transaction: hidden (dropped at commit, back at abort); a hidden one records on. Nothing
+ * but the handle finds it, and its name is free. */
 void dirty_hide(struct dirty_bitmap *bm);
 void dirty_unhide(struct dirty_bitmap *bm);
 void dirty_set_persistent(struct dirty_bitmap *bm, bool persistent);
@@ -81,15 +94,18 @@ void dirty_set_enabled(struct dirty_bitmap *bm, bool enabled); /* quiesced */
 void dirty_set_busy(struct dirty_bitmap *bm, bool busy);
 void dirty_set_readonly(struct dirty_bitmap *bm, bool readonly);
 void dirty_set_inconsistent(struct dirty_bitmap *bm);
-/* Empties it and gives the caller the old bits, for a transaction's undo. Quiesced. */
-struct bitmap *dirty_clear(struct dirty_bitmap *bm);
-/* Undo of a clear or merge: OLD's bits OR what was marked since... quiesced; steals OLD. */
+/* Empties it and gives the caller the old bits, for a transaction's undo. Quiesced. NULL: no
+ * memory, and nothing has changed. */
+struct bitmap *dirty_clear(struct dirty_bitmap *bm) MUST_CHECK;
+/* Undo of a clear or merge, the last one first: BM is OLD again; where writes have marked bits
+ * since, these stay (and what a merge has added, then). Steals OLD. */
 void dirty_restore(struct dirty_bitmap *bm, struct bitmap *old);
-/* BM |= bits of SRC (any granularity). *UNDO, when not NULL, gets the bits as they were. */
+/* BM |= bits of SRC (any granularity), after QEMU's checks of both. *UNDO, when UNDO is not NULL,
+ * gets the bits as they were. */
 int dirty_merge(struct dirty_bitmap *bm, struct dirty_bitmap *src, struct bitmap **undo,
                 struct error *err) MUST_CHECK;
 
-/* ---- a job's hold on a bitmap ---- */
+/* ---- a job's hold on a bitmap: the handle BM stays good through all of these ---- */
 
 /* Quiesced: busy, and a successor records if the bitmap did. */
 int dirty_start(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
@@ -98,7 +114,7 @@ void dirty_unstart(struct dirty_bitmap *bm);
 /* The successor becomes the bitmap. */
 void dirty_advance(struct dirty_bitmap *bm);
 /* REMAINING (NULL: the whole bitmap as at the start) is OR-ed into the successor, which becomes
- * the bitmap. */
+ * the bitmap. 0: nothing can fail until persist/ takes part. */
 int dirty_roll_back(struct dirty_bitmap *bm, const struct bitmap *remaining) MUST_CHECK;
 
 /* ---- where bitmaps are kept between runs; persist/ registers here ---- */
