@@ -34,9 +34,9 @@ enum {
     WORD_BITS = 64,
     WORD_SHIFT = 6,
     WORD_BYTES = 8,
-    LEVELS_MAX = 10,          /* 2^63 bytes of 512 are 2^54 bits: nine levels */
-    MAP_FROM = 128 * 1024,    /* bytes of words from which a mapping is worth it */
-    RELEASE_FROM = 64 * 1024, /* a clear that spans so many bytes of leaf gives pages back */
+    LEVELS_MAX = 10,        /* 2^63 bytes of 512 are 2^54 bits: nine levels */
+    MAP_FROM = 128 * 1024,  /* bytes of words from which a mapping is worth it */
+    MANY_BYTES = 64 * 1024, /* of leaf, from which their pages are taken or given in one call */
 };
 
 #define NONE UINT64_MAX
@@ -203,10 +203,28 @@ static void set_word(struct bitmap *bm, uint64_t w, uint64_t value)
     }
 }
 
+/* The whole pages of a leaf of our own that the bits [first, end) fill, as bytes of the block, when
+ * they are many: worth a word to the kernel. */
+static bool whole_pages(const struct bitmap *bm, uint64_t first, uint64_t end, uint64_t *from,
+                        uint64_t *to)
+{
+    if (!bm->mapped || bm->lent || (end - first) / 8 < MANY_BYTES)
+        return false;
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    *from = align_up(div_round_up(first, WORD_BITS) * WORD_BYTES, page);
+    *to = align_down(end / WORD_BITS * WORD_BYTES, page);
+    return *from < *to;
+}
+
 static void mark_bits(struct bitmap *bm, uint64_t first, uint64_t end)
 {
     if (first >= end)
         return;
+#ifdef MADV_POPULATE_WRITE
+    uint64_t from, to;
+    if (whole_pages(bm, first, end, &from, &to))
+        madvise((char *)bm->block + from, to - from, MADV_POPULATE_WRITE);
+#endif
     for (uint64_t w = first / WORD_BITS; w <= (end - 1) / WORD_BITS; w++)
         set_word(bm, w, bm->level[0][w] | mask_in_word(w, first, end));
 }
@@ -219,14 +237,9 @@ static void clear_bits(struct bitmap *bm, uint64_t first, uint64_t end)
     for (uint64_t w = next_word(bm, first / WORD_BITS); w <= last; w = next_word(bm, w + 1))
         set_word(bm, w, bm->level[0][w] & ~mask_in_word(w, first, end));
 
-    /* Whole pages of a leaf of our own that are zero now. */
-    if (bm->mapped && !bm->lent && last - first / WORD_BITS >= RELEASE_FROM / WORD_BYTES) {
-        const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-        uint64_t from = align_up(div_round_up(first, WORD_BITS) * WORD_BYTES, page);
-        uint64_t to = align_down(end / WORD_BITS * WORD_BYTES, page);
-        if (from < to)
-            madvise((char *)bm->block + from, to - from, MADV_DONTNEED);
-    }
+    uint64_t from, to;
+    if (whole_pages(bm, first, end, &from, &to)) /* zero now */
+        madvise((char *)bm->block + from, to - from, MADV_DONTNEED);
 }
 
 /* The summaries and the count, from the leaf. The upper levels are zero. */
