@@ -1,0 +1,119 @@
+/* Schema: what a node is opened, reopened and made with. The members of a driver stand in
+ * QEMU's order; what is marked SCHEMA_LATER is a feature of QEMU that we refuse by name. */
+#include "qmp/schema_types.h"
+
+SCHEMA_ENUM(BlockdevDetectZeroesOptions, VALUE("off"), VALUE("on"), VALUE("unmap"));
+
+SCHEMA_ENUM(Qcow2CompressionType, VALUE("zlib"), VALUE("zstd"));
+
+SCHEMA_ENUM(BlockdevDriver, VALUE("copy-before-write"), VALUE("file"), VALUE("snapshot-access"),
+            VALUE("null-co"), VALUE("qcow2"), VALUE("raw"), LATER("blkdebug"),
+            LATER("blklogwrites"), LATER("blkreplay"), LATER("blkverify"), LATER("bochs"),
+            LATER("cloop"), LATER("compress"), LATER("copy-on-read"), LATER("dmg"), LATER("ftp"),
+            LATER("ftps"), LATER("gluster"), LATER("host_cdrom"), LATER("host_device"),
+            LATER("http"), LATER("https"), LATER("io_uring"), LATER("iscsi"), LATER("luks"),
+            LATER("nbd"), LATER("nfs"), LATER("null-aio"), LATER("nvme"), LATER("nvme-io_uring"),
+            LATER("parallels"), LATER("preallocate"), LATER("qcow"), LATER("qed"), LATER("quorum"),
+            LATER("rbd"), LATER("replication"), LATER("ssh"), LATER("throttle"), LATER("vdi"),
+            LATER("vhdx"), LATER("virtio-blk-vfio-pci"), LATER("virtio-blk-vhost-user"),
+            LATER("virtio-blk-vhost-vdpa"), LATER("vmdk"), LATER("vpc"), LATER("vvfat"));
+
+SCHEMA_OBJECT(BlockResizeArg, OPT("device", str), OPT("node-name", str), REQ("size", int));
+
+static SCHEMA_ENUM(BlockdevDiscardOptions, VALUE("ignore"), VALUE("unmap"));
+
+static SCHEMA_OBJECT(BlockdevCacheOptions, OPT("direct", bool), OPT("no-flush", bool));
+
+static SCHEMA_ALTERNATE(BlockdevRef, BRANCH("definition", BlockdevOptions),
+                        BRANCH("reference", str));
+
+static SCHEMA_ENUM(OnCbwError, VALUE("break-guest-write"), VALUE("break-snapshot"));
+
+static SCHEMA_OBJECT(BlockdevOptionsCbw, REQ("file", BlockdevRef), REQ("target", BlockdevRef),
+                     OPT("bitmap", BlockDirtyBitmap), OPT("on-cbw-error", OnCbwError),
+                     OPT("cbw-timeout", uint32));
+
+static SCHEMA_ENUM(OnOffAuto, VALUE("auto"), VALUE("on"), VALUE("off"));
+
+static SCHEMA_ENUM(BlockdevAioOptions, VALUE("threads"), VALUE("native"), VALUE("io_uring"));
+
+static SCHEMA_DEFINE(BlockdevOptionsFile, OBJECT,
+                     MEMBERS(REQ("filename", str), OPT("pr-manager", any, .features = SCHEMA_LATER),
+                             OPT("locking", OnOffAuto), OPT("aio", BlockdevAioOptions),
+                             OPT("aio-max-batch", int), OPT("drop-cache", bool),
+                             OPT("x-check-cache-dropped", bool,
+                                 .features = SCHEMA_UNSTABLE | SCHEMA_LATER)),
+                     FEATURES("dynamic-auto-read-only"));
+
+static SCHEMA_OBJECT(BlockdevOptionsNull, OPT("size", int), OPT("latency-ns", uint64),
+                     OPT("read-zeroes", bool));
+
+static SCHEMA_ALTERNATE(BlockdevRefOrNull, BRANCH("definition", BlockdevOptions),
+                        BRANCH("reference", str), BRANCH("null", null));
+
+static SCHEMA_ENUM(Qcow2OverlapCheckMode, VALUE("none"), VALUE("constant"), VALUE("cached"),
+                   VALUE("all"));
+
+static SCHEMA_OBJECT(Qcow2OverlapCheckFlags, OPT("template", Qcow2OverlapCheckMode),
+                     OPT("main-header", bool), OPT("active-l1", bool), OPT("active-l2", bool),
+                     OPT("refcount-table", bool), OPT("refcount-block", bool),
+                     OPT("snapshot-table", bool), OPT("inactive-l1", bool),
+                     OPT("inactive-l2", bool), OPT("bitmap-directory", bool));
+
+static SCHEMA_ALTERNATE(Qcow2OverlapChecks, BRANCH("flags", Qcow2OverlapCheckFlags),
+                        BRANCH("mode", Qcow2OverlapCheckMode));
+
+static SCHEMA_OBJECT(BlockdevOptionsQcow2, REQ("file", BlockdevRef),
+                     OPT("backing", BlockdevRefOrNull), OPT("lazy-refcounts", bool),
+                     OPT("pass-discard-request", bool), OPT("pass-discard-snapshot", bool),
+                     OPT("pass-discard-other", bool), OPT("overlap-check", Qcow2OverlapChecks),
+                     OPT("cache-size", int), OPT("l2-cache-size", int),
+                     OPT("l2-cache-entry-size", int), OPT("refcount-cache-size", int),
+                     OPT("cache-clean-interval", int),
+                     OPT("encrypt", any, .features = SCHEMA_LATER),
+                     OPT("data-file", any, .features = SCHEMA_LATER));
+
+static SCHEMA_OBJECT(BlockdevOptionsRaw, REQ("file", BlockdevRef), OPT("offset", int),
+                     OPT("size", int));
+
+static SCHEMA_OBJECT(BlockdevOptionsGenericFormat, REQ("file", BlockdevRef));
+
+SCHEMA_UNION(BlockdevOptions, "driver",
+             MEMBERS(REQ("driver", BlockdevDriver), OPT("node-name", str),
+                     OPT("discard", BlockdevDiscardOptions), OPT("cache", BlockdevCacheOptions),
+                     OPT("read-only", bool), OPT("auto-read-only", bool), OPT("force-share", bool),
+                     OPT("detect-zeroes", BlockdevDetectZeroesOptions)),
+             BRANCHES(BRANCH("copy-before-write", BlockdevOptionsCbw),
+                      BRANCH("file", BlockdevOptionsFile), BRANCH("null-co", BlockdevOptionsNull),
+                      BRANCH("qcow2", BlockdevOptionsQcow2), BRANCH("raw", BlockdevOptionsRaw),
+                      BRANCH("snapshot-access", BlockdevOptionsGenericFormat)));
+
+static SCHEMA_LIST(BlockdevOptions);
+
+SCHEMA_OBJECT(BlockdevReopenArg, REQ("options", BlockdevOptionsList));
+
+SCHEMA_OBJECT(BlockdevDelArg, REQ("node-name", str));
+
+static SCHEMA_ENUM(PreallocMode, VALUE("off"), VALUE("metadata"), VALUE("falloc"), VALUE("full"));
+
+static SCHEMA_OBJECT(BlockdevCreateOptionsFile, REQ("filename", str), REQ("size", size),
+                     OPT("preallocation", PreallocMode), OPT("nocow", bool),
+                     OPT("extent-size-hint", size));
+
+static SCHEMA_ENUM(BlockdevQcow2Version, VALUE("v2"), VALUE("v3"));
+
+static SCHEMA_OBJECT(BlockdevCreateOptionsQcow2, REQ("file", BlockdevRef),
+                     OPT("data-file", any, .features = SCHEMA_LATER),
+                     OPT("data-file-raw", bool, .features = SCHEMA_LATER),
+                     OPT("extended-l2", bool, .features = SCHEMA_LATER), REQ("size", size),
+                     OPT("version", BlockdevQcow2Version), OPT("backing-file", str),
+                     OPT("backing-fmt", BlockdevDriver),
+                     OPT("encrypt", any, .features = SCHEMA_LATER), OPT("cluster-size", size),
+                     OPT("preallocation", PreallocMode), OPT("lazy-refcounts", bool),
+                     OPT("refcount-bits", int), OPT("compression-type", Qcow2CompressionType));
+
+static SCHEMA_UNION(BlockdevCreateOptions, "driver", MEMBERS(REQ("driver", BlockdevDriver)),
+                    BRANCHES(BRANCH("file", BlockdevCreateOptionsFile),
+                             BRANCH("qcow2", BlockdevCreateOptionsQcow2)));
+
+SCHEMA_OBJECT(BlockdevCreateArg, REQ("job-id", str), REQ("options", BlockdevCreateOptions));
