@@ -103,15 +103,21 @@ def events_by_subject(events, scrub, pauses):
         clean = scrub(event)
         found.setdefault(scrub._walk(subject(event), None), []).append(
             (label(clean), clean.get("data", {})))
-    if not pauses:
-        for name, listed in found.items():
-            kept, skip = [], None
-            for entry in listed:
-                if entry[0] in PAUSES:
-                    skip = PAUSES[entry[0]]
-                elif skip and entry[0] == skip:
-                    skip = None
-                else:
-                    kept.append(entry)
-            found[name] = kept
+    for name, listed in found.items():
+        found[name] = without_pauses(listed, all_of_them=not pauses)
     return found
+
+
+def without_pauses(listed, all_of_them):
+    """Without paused-and-on-again; or only without the one right after a job's start, which is the
+    filter's insertion."""
+    kept, skip = [], None
+    for entry in listed:
+        first = len(kept) >= 2 and kept[-2][0] == "JOB_STATUS_CHANGE:created"
+        if entry[0] in PAUSES and (all_of_them or first):
+            skip = PAUSES[entry[0]]
+        elif skip and entry[0] == skip:
+            skip = None
+        else:
+            kept.append(entry)
+    return kept

@@ -327,8 +327,8 @@ class Recorder:
             if daemon.running and daemon.qmp and not daemon.qmp.eof:
                 daemon.qmp.call("query-version")    # a round trip: all events are here
                 self.events += daemon.qmp.history
-                if how == "quit":
-                    daemon.qmp.call("quit")
+                if how == "quit" and "error" in daemon.qmp.call("quit"):
+                    how = "term"        # capabilities were never negotiated
             if daemon.running and how in ("term", "int"):
                 daemon.process.send_signal(signal.SIGTERM if how == "term" else signal.SIGINT)
             if how == "kill":
@@ -352,8 +352,12 @@ class Recorder:
         arguments = dashes(named) if arguments is None and named else arguments
         if self.dry:
             return self._record(command, arguments, None)
-        result = self._guard(lambda: self.daemon.qmp.call(command, self._subst(arguments),
-                                                          oob=oob))
+        def run():
+            if isinstance(arguments, dict):
+                for key in ("job-id", "id", "device"):      # what is waited for now comes after this
+                    self._forget(arguments.get(key))
+            return self.daemon.qmp.call(command, self._subst(arguments), oob=oob)
+        result = self._guard(run)
         result.pop("id", None)
         self._record(command, arguments, normal.masked(result, mask))
         return None
@@ -381,15 +385,40 @@ class Recorder:
         self._record(label, text, self._guard(run))
         return None
 
+    def broken(self, text):
+        """Sends TEXT, then a good command; records the first error and that the command worked.
+        (How many errors one broken message makes is each parser's own affair.)"""
+        if self.dry:
+            return self._record("broken", text, None)
+
+        def run():
+            self.daemon.qmp.send_text(text + '{"execute": "query-block-jobs", "id": "on"}')
+            first = got = self.daemon.qmp.next_answer()
+            while got.get("id") != "on":
+                got = self.daemon.qmp.next_answer()
+            return {"error": first.get("error"), "after": got}
+        self._record("broken", text, self._guard(run))
+        return None
+
     def wait(self, event, **data):
         """Waits for an event whose data has these members; they are its request."""
         if self.dry:
             return self._record(f"wait-{event}", data, None)
 
         def run():
-            return {"came": self.daemon.qmp.wait_event(event, **data)["data"]}
+            found = self.daemon.qmp.wait_event(event, **data)
+            self._forget(normal.subject(found), before=found)
+            return {"came": found["data"]}
         self._record(f"wait-{event}", data, self._guard(run))
         return None
+
+    def _forget(self, subject, before=None):
+        """Drops the events of a job or export that are older than what is waited for next."""
+        qmp = self.daemon.qmp
+        # History knows the order; an event not yet asked for is in both lists.
+        at = qmp.history.index(before) if before else len(qmp.history)
+        old = {id(e) for e in qmp.history[:at] if normal.subject(e) == subject}
+        qmp.events[:] = [e for e in qmp.events if id(e) not in old]
 
     def wait_job(self, job, status="concluded"):
         self.wait("JOB_STATUS_CHANGE", id=job, status=status)
