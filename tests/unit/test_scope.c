@@ -216,6 +216,13 @@ static int waits_for_event(void *arg)
     return 0;
 }
 
+static int suspends(void *arg)
+{
+    assert_int_equal(task_suspend(), 0);
+    assert_int_equal(task_suspend(), -ECANCELED);
+    return 0;
+}
+
 static int wakes_and_cancels(void *arg)
 {
     struct event e;
@@ -233,7 +240,14 @@ static int wakes_and_cancels(void *arg)
     assert_int_equal(task_yield(), 0);
     task_cancel(t); /* the other way round: it has not run yet, so the wake counts */
     event_set(&e);
-    return scope_join(&s2);
+    assert_int_equal(scope_join(&s2), 0);
+
+    SCOPE(s3);
+    t = scope_spawn(&s3, suspends, NULL);
+    assert_int_equal(task_yield(), 0);
+    task_cancel(t);
+    task_wake(t);
+    return scope_join(&s3);
 }
 
 static void a_wake_is_not_lost_to_a_cancellation(void **state)
