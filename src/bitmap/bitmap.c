@@ -44,6 +44,7 @@ enum {
 struct bitmap {
     uint64_t size_bytes;
     uint64_t bits;       /* granules, the last one may be cut by the size */
+    uint64_t room_bits;  /* so many fit into the levels; more than `bits` after a shrink */
     uint64_t dirty_bits; /* of them dirty */
     uint64_t *level[LEVELS_MAX];
     uint64_t *block;    /* every level; without the leaf if that is lent */
@@ -102,6 +103,7 @@ static int take_memory(struct bitmap *bm, uint64_t *lent)
     } while (bm->levels < 2 || words_for(bm->bits, bm->levels - 1) > 1);
     assert(bm->levels <= LEVELS_MAX);
 
+    bm->room_bits = words_for(bm->bits, 0) * WORD_BITS;
     bm->lent = lent != NULL;
     bm->block_bytes = words * WORD_BYTES;
     bm->mapped = bm->block_bytes >= MAP_FROM;
@@ -321,9 +323,9 @@ int bitmap_resize(struct bitmap *bm, uint64_t new_size_bytes)
     assert(new_size_bytes <= INT64_MAX);
     const uint64_t bits = bits_for(new_size_bytes, bm->granularity_shift);
 
-    if (words_for(bits, 0) == words_for(bm->bits, 0)) {
+    if (bits < bm->bits) {
         clear_bits(bm, bits, bm->bits);
-    } else {
+    } else if (bits > bm->room_bits) {
         if (bm->lent)
             return -ENOTSUP;
         struct bitmap old = *bm;
@@ -333,10 +335,8 @@ int bitmap_resize(struct bitmap *bm, uint64_t new_size_bytes)
             *bm = old;
             return -ENOMEM;
         }
-        for (uint64_t w = next_word(&old, 0); w < words_for(bits, 0); w = next_word(&old, w + 1))
+        for (uint64_t w = next_word(&old, 0); w != NONE; w = next_word(&old, w + 1))
             set_word(bm, w, old.level[0][w]);
-        if (bits < old.bits)
-            clear_bits(bm, bits, words_for(bits, 0) * WORD_BITS);
         give_memory_back(&old);
     }
     bm->bits = bits;
@@ -631,8 +631,8 @@ bool bitmap_valid(const struct bitmap *bm, const char **broken)
 {
     uint64_t count = 0;
 
-    *broken = "the number of granules is not that of the size";
-    if (bm->bits != bits_for(bm->size_bytes, bm->granularity_shift))
+    *broken = "the number of granules is not that of the size, or there is no room for them";
+    if (bm->bits != bits_for(bm->size_bytes, bm->granularity_shift) || bm->bits > bm->room_bits)
         return false;
 
     *broken = "a summary bit does not tell whether its word is zero";

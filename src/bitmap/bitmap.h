@@ -74,8 +74,8 @@ void bitmap_merge_range(struct bitmap *dst, const struct bitmap *src, struct ran
 void bitmap_copy(struct bitmap *dst, const struct bitmap *src);
 
 /* Bits beyond the new size are dropped, new ones are clean (but a granule that the old size
- * cut stays as it was). 0, or -ENOMEM and nothing changed; -ENOTSUP for a bitmap over lent
- * words whose number would change. */
+ * cut stays as it was). Shrinking, and growing back to what it was, cannot fail; otherwise 0, or
+ * -ENOMEM, or -ENOTSUP for a bitmap whose lent words are too few, and nothing has changed. */
 int bitmap_resize(struct bitmap *bm, uint64_t new_size_bytes) MUST_CHECK;
 
 /* The serial form, as qcow2 keeps it: bit i % 8 (lowest first) of byte i / 8 stands for

@@ -545,6 +545,18 @@ static void too_large_is_refused_and_nothing_changes(void **state)
     assert_int_equal(bitmap_size(bm), 1 * MiB);
     assert_int_equal(bitmap_count(bm), 512);
     must_be_valid(bm, "a resize without memory");
+
+    /* Back to where it was: no memory is asked for. */
+    CLEANUP(bitmap_freep) struct bitmap *large = bitmap_new(64 * TiB, 4096);
+    const uint64_t before = resident_bytes();
+    for (int i = 0; i < 100; i++) {
+        assert_int_equal(bitmap_resize(large, rng_below(&(struct rng){(uint64_t)i}, 64 * TiB)), 0);
+        assert_int_equal(bitmap_resize(large, 64 * TiB), 0);
+        assert_int_equal(bitmap_count(large), 0);
+        bitmap_mark(large, range_make(64 * TiB - 1, 1)); /* is cut off again */
+    }
+    assert_true(bitmap_memory(large) < 1 * MiB); /* a few pages of the levels each time */
+    assert_true(resident_bytes() - before < 1 * MiB);
 }
 
 static const struct CMUnitTest tests[] = {
