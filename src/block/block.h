@@ -183,8 +183,10 @@ enum {
     REQ_REGISTERED_BUF = 64, /* buffer aligned for O_DIRECT already (hint) */
 };
 
-/* BUF has at least r.length bytes. Ranges beyond the node's size: -EIO. Reads and writes
- * of any alignment are taken; the node's driver gets aligned ones. */
+/* BUF has at least r.length bytes. Reads and writes of any alignment are taken; the node's driver
+ * gets aligned ones. A user's range beyond the node's size: -EIO. What a parent node reads beyond
+ * the end is zeroes. An edge with PERM_RESIZE may write beyond the end; the node then grows. A
+ * write needs PERM_WRITE (PERM_WRITE_UNCHANGED does for REQ_WRITE_UNCHANGED), else -EPERM. */
 int edge_read(struct edge *e, struct range r, void *buf, unsigned flags) MUST_CHECK;
 int edge_write(struct edge *e, struct range r, const void *buf, unsigned flags) MUST_CHECK;
 int edge_write_zeroes(struct edge *e, struct range r, unsigned flags) MUST_CHECK;
@@ -200,6 +202,9 @@ enum {
     STATUS_OFFSET_VALID = 8,
     STATUS_COMPRESSED = 16,
     STATUS_EOF = 32,
+    /* From drivers to block/ only: */
+    STATUS_RAW = 64,      /* ask FILE at MAP instead */
+    STATUS_RECURSE = 128, /* with DATA and OFFSET_VALID: FILE at MAP may know of zeroes */
 };
 struct block_status {
     unsigned flags;
@@ -221,13 +226,19 @@ int edge_allocated_above(struct edge *e, struct node *base, bool include_base, s
 
 /* Order for each write, write-zeroes and discard that changes content, after range locks and before
  * the driver (DESIGN.md section 4): all observers' before_write (may wait, may refuse), then, with
- * no wait between, all mark, then the driver; after completion all written. */
+ * no wait between, all mark, then the driver; after completion all written. Who refused gets no
+ * `written`; those whose before_write had succeeded before it get one with the error.
+ * Observers come and go while no request is inside the node (quiesced): a write in flight
+ * has not been announced to a newcomer. */
 struct write_observer {
     int (*before_write)(struct write_observer *o, struct range r); /* may be NULL */
     void (*mark)(struct write_observer *o, struct range r);
     void (*written)(struct write_observer *o, struct range r, int result); /* may be NULL */
-    /* The node's size changes from..to; called quiesced, before the first request of the new size.
-     */
+    /* Before the driver changes the size; may wait, may refuse; no request is under way. After it
+     * come `resized` or, when the driver has failed, `resized` with from == to. May be NULL. */
+    int (*resizing)(struct write_observer *o, uint64_t from, uint64_t to, struct error *err);
+    /* The node's size has changed from..to; no request is under way, none has seen the new size.
+     * (A write that grows a node from above calls it, too, just before its mark.) */
     void (*resized)(struct write_observer *o, uint64_t from, uint64_t to); /* may be NULL */
     TAILQ_ENTRY(write_observer) link;
 };

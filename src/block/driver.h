@@ -2,6 +2,7 @@
 #pragma once
 
 #include "block/block.h"
+#include "rt/sync.h"
 
 /* What a child is to its parent (QEMU's BdrvChildRole). */
 enum {
@@ -38,16 +39,23 @@ struct node {
     bool cache_direct, cache_no_flush, cache_writeback;
     bool discard_unmap; /* discard=unmap */
     enum { DETECT_ZEROES_OFF, DETECT_ZEROES_ON, DETECT_ZEROES_UNMAP } detect_zeroes;
+    bool probed; /* the driver was guessed from the content */
+    bool closing;
+    bool hooked;                 /* the hooks' `opened` has been called */
     struct json_object *options; /* as opened, with children as node names */
+    struct node *inherits_from;  /* the parent that opened this node for itself; NULL: named */
+    const struct node_reopen *reopening; /* what a reopen under way will make of this node */
+    char *full_filename;                 /* of node_filename() */
+    struct op_blocker *backing_blocker;  /* as a backing image most operations are refused */
 
     uint64_t size_bytes; /* the driver sets it at open; truncate updates it */
     struct node_limits limits;
     unsigned write_flags;        /* REQ_* that the driver's write honours (REQ_FUA) */
     unsigned write_zeroes_flags; /* REQ_* that write_zeroes honours */
 
-    TAILQ_HEAD(, edge) children; /* in the order attached */
-    TAILQ_HEAD(, edge) parents;
-    struct edge *file, *backing; /* shortcuts into children; NULL: none */
+    TAILQ_HEAD(edge_list, edge) children; /* in the order attached */
+    struct edge_list parents;             /* the newest first */
+    struct edge *file, *backing;          /* shortcuts into children; NULL: none */
     TAILQ_HEAD(, write_observer) observers;
     TAILQ_HEAD(, op_blocker) blockers;
     TAILQ_ENTRY(node) in_graph;
@@ -55,6 +63,9 @@ struct node {
     unsigned gate;   /* quiesce depth */
     unsigned inside; /* requests that passed the gate */
     struct waitq at_gate, emptied;
+    struct mutex flush_lock;
+    bool truncating;
+    unsigned visited;       /* graph walks */
     struct rangelock locks; /* serialising requests, copy-before-write, unaligned edges */
     uint64_t write_generation, flushed_generation; /* a flush with nothing written costs nothing */
     struct node_counters {
@@ -66,15 +77,25 @@ struct node {
 
 struct driver {
     const char *name;     /* "qcow2": the QMP name */
-    const char *protocol; /* "file" for file names "file:..."; NULL otherwise */
+    const char *protocol; /* "file" for file names "file:..."; NULL: there is a `file` child */
     size_t state_size;
     bool is_filter; /* content is that of its ROLE_FILTERED child */
     bool supports_backing;
     bool is_format;                             /* has a file child and may be probed */
     int (*probe)(const uint8_t *buf, size_t n); /* score 0..100 of the first bytes */
 
-    /* OPTIONS: this node's object, generic options already taken. The driver opens its children
-     * with node_open_child, sets size_bytes and limits. Waits. On error its close is not called. */
+    /* Options that change what a guest sees: with one of them the node's file name is json:{}. */
+    const char *const *strong_options; /* NULL-terminated; NULL: none */
+    /* All of the driver's own options but children; others are refused. NULL: not checked. */
+    const char *const *known_options;
+    const char *const
+        *mutable_options; /* those that a reopen may leave out: back to their default */
+
+    /* OPTIONS: this node's object, generic options already taken, "file" made a node's name. The
+     * driver opens its children with node_open_child, sets size_bytes (block/ rounds it up to 512)
+     * and limits. Waits. On error its close is not called; block/ detaches its children.
+     * The backing image is not the driver's: block/ opens it after `open`, from options.backing or
+     * from what image_backing says. */
     int (*open)(struct node *n, struct json_object *options, struct error *err);
     void (*close)(struct node *n);
 
@@ -88,7 +109,8 @@ struct driver {
     int (*truncate)(struct node *n, uint64_t size_bytes, bool exact, struct error *err);
     /* Of this layer only; NULL: all data (filters: the child's). */
     int (*status)(struct node *n, bool want_zero, struct range r, struct block_status *ret);
-    uint64_t (*measure_length)(struct node *n); /* a file may grow behind us; NULL: size_bytes */
+    uint64_t (*measure_length)(
+        struct node *n); /* after a child's size has changed; filters: theirs */
 
     /* Perms that the node's parents have in sum changed. check may fail and wait; then commit or
      * abort. NULL: anything goes. */
@@ -126,9 +148,27 @@ int node_open_child(struct node *n, struct json_object *options, const char *key
 int node_attach_child(struct node *n, struct node *child, const char *key, unsigned role,
                       struct edge **ret, struct error *err) MUST_CHECK;
 
-/* Takes bytes of this node's own range lock, e.g. around a read-modify-write. */
+/* Takes bytes of this node's own range lock, e.g. around a read-modify-write. The request that the
+ * driver is working on holds its own range, shared, already: a driver must not take it again. */
 int node_lock_range(struct node *n, struct range_holder *h, struct range r,
                     enum range_lock_mode mode);
 
 /* Buffers aligned for every node (4096). NULL: out of memory. free() releases. */
 void *block_buffer(size_t n);
+
+/* QEMU's rule for the child at E: what the node needs of it and shares, given what its own parents
+ * need and share. For a driver's child_perm that differs only a little. */
+void node_default_child_perm(struct node *n, struct edge *e, unsigned perm, unsigned shared,
+                             unsigned *need, unsigned *share);
+/* The filtered child of a filter, else the backing child; NULL: none. */
+struct edge *node_filtered_or_backing(const struct node *n);
+struct edge *node_filtered(const struct node *n); /* of a filter */
+struct edge *node_primary(const struct node *n);  /* the child with ROLE_PRIMARY */
+/* A driver that can only read: makes the node read-only if auto-read-only allows it, else -EACCES
+ * with TEXT ("Image is read-only" when NULL). */
+int node_apply_auto_read_only(struct node *n, const char *text, struct error *err);
+/* The node would be writable, also after a reopen that is under way. */
+bool node_will_be_writable(const struct node *n);
+
+/* The drivers of this room; graph_new adds them. */
+extern const struct driver driver_file, driver_raw, driver_null_co;

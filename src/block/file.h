@@ -1,0 +1,39 @@
+/* The file driver's own: a regular file of the host, and the locks by which programs that
+ * know QEMU's protocol refuse each other. */
+#pragma once
+
+#include "block/internal.h"
+
+#include <sys/stat.h>
+
+struct file_state {
+    int fd;
+    int open_flags;
+    bool use_lock;
+    bool broken; /* a sync has failed: what the kernel holds of us is not trusted again */
+    bool no_punch, no_zero_range; /* the file system cannot */
+    dev_t dev;
+    ino_t ino;
+    uint64_t length; /* of the file, at least */
+
+    unsigned perm, shared;               /* as committed */
+    unsigned locked_perm, locked_shared; /* bytes held on fd; locked_shared: what is not shared */
+    int new_fd;                          /* between check_perm and commit_perm; -1: none */
+    int new_flags;
+
+    /* The last answers of SEEK_DATA and SEEK_HOLE. Counted so that an answer that was under
+     * way during a change is not kept. */
+    struct range known_data, known_hole;
+    uint64_t changes;
+};
+
+/* ---- file_locks.c ---- */
+/* Holds the bytes for PERM and what SHARED leaves out, in addition to what is held, and looks
+ * whether anybody minds; for two seconds, if so. On error everything is as before. */
+int file_locks_prepare(struct node *n, unsigned perm, unsigned shared, struct error *err);
+void file_locks_commit(struct node *n, unsigned perm, unsigned shared);
+void file_locks_abort(struct node *n);
+/* The same bytes on another descriptor of the same file. */
+int file_locks_copy(int fd, unsigned perm, unsigned shared, struct error *err);
+/* For a file that is being made: takes and checks. */
+int file_locks_take(int fd, unsigned perm, unsigned shared, struct error *err);

@@ -1,0 +1,112 @@
+/* What the files of this room share and no other room sees. */
+#pragma once
+
+#include "block/driver.h"
+
+#include <sys/queue.h>
+
+enum {
+    BLOCK_SECTOR = 512,     /* sizes are rounded up to it, as clients expect */
+    OPEN_DEPTH_MAX = 200,   /* nodes below each other that one command may open */
+    PROBE_BYTES = 512,      /* of an image's start, to guess its format */
+    BOUNCE_BYTES = 1 << 20, /* the largest temporary buffer of one request */
+};
+#define SIZE_BYTES_MAX ((uint64_t)INT64_MAX & ~(uint64_t)(BLOCK_SECTOR - 1))
+
+struct graph {
+    TAILQ_HEAD(, node) nodes; /* named ones, in the order of creation */
+    const struct driver **drivers;
+    size_t n_drivers;
+    TAILQ_HEAD(, graph_hook) hooks;
+    struct mutex lock;
+    unsigned lock_depth; /* of its owner */
+    uint64_t names_made; /* for "#block..." */
+    unsigned open_depth;
+    struct opening *opening; /* the images whose backing images are being opened */
+    unsigned visit;          /* number of the last walk, see node.visited */
+    graph_event_fn *listener;
+    void *listener_opaque;
+};
+
+struct node_data {
+    struct node_data *next;
+    const void *key;
+    void *data;
+};
+
+/* What a reopen will make of a node; the permission check looks here first. */
+struct node_reopen {
+    bool read_only, auto_read_only, cache_direct;
+};
+
+/* ---- graph.c ---- */
+struct node *node_new(struct graph *g);
+/* Gives it its name and puts it into the graph's list. NAME NULL: a made one. */
+int node_assign_name(struct node *n, const char *name, struct error *err);
+/* A node whose driver is not open. */
+void node_discard(struct node *n);
+bool graph_lock_is_mine(struct graph *g);
+bool node_reaches(struct node *from, const struct node *to);
+
+/* ---- perm.c ---- */
+void node_cumulative_perm(const struct node *n, unsigned *perm, unsigned *shared);
+char *perm_names(unsigned perm); /* "consistent read, write"; the caller frees */
+/* Recomputes what the subtrees of these nodes need, and asks the drivers. All or nothing. */
+int perm_refresh(struct graph *g, struct node *const *roots, size_t n, struct error *err);
+
+/* In two steps, for what must be decided together with something else: prepare (and
+ * nothing has changed when it fails), then commit or abort. */
+struct perm_change {
+    struct node **nodes; /* parents before children */
+    size_t n_nodes, n_checked;
+    struct perm_undo {
+        struct edge *edge;
+        unsigned perm, shared;
+    } * undo;
+    size_t n_undo, undo_capacity;
+};
+int perm_prepare(struct graph *g, struct node *const *roots, size_t n, struct perm_change *change,
+                 struct error *err);
+void perm_commit(struct perm_change *change);
+void perm_abort(struct perm_change *change);
+
+/* ---- edge.c ---- */
+struct edge *edge_new(struct node *parent, struct user *user, struct node *child, const char *name,
+                      unsigned role);            /* takes a reference to CHILD; asks nobody */
+void edge_unlink(struct edge *e);                /* and frees; keeps the reference to the node */
+void edge_move(struct edge *e, struct node *to); /* references are the caller's */
+
+/* ---- open.c ---- */
+/* The node that OPTIONS describes or names, as child of PARENT (NULL: nobody's). */
+int open_inherit(struct graph *g, const char *filename, struct json_object *options,
+                 struct node *parent, const char *key, unsigned role, struct node **ret,
+                 struct error *err);
+struct generic_options {
+    bool direct, no_flush, read_only, auto_read_only, force_share, discard_unmap;
+    int detect_zeroes;
+};
+/* What the generic members of OPTIONS say, after inheritance from PARENT by ROLE. */
+int generic_options_parse(struct json_object *options, const struct node *parent, unsigned role,
+                          struct generic_options *ret, struct error *err);
+
+/* ---- filename.c ---- */
+bool path_has_protocol(const char *path);
+char *path_combine(const char *base, const char *name); /* NAME beside the file BASE */
+/* FILENAME as seen from the directory of N's image; the caller frees. NULL and an error. */
+char *node_absolute_filename(struct node *n, const char *filename, struct error *err);
+/* "json:{...}" to nested options. */
+int json_filename_parse(const char *filename, struct json_object **ret, struct error *err);
+/* Dotted members become nested objects, in place. */
+void json_unflatten(struct json_object *obj);
+struct json_object *node_full_options(struct node *n);
+/* As QEMU writes it: ", " and ": ", members in the order of its hash table. */
+char *json_as_qemu(struct json_object *obj);
+
+/* ---- request.c ---- */
+struct node *request_enter(struct edge *e);
+void request_leave(struct node *n);
+int node_flush(struct node *n);                   /* inside the gate */
+void node_resized(struct node *n, uint64_t from); /* tells observers, users and parents */
+
+/* ---- status.c ---- */
+int node_status(struct node *n, bool want_zero, struct range r, struct block_status *ret);
