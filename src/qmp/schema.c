@@ -14,7 +14,7 @@
 #include <stdio.h>
 
 /* How deep objects may lie in each other. The deepest that anyone needs is a chain of nodes. */
-enum { SCHEMA_DEPTH_MAX = 200 };
+enum { SCHEMA_DEPTH_MAX = 100 };
 
 SCHEMA_DEFINE(str, STR);
 SCHEMA_DEFINE(bool, BOOL);
@@ -87,30 +87,36 @@ static const char *path_of(const struct walk *w, struct path *p, const struct pl
     return p->text + p->start;
 }
 
-static int fail_type(struct walk *w, const struct place *at, const char *name, const char *expected)
+/* BEFORE, the full name of NAME, AFTER. Not inlined: the walk recurses, and the texts are long. */
+static int __attribute__((noinline)) fail(struct walk *w, const struct place *at, const char *name,
+                                          const char *before, const char *after)
 {
     struct path p;
-    return error_set(w->err, EINVAL, "Invalid parameter type for '%s', expected: %s",
-                     path_of(w, &p, at, name), expected);
+    return error_set(w->err, EINVAL, "%s '%s%s", before, path_of(w, &p, at, name), after);
+}
+
+static int fail_type(struct walk *w, const struct place *at, const char *name, const char *expected)
+{
+    char after[64];
+    snprintf(after, sizeof after, "', expected: %s", expected);
+    return fail(w, at, name, "Invalid parameter type for", after);
 }
 
 static int fail_value(struct walk *w, const struct place *at, const char *name,
                       const char *expected)
 {
-    struct path p;
-    return error_set(w->err, EINVAL, "Parameter '%s' expects %s", path_of(w, &p, at, name),
-                     expected);
+    char after[64];
+    snprintf(after, sizeof after, "' expects %s", expected);
+    return fail(w, at, name, "Parameter", after);
 }
 
 /* keyval's string, or NULL and an error. */
 static const char *keyval_text(struct walk *w, const struct place *at, const char *name,
                                struct json_object *value)
 {
-    struct path p;
-
     if (json_object_is_type(value, json_type_string))
         return json_object_get_string(value);
-    error_set(w->err, EINVAL, "Parameters '%s.*' are unexpected", path_of(w, &p, at, name));
+    fail(w, at, name, "Parameters", ".*' are unexpected");
     return NULL;
 }
 
@@ -379,20 +385,16 @@ static int check_members(struct walk *w, const struct schema_type *type, const s
         struct json_object *typed = NULL;
 
         if (!json_object_object_get_ex(in, m->name, &value)) {
-            struct path p;
             if (m->optional)
                 continue;
-            return error_set(w->err, EINVAL, "Parameter '%s' is missing",
-                             path_of(w, &p, here, m->name));
+            return fail(w, here, m->name, "Parameter", "' is missing");
         }
         int r = check(w, m->type, here, m->name, value, &typed);
         if (r < 0)
             return r;
         if ((m->features & SCHEMA_LATER) && !switched_off(typed)) {
-            struct path p;
             json_object_put(typed);
-            return error_set(w->err, ENOTSUP, "Parameter '%s' is not supported yet",
-                             path_of(w, &p, here, m->name));
+            return fail(w, here, m->name, "Parameter", "' is not supported yet");
         }
         json_object_object_add(out, m->name, typed);
     }
@@ -418,11 +420,9 @@ static int check_object(struct walk *w, const struct schema_type *type, const st
         return r;
     json_object_object_foreach(value, key, unused)
     {
-        struct path p;
         (void)unused;
         if (!json_object_object_get_ex(out, key, NULL))
-            return error_set(w->err, EINVAL, "Parameter '%s' is unexpected",
-                             path_of(w, &p, &here, key));
+            return fail(w, &here, key, "Parameter", "' is unexpected");
     }
     *ret = steal(out);
     return 0;
