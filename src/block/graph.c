@@ -16,6 +16,40 @@
 #include <ctype.h>
 #include <stdio.h>
 
+/* ---- pointers by key, of a node or of the graph ---- */
+
+static void *get_data(const struct node_data *list, const void *key)
+{
+    for (const struct node_data *d = list; d; d = d->next)
+        if (d->key == key)
+            return d->data;
+    return NULL;
+}
+
+static void set_data(struct node_data **list, const void *key, void *data)
+{
+    struct node_data *d;
+
+    for (d = *list; d; d = d->next) {
+        if (d->key == key) {
+            d->data = data;
+            return;
+        }
+    }
+    d = xnew(struct node_data);
+    *d = (struct node_data){.next = *list, .key = key, .data = data};
+    *list = d;
+}
+
+static void free_data(struct node_data *list)
+{
+    while (list) {
+        struct node_data *d = list;
+        list = d->next;
+        free(d);
+    }
+}
+
 struct graph *graph_new(void)
 {
     struct graph *g = xnew(struct graph);
@@ -45,6 +79,13 @@ again:
     TAILQ_FOREACH (n, &g->nodes, in_graph)
         log_error("node '%s' is still used at the end", n->name);
     assert(TAILQ_EMPTY(&g->nodes));
+    struct graph_hook *hook;
+    while ((hook = TAILQ_LAST(&g->hooks, hook_list))) {
+        TAILQ_REMOVE(&g->hooks, hook, link);
+        if (hook->gone)
+            hook->gone(hook);
+    }
+    free_data(g->data);
     free(g->drivers);
     free(g);
 }
@@ -192,11 +233,7 @@ static void node_release(struct node *n)
     TAILQ_FOREACH (other, &g->nodes, in_graph)
         if (other->inherits_from == n)
             other->inherits_from = NULL;
-    while (n->data) {
-        struct node_data *d = n->data;
-        n->data = d->next;
-        free(d);
-    }
+    free_data(n->data);
     json_object_put(n->options);
     free(n->state);
     free(n->filename);
@@ -227,9 +264,9 @@ static void node_close(struct node *n)
         if (waitq_wait(&n->emptied) < 0)
             break;
     if (n->hooked) {
-        TAILQ_FOREACH (hook, &g->hooks, link)
-            if (hook->closing)
-                hook->closing(hook, n);
+        TAILQ_FOREACH_REVERSE(hook, &g->hooks, hook_list, link)
+        if (hook->closing)
+            hook->closing(hook, n);
     }
     if (!n->read_only && node_flush(n) < 0)
         log_warning("node '%s': the last flush before closing has failed", n->name);
@@ -414,25 +451,22 @@ void graph_add_hook(struct graph *g, struct graph_hook *h)
 
 void *node_get_data(const struct node *n, const void *key)
 {
-    for (const struct node_data *d = n->data; d; d = d->next)
-        if (d->key == key)
-            return d->data;
-    return NULL;
+    return get_data(n->data, key);
 }
 
 void node_set_data(struct node *n, const void *key, void *data)
 {
-    struct node_data *d;
+    set_data(&n->data, key, data);
+}
 
-    for (d = n->data; d; d = d->next) {
-        if (d->key == key) {
-            d->data = data;
-            return;
-        }
-    }
-    d = xnew(struct node_data);
-    *d = (struct node_data){.next = n->data, .key = key, .data = data};
-    n->data = d;
+void *graph_get_data(const struct graph *g, const void *key)
+{
+    return get_data(g->data, key);
+}
+
+void graph_set_data(struct graph *g, const void *key, void *data)
+{
+    set_data(&g->data, key, data);
 }
 
 void node_observe(struct node *n, struct write_observer *o)

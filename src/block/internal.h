@@ -17,7 +17,8 @@ struct graph {
     TAILQ_HEAD(, node) nodes; /* named ones, in the order of creation */
     const struct driver **drivers;
     size_t n_drivers;
-    TAILQ_HEAD(, graph_hook) hooks;
+    TAILQ_HEAD(hook_list, graph_hook) hooks;
+    struct node_data *data; /* graph_get_data */
     struct mutex lock;
     unsigned lock_depth; /* of its owner */
     uint64_t names_made; /* for "#block..." */
