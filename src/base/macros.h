@@ -20,7 +20,7 @@
 
 /* The function gets the address of the variable when its scope ends, in the reverse
  * order of taking. By convention such a function is called NOUN_freep, NOUN_unrefp. */
-#define CLEANUP(fn) __attribute__((cleanup(fn)))
+#define CLEANUP(fn) __attribute__((cleanup(fn), unused))
 
 /* Hands an owned pointer on and leaves NULL, so that a CLEANUP does nothing. */
 #define steal(ptr)                                                                                 \

@@ -267,7 +267,8 @@ int io_sendv_full(int fd, struct iovec *iov, int count)
             return (int)r;
         for (size_t sent = (size_t)r; sent;) {
             size_t here = min_u64(sent, iov->iov_len);
-            iov->iov_base = (char *)iov->iov_base + here;
+            if (here) /* an empty piece may have no address */
+                iov->iov_base = (char *)iov->iov_base + here;
             iov->iov_len -= here;
             sent -= here;
             if (!iov->iov_len) {

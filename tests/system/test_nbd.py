@@ -97,6 +97,7 @@ size=8m
 verify=crc32c
 verify_backlog=64
 verify_fatal=1
+verify_state_save=0
 randseed=7
 """ + "".join(f"[c{i}]\noffset={8 * i}m\n" for i in range(8)))
     done = run_tool("fio", "--output-format=json", job, check=False)

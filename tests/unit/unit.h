@@ -23,6 +23,15 @@
 
 #include <stdio.h>
 
+/* Whether AddressSanitizer is in: its shadow and red zones make measured memory meaningless. */
+#if defined(__SANITIZE_ADDRESS__)
+#define UNIT_SANITIZED 1
+#elif defined(__has_feature)
+#define UNIT_SANITIZED __has_feature(address_sanitizer)
+#else
+#define UNIT_SANITIZED 0
+#endif
+
 /* Leaves the test as skipped, never as passed: what this place does not allow, and why. */
 #define UNIT_SKIP(...)                                                                             \
     do {                                                                                           \

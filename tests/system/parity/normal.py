@@ -66,6 +66,7 @@ class Scrubber:
             if key == "stderr":
                 value = value.replace(self.binary, "PROG")
                 value = re.sub(rf"^{re.escape(self.program)}: ", "PROG: ", value, flags=re.M)
+                value = re.sub(r"^PROG: GLib: .*\n\s*", "", value, flags=re.M)   # its own trouble
             if self.port is not None:
                 value = re.sub(rf"\b{self.port}\b", "$PORT", value)
         return value
@@ -113,6 +114,8 @@ def without_pauses(listed, all_of_them):
     filter's insertion."""
     kept, skip = [], None
     for entry in listed:
+        if entry[0] == "JOB_STATUS_CHANGE:created":     # another job of the same name
+            skip = None
         first = len(kept) >= 2 and kept[-2][0] == "JOB_STATUS_CHANGE:created"
         if entry[0] in PAUSES and (all_of_them or first):
             skip = PAUSES[entry[0]]
