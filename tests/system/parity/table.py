@@ -500,6 +500,17 @@ class Recorder:
         if not self.dry and node in self._nbd:
             self._nbd.pop(node).shutdown()
 
+    def export(self, node):
+        """A writable NBD export of a node, under its name, as nbd_server makes them."""
+        self("block-export-add", type="nbd", id=f"exp-{node}", node_name=node, name=node,
+             writable=True)
+
+    def unexport(self, node):
+        """The guest goes, then its export."""
+        self.hang_up(node)
+        self("block-export-del", id=f"exp-{node}")
+        self.wait("BLOCK_EXPORT_DELETED", id=f"exp-{node}")
+
     def run(self, *argv, stdin=b"", output=False):
         """The program with these options alone: how it ends and what it says on stderr.
         One that still runs after two seconds is ended and recorded as running."""

@@ -35,8 +35,11 @@ def subject():
 
 @pytest.mark.parametrize("seq", all_sequences(), ids=lambda s: s.name)
 def test_sequence(seq, subject, wanted, request):
-    theirs = run_sequence(seq, QSD)
-    broken = compare.reference_faults(theirs)
+    for _ in range(3):      # it has races of its own; a fault that stays is the table's
+        theirs = run_sequence(seq, QSD)
+        broken = compare.reference_faults(theirs)
+        if not broken:
+            break
     if broken:
         pytest.fail(f"{seq.name}: qemu-storage-daemon itself fails, take the step out: {broken}",
                     pytrace=False)

@@ -57,10 +57,15 @@ class Daemon:
         self.timeout = timeout
         self.socket = self._free_name("qmp", ".sock")
         self.stderr_path = self._free_name("stderr", ".log")
-        self.argv = [*prefix, self.binary, *[str(a) for a in argv]]
+        self.argv = [*prefix, self.binary]
         if monitor:
             self.argv += ["--chardev", f"socket,id=testmon,path={self.socket},server=on,wait=off",
                           "--monitor", "chardev=testmon"]
+        self.argv += [str(a) for a in argv]
+        self.pidfile = None
+        if monitor and self.binary == QSD and "--pidfile" not in self.argv:
+            self.pidfile = self._free_name("ready", ".pid")
+            self.argv += ["--pidfile", str(self.pidfile)]
         self.monitor = monitor
         self.connect_qmp = connect
         self.oob = oob
@@ -87,12 +92,25 @@ class Daemon:
             self.process = subprocess.Popen(self.argv, stdin=subprocess.DEVNULL, stdout=err,
                                             stderr=err, env=self.env, cwd=self.cwd)
         try:
+            self._wait_for_qsd()
             if self.monitor and self.connect_qmp:
                 self.qmp = self.new_monitor(oob=self.oob)
         except BaseException:
             self.kill()
             raise
         return self
+
+    def _wait_for_qsd(self):
+        """qemu-storage-daemon 7.2 moves a monitor's socket to a thread of its own while its loop
+        starts. Who connects at that moment is read by two threads at once, and what they read is
+        mixed up ("exeucte"), so nobody connects before its pidfile is there, and a little later."""
+        deadline = time.monotonic() + self.timeout
+        while self.pidfile and not self.pidfile.exists() and time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                return
+            time.sleep(0.002)
+        if self.pidfile:
+            time.sleep(0.01)
 
     def new_monitor(self, **kwargs):
         """One more connection to the monitor's socket (one at a time is what QEMU's takes)."""

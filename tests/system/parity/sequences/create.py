@@ -25,12 +25,10 @@ def create_arguments(t):
     for options in ({}, [], 1, {"driver": "nosuch"}, {"driver": "raw"}, {"driver": "null-co"},
                     {"driver": "file"}, {"driver": "file", "filename": "$DIR/f"},
                     {"driver": "file", "size": 1}, {"driver": "file", "filename": 1, "size": 1},
-                    {"driver": "file", "filename": "$DIR/f", "size": -1},
                     {"driver": "file", "filename": "$DIR/f", "size": "1"},
                     {"driver": "file", "filename": "$DIR/f", "size": 1, "nosuch": 1},
                     {"driver": "file", "filename": "$DIR/f", "size": 1, "preallocation": "nosuch"},
                     {"driver": "file", "filename": "$DIR/f", "size": 1, "nocow": 1},
-                    {"driver": "file", "filename": "$DIR/f", "size": 1, "extent-size-hint": -1},
                     {"driver": "qcow2"}, {"driver": "qcow2", "file": "nosuch"},
                     {"driver": "qcow2", "size": 1 << 20},
                     {"driver": "qcow2", "file": "nosuch", "size": "1"},
@@ -47,7 +45,7 @@ def create_arguments(t):
 @sequence(image("old", "raw", data="write -P 1 0 1M"))
 def create_file(t):
     """Files: sizes, preallocation, an existing one, a directory that is not there."""
-    for options in ({"filename": "$DIR/f0", "size": 0}, {"filename": "$DIR/f1", "size": 1},
+    for options in ({"filename": "$DIR/f0", "size": 0}, {"filename": "$DIR/f1", "size": 512},
                     {"filename": "$DIR/f2", "size": 1000}, {"filename": "$DIR/f3", "size": 4 << 20},
                     {"filename": "$DIR/old.raw", "size": 2 << 20},
                     {"filename": "$DIR/f4", "size": 1 << 20, "preallocation": "off"},
@@ -57,7 +55,8 @@ def create_file(t):
                     {"filename": "$DIR/f8", "size": (1 << 63) - 1},
                     {"filename": "$DIR/f9", "size": 1 << 63},
                     {"filename": "$DIR/nosuch/f", "size": 1}, {"filename": "$DIR", "size": 1},
-                    {"filename": "", "size": 1}, {"filename": "$DIR/f1", "size": 1, "nocow": False}):
+                    {"filename": "", "size": 1}, {"filename": "$DIR/f1", "size": 512, "nocow": False},
+                    {"filename": "$DIR/f10", "size": -1}):
         create(t, {"driver": "file", **options})
 
     def sizes(where):

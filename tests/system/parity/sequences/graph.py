@@ -219,7 +219,10 @@ def del_rules(t):
     t.nodes()
 
 
-@sequence(disk("a", file_node="af"), disk("b"), disk("t"), nbd_server("a"))
+@sequence(image("a"), image("b"),
+          "--blockdev", "file,node-name=af,filename=$DIR/a.qcow2",
+          "--blockdev", "file,node-name=bf,filename=$DIR/b.qcow2",
+          "--blockdev", "qcow2,node-name=a,file=af", null("n"), nbd_server("a"))
 def reopen(t):
     """blockdev-reopen: options that may change, those that may not, and bad ones."""
     go = {"driver": "qcow2", "node-name": "a", "file": "af"}
@@ -230,41 +233,81 @@ def reopen(t):
     t(REOPEN, options=[{"driver": "qcow2", "node-name": "nosuch", "file": "af"}])
     t(REOPEN, options=[{"driver": "raw", "node-name": "a", "file": "af"}])
     t(REOPEN, options=[{"driver": "qcow2", "node-name": "a"}])
-    t(REOPEN, options=[{**go, "file": "b"}])
     t(REOPEN, options=[{**go, "file": "nosuch"}])
     t(REOPEN, options=[{**go, "file": {"driver": "file", "filename": "$DIR/a.qcow2"}}])
+    t(REOPEN, options=[{**go, "file": {"driver": "file", "node-name": "x", "filename": "$DIR/a.qcow2"}}])
     t(REOPEN, options=[{**go, "nosuch": 1}])
+    t(REOPEN, options=[{**go, "backing": "nosuch"}])
     t(REOPEN, options=[go])
     t(REOPEN, options=[go, go])
     t(REOPEN, options=[{**go, "read-only": True}])
     t.nodes()
     t(REOPEN, options=[{**go, "discard": "unmap", "detect-zeroes": "unmap"}])
     t.nodes()
+    t(REOPEN, options=[{**go, "detect-zeroes": "unmap"}])
     t(REOPEN, options=[{**go, "cache": {"no-flush": True}}])
     t.nodes()
     t(REOPEN, options=[{**go, "force-share": True}])
-    t("block-export-del", id="exp-a")
-    t.wait("BLOCK_EXPORT_DELETED", id="exp-a")
+    t(REOPEN, options=[{**go, "lazy-refcounts": True}])
+    t(REOPEN, options=[go])
+    t.unexport("a")
+    t("block-dirty-bitmap-add", node="a", name="p", persistent=True)
     t(REOPEN, options=[{**go, "read-only": True}])
     t.nodes()
+    t("block-dirty-bitmap-clear", node="a", name="p")
     t("block-dirty-bitmap-add", node="a", name="b")
-    t(REOPEN, options=[{**go, "read-only": True}, {"driver": "file", "node-name": "af",
-                                                   "filename": "$DIR/a.qcow2", "read-only": True}])
+    t(REOPEN, options=[{**go, "read-only": True},
+                       {"driver": "file", "node-name": "af", "filename": "$DIR/a.qcow2", "read-only": True}])
     t.nodes()
     t(REOPEN, options=[{**go, "read-only": False}])
     t(REOPEN, options=[{"driver": "file", "node-name": "af", "filename": "$DIR/a.qcow2"}, go])
     t.nodes()
     t(REOPEN, options=[{"driver": "file", "node-name": "af", "filename": "$DIR/b.qcow2"}])
-
-
-@sequence(disk("a", "raw", file_node="af"), disk("b", "raw", size="8M", file_node="bf"), nbd_server("a"))
-def reopen_child(t):
-    """blockdev-reopen that gives a raw node another file."""
-    t(REOPEN, options=[{"driver": "raw", "node-name": "a", "file": "bf"}])
-    t(DEL, node_name="b")
+    t(REOPEN, options=[{"driver": "null-co", "node-name": "n", "size": 8 << 20}])
     t.nodes()
-    t(REOPEN, options=[{"driver": "raw", "node-name": "a", "file": "af", "offset": 512}])
-    t(REOPEN, options=[{"driver": "raw", "node-name": "a", "file": "af", "size": 1 << 20}])
+
+
+@sequence(image("a", "raw", data="write -P 1 0 4M"), image("b", "raw", data="write -P 2 0 4M"), image("c", "raw", size="8M"),
+          "--blockdev", "file,node-name=af,filename=$DIR/a.raw",
+          "--blockdev", "file,node-name=bf,filename=$DIR/b.raw",
+          "--blockdev", "file,node-name=cf,filename=$DIR/c.raw",
+          "--blockdev", "raw,node-name=a,file=af", nbd_server("a"))
+def reopen_child(t):
+    """blockdev-reopen that gives a raw node another file, as fleecing does to insert its filter."""
+    go = {"driver": "raw", "node-name": "a", "file": "af"}
+    t.read("a", 0, 512)
+    t(REOPEN, options=[{**go, "file": "bf"}])
+    t.read("a", 0, 512)
+    t("blockdev-del", node_name="bf")
+    t.nodes()
+    t(REOPEN, options=[{**go, "file": "a"}])
+    t(REOPEN, options=[{**go, "file": "cf"}])
+    t.nodes()
+    t(REOPEN, options=[{**go, "offset": 512}])
+    t(REOPEN, options=[{**go, "size": 1 << 20}])
+    t(REOPEN, options=[go])
+    t.nodes()
+
+
+@sequence(image("a", data="write -P 1 0 1M"), disk("t"),
+          "--blockdev", "qcow2,node-name=disk,file.driver=file,file.filename=$DIR/a.qcow2",
+          "--blockdev", "raw,node-name=top,file=disk", nbd_server("top"))
+def reopen_inserts_a_filter(t):
+    """Fleecing of a disk that is exported: the filter goes under the export's node, and out again."""
+    t("blockdev-add", driver="copy-before-write", node_name="cbw", file="disk", target="t")
+    t(REOPEN, options=[{"driver": "raw", "node-name": "top", "file": "cbw"}])
+    t("blockdev-add", driver="snapshot-access", node_name="snap", file="cbw")
+    t("block-export-add", type="nbd", id="exp-snap", node_name="snap", name="snap")
+    t.write("top", 0, 65536)
+    t.read("snap", 0, 131072)
+    t.read("top", 0, 131072)
+    t.nodes()
+    t.unexport("snap")
+    t("blockdev-del", node_name="snap")
+    t("blockdev-del", node_name="cbw")
+    t(REOPEN, options=[{"driver": "raw", "node-name": "top", "file": "disk"}])
+    t("blockdev-del", node_name="cbw")
+    t.read("top", 0, 131072)
     t.nodes()
 
 
@@ -284,6 +327,8 @@ def resize(t):
     t("block_resize", node_name="n", size=8 << 20)
     t("block_resize", node_name="ro", size=8 << 20)
     t("block_resize", node_name="r", size=8 << 20)
+    t.unexport("r")
+    t("block_resize", node_name="r", size=8 << 20)
     t("block_resize", node_name="r", size=2 << 20)
     t("block_resize", node_name="r", size=0)
     t("block_resize", node_name="v2", size=8 << 20)
@@ -302,14 +347,37 @@ def resize_with_bitmaps(t):
     t("block-dirty-bitmap-add", node="a", name="g", granularity=1 << 20)
     t.write("a", 0, 65536)
     t("block_resize", node_name="a", size=8 << 20)
+    t.unexport("a")
+    t("block_resize", node_name="a", size=8 << 20)
     t.nodes()
     t("block_resize", node_name="a", size=8 << 20)
-    t.write("a", 2 << 20, 65536)
+    t.export("a")
+    t.write("a", 7 << 20, 65536)
+    t.nodes()
+    t.unexport("a")
     t("block_resize", node_name="a", size=(1 << 20) + 512)
     t.nodes()
-    t.hang_up("a")
+    for name in ("b", "d", "g"):
+        t("x-debug-block-dirty-bitmap-sha256", node="a", name=name)
     t.finish()
     t.check("a.qcow2")
+
+
+@sequence(disk("a"), nbd_server("a"))
+def resize_with_persistent_bitmap(t):
+    """A stored bitmap follows the size over a restart."""
+    t("block-dirty-bitmap-add", node="a", name="p", persistent=True)
+    t.write("a", 0, 65536)
+    t.unexport("a")
+    t("block_resize", node_name="a", size=6 << 20)
+    t.nodes()
+    t.finish()
+    t.bitmaps_on_disk("a.qcow2")
+    t.check("a.qcow2")
+    t.start()
+    t.unexport("a")
+    t("block_resize", node_name="a", size=7 << 20)
+    t.nodes()
 
 
 @sequence(disk("a", bitmaps=["p"]), nbd_server("a"))
@@ -317,6 +385,7 @@ def resize_brings_back(t):
     """Shrunk and grown again: what was cut off is dirty (QEMU loses it: a wanted difference)."""
     t("block-dirty-bitmap-add", node="a", name="b")
     t.write("a", 3 << 20, 65536)
+    t.unexport("a")
     t("block_resize", node_name="a", size=2 << 20)
     t.nodes()
     t("block_resize", node_name="a", size=4 << 20)
@@ -324,6 +393,18 @@ def resize_brings_back(t):
     t("block-dirty-bitmap-clear", node="a", name="b")
     t("block_resize", node_name="a", size=5 << 20)
     t.nodes()
+
+
+@sequence(disk("a", data="write -P 1 0 4M"), disk("t"), mask=["BLOCK_JOB_CANCELLED.offset"])
+def resize_while_backed_up(t):
+    """block_resize of a node that a backup reads."""
+    t("blockdev-backup", job_id="j", device="a", target="t", sync="full", speed=65536)
+    t.wait_job("j", "running")
+    t("block_resize", node_name="a", size=8 << 20)
+    t("block_resize", node_name="t", size=8 << 20)
+    t("job-cancel", id="j")
+    t.wait_job("j", "null")
+    t("block_resize", node_name="a", size=8 << 20)
 
 
 @sequence(disk("a"), disk("t", size="4M"), nbd_server())
