@@ -1,0 +1,630 @@
+/* Named dirty bitmaps: the list of a node, its marks, and what a job does to a bitmap.
+ *
+ * One write observer per node marks all that record, in one
+ * pass and before the data is submitted. A failed write leaves marks: a superset. Nothing here
+ * takes a mark away, except a clear, with no request inside the node (asserted).
+ *
+ *     bitmap, enabled        |#..#.....|  marks go here
+ *        start   bits        |#..#.....|  frozen: the job reads them
+ *                successor   |.........|  marks go here
+ *        advance bits  :=    successor                 the handle keeps its name and its users
+ *        roll back           successor |= remaining; bits := successor
+ *
+ * The handle (struct dirty_bitmap) of the bitmap lives on, the successor's bits move into it in
+ * one step without a wait: no mark can fall between.
+ *
+ * Resizing. `peak_bytes` is the largest size that the disk has had since the bitmap was last empty
+ * by a clear. A grow within it brings bytes back that were cut off: they read as zeroes now, the
+ * base of the bitmap has something else there, so they are dirty. Bytes beyond the peak are in
+ * nobody's base.
+ *
+ * What can go wrong: memory for a new set, or for one that is to follow a growing disk: an error
+ * before anything has changed. Only a node that grows under a write from above (a file under
+ * its format) cannot refuse; then the bitmap says that it cannot be trusted (inconsistent). */
+#include "dirty/dirty.h"
+
+#include "base/log.h"
+#include "block/driver.h"
+
+#include <gnutls/crypto.h>
+#include <inttypes.h>
+#include <stdio.h>
+
+struct dirty_graph {
+    struct graph_hook hook;
+    struct dirty_store *store; /* lent; NULL: bitmaps live in memory only */
+};
+
+TAILQ_HEAD(dirty_list, dirty_bitmap);
+
+/* What a node has of this room, from its opening to its closing. */
+struct dirty_node {
+    struct node *node;
+    struct write_observer observer;
+    struct dirty_list list; /* newest first, hidden ones too */
+};
+
+struct dirty_bitmap {
+    struct dirty_node *home;
+    char *name; /* NULL: nameless */
+    struct bitmap *bits;
+    struct dirty_bitmap *successor; /* nameless, in the list; NULL: no job holds this one */
+    bool enabled, busy, persistent, inconsistent, readonly, hidden;
+    bool marked_since; /* a write has marked since the last clear or merge that can be undone */
+    uint64_t peak_bytes;
+    uint64_t peak_before; /* the peak that undoing a clear brings back */
+    TAILQ_ENTRY(dirty_bitmap) link;
+};
+
+static const char graph_key[1], node_key[1];
+
+static struct dirty_node *node_of(const struct node *n)
+{
+    return node_get_data(n, node_key);
+}
+
+static void assert_quiet(const struct node *n)
+{
+    assert(n->inside == 0 && "what is marked changes while a write is under way");
+}
+
+/* How a bitmap is called in a message about it. */
+static const char *title(const char *name)
+{
+    return name ? name : "(without name)";
+}
+
+/* ---- the observer ---- */
+
+static void observer_mark(struct write_observer *o, struct range r)
+{
+    struct dirty_node *home = container_of(o, struct dirty_node, observer);
+    struct dirty_bitmap *bm;
+
+    TAILQ_FOREACH (bm, &home->list, link) {
+        if (!bm->enabled)
+            continue;
+        bm->marked_since = true;
+        bitmap_mark(bm->bits, r);
+    }
+}
+
+static void follow_size(struct dirty_bitmap *bm, uint64_t from, uint64_t to)
+{
+    if (bitmap_resize(bm->bits, to) < 0) {
+        log_warning("no memory for dirty bitmap '%s' of node '%s' at %" PRIu64
+                    " bytes: it is inconsistent from now on",
+                    title(bm->name), node_name(bm->home->node), to);
+        dirty_set_inconsistent(bm);
+    }
+    if (to > from)
+        bitmap_mark(bm->bits, range_between(from, min_u64(to, bm->peak_bytes)));
+    bm->peak_bytes = max_u64(bm->peak_bytes, to);
+    bm->peak_before = 0;
+}
+
+static void observer_resized(struct write_observer *o, uint64_t from, uint64_t to)
+{
+    struct dirty_node *home = container_of(o, struct dirty_node, observer);
+    struct dirty_bitmap *bm;
+
+    TAILQ_FOREACH (bm, &home->list, link)
+        follow_size(bm, from, to);
+}
+
+/* Makes room before the driver grows the disk, while it can still be refused. */
+static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t to,
+                             struct error *err)
+{
+    struct dirty_node *home = container_of(o, struct dirty_node, observer);
+    struct dirty_bitmap *bm;
+
+    if (to <= from)
+        return 0;
+    TAILQ_FOREACH (bm, &home->list, link) {
+        if (bitmap_resize(bm->bits, to) == 0)
+            continue;
+        observer_resized(o, to, from); /* smaller again, which cannot fail */
+        return error_set(err, ENOMEM, "No memory for bitmap '%s' of node '%s' at %" PRIu64 " bytes",
+                         title(bm->name), node_name(home->node), to);
+    }
+    return 0;
+}
+
+/* ---- the room's place in the graph ---- */
+
+/* The observer stays for the node's life: it could not come and go while requests are inside, and
+ * bitmaps that do not record may. */
+static struct dirty_node *make_home(struct node *n)
+{
+    struct dirty_node *home = node_of(n);
+
+    if (!home) {
+        home = xnew(struct dirty_node);
+        home->node = n;
+        home->observer.mark = observer_mark;
+        home->observer.resizing = observer_resizing;
+        home->observer.resized = observer_resized;
+        TAILQ_INIT(&home->list);
+        node_set_data(n, node_key, home);
+        node_observe(n, &home->observer);
+    }
+    return home;
+}
+
+static int hook_opened(struct graph_hook *h, struct node *n, struct error *err)
+{
+    make_home(n);
+    return 0;
+}
+
+static void hook_closing(struct graph_hook *h, struct node *n)
+{
+    struct dirty_node *home = node_of(n);
+
+    if (!home)
+        return;
+    while (!TAILQ_EMPTY(&home->list)) {
+        struct dirty_bitmap *bm = TAILQ_FIRST(&home->list);
+        bm->busy = false;
+        bm->successor = NULL; /* is in the list itself */
+        dirty_release(bm);
+    }
+    node_unobserve(n, &home->observer);
+    node_set_data(n, node_key, NULL);
+    free(home);
+}
+
+static void hook_gone(struct graph_hook *h)
+{
+    free(container_of(h, struct dirty_graph, hook));
+}
+
+void dirty_init(struct graph *g)
+{
+    struct dirty_graph *dg = xnew(struct dirty_graph);
+
+    dg->hook.opened = hook_opened;
+    dg->hook.closing = hook_closing;
+    dg->hook.gone = hook_gone;
+    graph_set_data(g, graph_key, dg);
+    graph_add_hook(g, &dg->hook);
+}
+
+void dirty_set_store(struct graph *g, struct dirty_store *s)
+{
+    struct dirty_graph *dg = graph_get_data(g, graph_key);
+
+    dg->store = s;
+}
+
+static struct dirty_store *store_of(const struct node *n)
+{
+    struct dirty_graph *dg = graph_get_data(node_graph(n), graph_key);
+
+    return dg ? dg->store : NULL;
+}
+
+/* ---- finding and asking ---- */
+
+static struct dirty_bitmap *skip_hidden(struct dirty_bitmap *bm)
+{
+    while (bm && bm->hidden)
+        bm = TAILQ_NEXT(bm, link);
+    return bm;
+}
+
+struct dirty_bitmap *dirty_first(struct node *n)
+{
+    struct dirty_node *home = node_of(n);
+
+    return home ? skip_hidden(TAILQ_FIRST(&home->list)) : NULL;
+}
+
+struct dirty_bitmap *dirty_next(struct dirty_bitmap *bm)
+{
+    return skip_hidden(TAILQ_NEXT(bm, link));
+}
+
+struct dirty_bitmap *dirty_find(struct node *n, const char *name)
+{
+    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm))
+        if (bm->name && !strcmp(bm->name, name))
+            return bm;
+    return NULL;
+}
+
+struct node *dirty_node(const struct dirty_bitmap *bm)
+{
+    return bm->home->node;
+}
+
+const char *dirty_name(const struct dirty_bitmap *bm)
+{
+    return bm->name;
+}
+
+uint64_t dirty_granularity(const struct dirty_bitmap *bm)
+{
+    return bitmap_granularity(bm->bits);
+}
+
+bool dirty_busy(const struct dirty_bitmap *bm)
+{
+    return bm->busy;
+}
+
+bool dirty_enabled(const struct dirty_bitmap *bm)
+{
+    return bm->enabled;
+}
+
+bool dirty_recording(const struct dirty_bitmap *bm)
+{
+    return bm->enabled || (bm->successor && bm->successor->enabled);
+}
+
+bool dirty_persistent(const struct dirty_bitmap *bm)
+{
+    return bm->persistent;
+}
+
+bool dirty_inconsistent(const struct dirty_bitmap *bm)
+{
+    return bm->inconsistent;
+}
+
+bool dirty_readonly(const struct dirty_bitmap *bm)
+{
+    return bm->readonly;
+}
+
+struct bitmap *dirty_bits(struct dirty_bitmap *bm)
+{
+    return bm->bits;
+}
+
+struct json_object *dirty_info(struct node *n)
+{
+    struct json_object *list = NULL;
+
+    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm)) {
+        struct json_object *info = json_object_new_object();
+        if (bm->name)
+            json_add_string(info, "name", bm->name);
+        json_add_uint(info, "count", bitmap_count(bm->bits));
+        json_add_uint(info, "granularity", dirty_granularity(bm));
+        json_add_bool(info, "recording", dirty_recording(bm));
+        json_add_bool(info, "busy", bm->busy);
+        json_add_bool(info, "persistent", bm->persistent);
+        if (bm->inconsistent)
+            json_add_bool(info, "inconsistent", true);
+        if (!list)
+            list = json_object_new_array();
+        json_object_array_add(list, info);
+    }
+    return list;
+}
+
+int dirty_sha256(struct dirty_bitmap *bm, char hex[65], struct error *err)
+{
+    /* The words that QEMU keeps: whole ones, at least one. */
+    const uint64_t length = max_u64(align_up(bitmap_serial_length(bm->bits), 8), 8);
+    uint8_t chunk[16 * 1024], digest[32];
+    gnutls_hash_hd_t hash;
+
+    int r = gnutls_hash_init(&hash, GNUTLS_DIG_SHA256);
+    if (r < 0)
+        return error_set(err, EIO, "SHA-256 is not available: %s", gnutls_strerror(r));
+    for (uint64_t at = 0; at < length; at += sizeof chunk) {
+        size_t n = min_u64(length - at, sizeof chunk);
+        bitmap_serialise(bm->bits, at, chunk, n);
+        gnutls_hash(hash, chunk, n);
+    }
+    gnutls_hash_deinit(hash, digest);
+    for (size_t i = 0; i < sizeof digest; i++)
+        snprintf(hex + 2 * i, 3, "%02x", digest[i]);
+    return 0;
+}
+
+int dirty_check(struct dirty_bitmap *bm, unsigned checks, struct error *err)
+{
+    const char *name = bm->name ? bm->name : "";
+
+    if ((checks & DIRTY_CHECK_BUSY) && bm->busy)
+        return error_set(err, EBUSY,
+                         "Bitmap '%s' is currently in use by another operation and cannot be used",
+                         name);
+    if ((checks & DIRTY_CHECK_READONLY) && bm->readonly)
+        return error_set(err, EACCES, "Bitmap '%s' is readonly and cannot be modified", name);
+    if ((checks & DIRTY_CHECK_INCONSISTENT) && bm->inconsistent)
+        return error_set(err, EINVAL, "Bitmap '%s' is inconsistent and cannot be used", name);
+    return 0;
+}
+
+int dirty_lookup(struct graph *g, const char *node, const char *name, struct node **n,
+                 struct dirty_bitmap **bm, struct error *err)
+{
+    struct node *found = graph_find(g, node);
+    if (!found)
+        return error_set(err, ENOENT, "Node '%s' not found", node);
+    struct dirty_bitmap *b = dirty_find(found, name);
+    if (!b)
+        return error_set(err, ENOENT, "Dirty bitmap '%s' not found", name);
+
+    if (n)
+        *n = found;
+    if (bm)
+        *bm = b;
+    return 0;
+}
+
+/* ---- coming and going ---- */
+
+/* The cluster size, where there is one, but neither tiny nor huge. */
+static uint64_t default_granularity(const struct node *n)
+{
+    uint64_t cluster = node_cluster_size(n);
+
+    if (cluster == 0 || !is_power_of_2(cluster))
+        return 64 * KiB;
+    return max_u64(4 * KiB, min_u64(cluster, 64 * KiB));
+}
+
+static int no_memory(const struct node *n, const char *name, uint64_t granularity_bytes,
+                     struct error *err)
+{
+    return error_set(err, ENOMEM,
+                     "No memory for bitmap '%s' of node '%s': %" PRIu64
+                     " bytes at granularity %" PRIu64,
+                     title(name), node_name(n), node_size(n), granularity_bytes);
+}
+
+static int check_new_name(struct node *n, const char *name, struct error *err)
+{
+    if (dirty_find(n, name))
+        return error_set(err, EEXIST, "Bitmap already exists: %s", name);
+    if (strlen(name) > DIRTY_NAME_MAX)
+        return error_set(err, EINVAL, "Bitmap name too long: %s", name);
+    return 0;
+}
+
+static int check_can_store(struct node *n, const char *name, uint64_t granularity_bytes,
+                           struct error *err)
+{
+    struct dirty_store *s = store_of(n);
+
+    if (s && s->can_add)
+        return s->can_add(s, n, name, granularity_bytes, err);
+    return error_set_errno(err, ENOTSUP, "Can't store persistent bitmaps to %s", node_name(n));
+}
+
+/* At the head of the list. Steals BITS. */
+static struct dirty_bitmap *enlist(struct dirty_node *home, const char *name, struct bitmap *bits)
+{
+    struct dirty_bitmap *bm = xnew(struct dirty_bitmap);
+
+    bm->home = home;
+    bm->name = name ? xstrdup(name) : NULL;
+    bm->bits = bits;
+    bm->peak_bytes = bitmap_size(bits);
+    TAILQ_INSERT_HEAD(&home->list, bm, link);
+    return bm;
+}
+
+int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsigned flags,
+              struct dirty_bitmap **ret, struct error *err)
+{
+    int r;
+
+    if (name && !*name)
+        return error_set(err, EINVAL, "Bitmap name cannot be empty");
+    if (!granularity_bytes)
+        granularity_bytes = default_granularity(n);
+    if (!is_power_of_2(granularity_bytes) || granularity_bytes < BITMAP_GRANULARITY_MIN ||
+        granularity_bytes > BITMAP_GRANULARITY_MAX)
+        return error_set(err, EINVAL, DIRTY_BAD_GRANULARITY);
+    if ((flags & (DIRTY_PERSISTENT | DIRTY_LOADED)) == DIRTY_PERSISTENT &&
+        (r = check_can_store(n, name, granularity_bytes, err)) < 0)
+        return r;
+    if (name && (r = check_new_name(n, name, err)) < 0) /* after it: that may have waited */
+        return r;
+
+    struct bitmap *bits = bitmap_new(node_size(n), granularity_bytes);
+    if (!bits)
+        return no_memory(n, name, granularity_bytes, err);
+    if (!(flags & DIRTY_DISABLED))
+        assert_quiet(n);
+    struct dirty_bitmap *bm = enlist(make_home(n), name, bits);
+    bm->enabled = !(flags & DIRTY_DISABLED);
+    bm->persistent = flags & DIRTY_PERSISTENT;
+    if (flags & DIRTY_LOADED)
+        bm->peak_bytes = UINT64_MAX;
+    if (ret)
+        *ret = bm;
+    return 0;
+}
+
+void dirty_release(struct dirty_bitmap *bm)
+{
+    struct dirty_node *home = bm->home;
+
+    assert(!bm->busy && !bm->successor);
+    TAILQ_REMOVE(&home->list, bm, link);
+    bitmap_free(bm->bits);
+    free(bm->name);
+    free(bm);
+}
+
+int dirty_remove_stored(struct dirty_bitmap *bm, struct error *err)
+{
+    struct dirty_store *s = store_of(bm->home->node);
+
+    if (!bm->persistent || !s || !s->remove)
+        return 0;
+    return s->remove(s, bm->home->node, bm->name, err);
+}
+
+int dirty_remove(struct dirty_bitmap *bm, struct error *err)
+{
+    int r = dirty_remove_stored(bm, err);
+    if (r < 0)
+        return r;
+    dirty_release(bm);
+    return 0;
+}
+
+void dirty_hide(struct dirty_bitmap *bm)
+{
+    bm->hidden = true;
+}
+
+void dirty_unhide(struct dirty_bitmap *bm)
+{
+    assert(!bm->name || !dirty_find(bm->home->node, bm->name));
+    bm->hidden = false;
+}
+
+/* ---- changing ---- */
+
+void dirty_set_persistent(struct dirty_bitmap *bm, bool persistent)
+{
+    bm->persistent = persistent;
+}
+
+void dirty_set_enabled(struct dirty_bitmap *bm, bool enabled)
+{
+    if (bm->enabled == enabled)
+        return;
+    assert_quiet(bm->home->node);
+    bm->enabled = enabled;
+}
+
+void dirty_set_busy(struct dirty_bitmap *bm, bool busy)
+{
+    bm->busy = busy;
+}
+
+void dirty_set_readonly(struct dirty_bitmap *bm, bool readonly)
+{
+    bm->readonly = readonly;
+}
+
+void dirty_set_inconsistent(struct dirty_bitmap *bm)
+{
+    bm->inconsistent = true;
+    bm->enabled = false;
+}
+
+struct bitmap *dirty_clear(struct dirty_bitmap *bm)
+{
+    const uint64_t size = bitmap_size(bm->bits);
+    struct bitmap *old = bm->bits;
+
+    assert(!bm->successor);
+    struct bitmap *clean = bitmap_new(size, bitmap_granularity(old));
+    if (!clean)
+        return NULL;
+    assert_quiet(bm->home->node);
+    bm->bits = clean;
+    bm->peak_before = max_u64(bm->peak_before, bm->peak_bytes);
+    bm->peak_bytes = size;
+    bm->marked_since = false;
+    return old;
+}
+
+void dirty_restore(struct dirty_bitmap *bm, struct bitmap *old)
+{
+    assert(bitmap_size(old) == bitmap_size(bm->bits));
+    if (bm->marked_since)
+        bitmap_merge(old, bm->bits);
+    bitmap_free(bm->bits);
+    bm->bits = old;
+    bm->peak_bytes = max_u64(bm->peak_bytes, bm->peak_before);
+}
+
+int dirty_merge(struct dirty_bitmap *bm, struct dirty_bitmap *src, struct bitmap **undo,
+                struct error *err)
+{
+    int r;
+
+    if ((r = dirty_check(bm, DIRTY_CHECK_DEFAULT, err)) < 0 ||
+        (r = dirty_check(src, DIRTY_CHECK_ALLOW_READONLY, err)) < 0)
+        return r;
+    if (bitmap_size(bm->bits) != bitmap_size(src->bits))
+        return error_set(err, EINVAL,
+                         "Bitmaps are of different sizes (destination size is %" PRIu64
+                         ", source size is %" PRIu64 ") and can't be merged",
+                         bitmap_size(bm->bits), bitmap_size(src->bits));
+    if (undo) {
+        struct bitmap *old = bitmap_dup(bm->bits);
+        if (!old)
+            return no_memory(bm->home->node, bm->name, dirty_granularity(bm), err);
+        *undo = old;
+        bm->marked_since = false;
+    }
+    bitmap_merge(bm->bits, src->bits);
+    bm->peak_bytes = max_u64(bm->peak_bytes, src->peak_bytes);
+    return 0;
+}
+
+/* ---- a job's hold on a bitmap ---- */
+
+int dirty_start(struct dirty_bitmap *bm, struct error *err)
+{
+    int r = dirty_check(bm, DIRTY_CHECK_BUSY, err);
+    if (r < 0)
+        return r;
+
+    struct bitmap *bits = bitmap_new(bitmap_size(bm->bits), dirty_granularity(bm));
+    if (!bits)
+        return no_memory(bm->home->node, bm->name, dirty_granularity(bm), err);
+    assert_quiet(bm->home->node);
+    bm->successor = enlist(bm->home, NULL, bits);
+    bm->successor->enabled = bm->enabled;
+    bm->enabled = false;
+    bm->busy = true;
+    return 0;
+}
+
+/* The successor's bits become those of BM, which is not busy any more. A new base has its place in
+ * the list, the old one keeps its own; that is how QEMU's queries show it. */
+static void succeed(struct dirty_bitmap *bm, bool new_base)
+{
+    struct dirty_bitmap *s = bm->successor;
+
+    assert(s && bm->busy && !bm->enabled);
+    bitmap_free(bm->bits);
+    bm->bits = steal(s->bits);
+    bm->enabled = s->enabled;
+    bm->marked_since = true;
+    bm->peak_bytes = new_base ? s->peak_bytes : max_u64(bm->peak_bytes, s->peak_bytes);
+    bm->peak_before = 0;
+    bm->busy = false;
+    bm->successor = NULL;
+    if (new_base) {
+        TAILQ_REMOVE(&bm->home->list, bm, link);
+        TAILQ_INSERT_BEFORE(s, bm, link);
+    }
+    dirty_release(s);
+}
+
+void dirty_advance(struct dirty_bitmap *bm)
+{
+    succeed(bm, true);
+}
+
+int dirty_roll_back(struct dirty_bitmap *bm, const struct bitmap *remaining)
+{
+    if (!remaining)
+        remaining = bm->bits;
+    bitmap_merge_range(bm->successor->bits, remaining, range_make(0, bitmap_size(remaining)));
+    succeed(bm, false);
+    return 0;
+}
+
+void dirty_unstart(struct dirty_bitmap *bm)
+{
+    bitmap_merge(bm->successor->bits, bm->bits);
+    succeed(bm, false);
+}
