@@ -1,8 +1,8 @@
 /* Named dirty bitmaps: the list of a node, its marks, and what a job does to a bitmap.
  *
- * One write observer per node marks all that record, in one
- * pass and before the data is submitted. A failed write leaves marks: a superset. Nothing here
- * takes a mark away, except a clear, with no request inside the node (asserted).
+ * One write observer per node marks all that record, in one pass and before the data is
+ * submitted. A failed write leaves marks: a superset. Nothing here takes a mark away, except a
+ * clear, with no request inside the node (asserted).
  *
  *     bitmap, enabled        |#..#.....|  marks go here
  *        start   bits        |#..#.....|  frozen: the job reads them
