@@ -212,6 +212,8 @@ static int move_quiesced(struct node *from, struct node *to, bool all, struct er
     CLEANUP(node_unrefp) struct node *held_from = node_ref(from);
     int r;
 
+    (void)held_from;
+
     graph_quiesce_begin(g, &from, 1);
     r = move_parents(from, to, all, err);
     graph_quiesce_end(g, &from, 1);

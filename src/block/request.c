@@ -502,6 +502,8 @@ int node_flush(struct node *n)
     TAILQ_FOREACH (e, &n->children, in_children) {
         if (result < 0)
             break;
+        if (n->driver->flushes_primary_only && !(e->role & ROLE_PRIMARY))
+            continue;
         if (e->perm & (PERM_WRITE | PERM_WRITE_UNCHANGED))
             result = edge_flush(e);
     }

@@ -39,7 +39,6 @@ struct copy_progress {
     uint64_t total;
 };
 struct copy_progress copy_progress(const struct copy *c);
-void copy_begin_progress(struct copy *c); /* done 0, total what remains now */
 
 /* Bytes a second of copy_run, 0: no limit; takes effect at once. */
 void copy_set_speed(struct copy *c, uint64_t speed);

@@ -1,0 +1,385 @@
+/* The copy engine. See copy.h for what it promises.
+ *
+ * A chunk is in one of three states, and two facts tell which:
+ *
+ *     bit in `remaining`   its lock held   state
+ *            set                no         to be copied
+ *            set                yes        on its way (or just failed)
+ *            clear              any        on the target
+ *
+ * The bit is cleared after the target has taken the chunk, before the lock is released, with no
+ * wait between. So a failed copy leaves the chunk where it was, and whoever finds the bit clear
+ * needs no lock: what was saved stays saved.
+ *
+ * The job looks for work at a cursor that all its workers share; guests take chunks wherever they
+ * write. Both come to copy_piece(), which asks again under the lock what still remains. */
+#include "copy/copy.h"
+
+#include "block/driver.h"
+#include "copy/rate.h"
+#include "dirty/dirty.h"
+#include "rt/clock.h"
+#include "rt/sync.h"
+#include "rt/task.h"
+
+#include <isa-l/mem_routines.h>
+
+enum {
+    CHUNK_MIN = 64 * 1024,
+    RUN_MAX = 1024 * 1024,            /* of data, unless a chunk is larger */
+    ZERO_RUN_MAX = 64 * 1024 * 1024,  /* of zeroes: nothing is read */
+    STATUS_AHEAD = 128 * 1024 * 1024, /* asked about at once */
+    MEMORY_MAX = 128 * 1024 * 1024,   /* of buffers, the job's */
+    WORKERS = 64,
+};
+
+struct copy {
+    struct edge *source, *target; /* lent */
+    uint64_t size, chunk;
+    unsigned write_flags;
+    struct dirty_bitmap *shown; /* `remaining` as queries see it */
+    struct bitmap *remaining;
+    struct rangelock locks;
+    unsigned busy;
+
+    struct rate rate;
+    bool interrupted;
+    struct event nudge; /* ends the job's waiting for its rate */
+    struct semaphore memory;
+    uint64_t done; /* bytes, whole chunks */
+
+    struct range known; /* what block status said last; true for chunks that remain */
+    bool known_zero;
+};
+
+/* Is NODE in the subtree of TOP? */
+static bool reaches(struct node *top, struct node *node)
+{
+    if (top == node)
+        return true;
+    struct edge *e;
+    TAILQ_FOREACH (e, &top->children, in_children) {
+        if (reaches(e->node, node))
+            return true;
+    }
+    return false;
+}
+
+int copy_new(struct edge *source, struct edge *target, const struct bitmap *what, struct copy **ret,
+             struct error *err)
+{
+    struct copy *c = xnew(struct copy);
+    c->source = source;
+    c->target = target;
+    c->size = node_size(source->node);
+    c->chunk = max_u64(CHUNK_MIN, node_cluster_size(node_skip_filters(target->node)));
+    /* Somebody may read the target while it is made from its own backing image (fleecing): what he
+     * reads from there must not be what a guest has written since. */
+    if (reaches(target->node, source->node))
+        c->write_flags = REQ_SERIALISING;
+
+    struct node *n = source->node;
+    graph_quiesce_begin(node_graph(n), &n, 1);
+    int r = dirty_add(n, NULL, c->chunk, DIRTY_DISABLED, &c->shown, err);
+    graph_quiesce_end(node_graph(n), &n, 1);
+    if (r < 0) {
+        free(c);
+        return r;
+    }
+    c->remaining = dirty_bits(c->shown);
+    if (what)
+        bitmap_merge_range(c->remaining, what, range_make(0, c->size));
+    else
+        bitmap_mark_all(c->remaining);
+    rangelock_init(&c->locks);
+    event_init(&c->nudge);
+    semaphore_init(&c->memory, MEMORY_MAX);
+    *ret = c;
+    return 0;
+}
+
+void copy_free(struct copy *c)
+{
+    assert(!c->busy && rangelock_idle(&c->locks));
+    struct node *n = dirty_node(c->shown);
+    graph_quiesce_begin(node_graph(n), &n, 1);
+    dirty_release(c->shown);
+    graph_quiesce_end(node_graph(n), &n, 1);
+    free(c);
+}
+
+uint64_t copy_chunk_bytes(const struct copy *c)
+{
+    return c->chunk;
+}
+
+struct bitmap *copy_remaining(struct copy *c)
+{
+    return c->remaining;
+}
+
+bool copy_busy(const struct copy *c)
+{
+    return c->busy;
+}
+
+struct copy_progress copy_progress(const struct copy *c)
+{
+    return (struct copy_progress){c->done, c->done + bitmap_count(c->remaining)};
+}
+
+/* ---- one piece ---- */
+
+static int write_run(struct copy *c, struct range r, bool zero, bool *read_failed)
+{
+    unsigned flags = c->write_flags;
+    *read_failed = false;
+    if (zero)
+        return edge_write_zeroes(c->target, r, flags | REQ_MAY_UNMAP);
+
+    CLEANUP(memory_freep) uint8_t *buf = block_buffer(r.length);
+    if (!buf)
+        return -ENOMEM;
+    int ret = edge_read(c->source, r, buf, 0);
+    if (ret < 0) {
+        *read_failed = true;
+        return ret;
+    }
+    if (isal_zero_detect(buf, r.length) == 0)
+        return edge_write_zeroes(c->target, r, flags | REQ_MAY_UNMAP);
+    return edge_write(c->target, r, buf, flags | REQ_REGISTERED_BUF);
+}
+
+/* Copies what remains in PIECE (chunks, cut by the size), under its lock. */
+static int copy_piece(struct copy *c, struct range piece, bool zero, bool *read_failed)
+{
+    SHIELD();
+    RANGE_HOLDER(held);
+    int r = rangelock_take(&c->locks, &held, piece, RANGE_EXCLUSIVE);
+    assert(r == 0);
+
+    struct range run;
+    uint64_t from = piece.start;
+    c->busy++;
+    while (r == 0 && from < range_end(piece) &&
+           bitmap_next(c->remaining, from, range_end(piece) - from, &run)) {
+        run = range_intersect(run, piece);
+        if (range_empty(run))
+            break;
+        r = write_run(c, run, zero, read_failed);
+        if (r == 0) {
+            bitmap_clear(c->remaining, run);
+            c->done += align_up(run.length, c->chunk);
+        }
+        from = range_end(run);
+    }
+    c->busy--;
+    return r;
+}
+
+int copy_hold(struct copy *c, struct range r)
+{
+    uint64_t most = max_u64(RUN_MAX, c->chunk);
+    struct range all = range_round_out(r, c->chunk), run;
+    all = range_intersect(all, range_make(0, c->size));
+
+    while (!range_empty(all) && bitmap_next(c->remaining, all.start, most, &run)) {
+        run = range_intersect(run, all);
+        if (range_empty(run))
+            break;
+        bool read_failed;
+        int ret = copy_piece(c, run, false, &read_failed);
+        if (ret < 0)
+            return ret;
+        all = range_between(range_end(run), range_end(all));
+    }
+    return 0;
+}
+
+/* ---- the job ---- */
+
+struct pass {
+    struct copy *copy;
+    struct scope workers;
+    struct semaphore slots;
+    int error; /* the first */
+    bool read_failed;
+};
+
+struct piece {
+    struct pass *pass;
+    struct range range;
+    uint64_t memory;
+    bool zero;
+};
+
+static int work(void *arg)
+{
+    struct piece *p = arg;
+    struct pass *pass = p->pass;
+    bool read_failed = false;
+
+    int r = copy_piece(pass->copy, p->range, p->zero, &read_failed);
+    if (r < 0 && !pass->error) {
+        pass->error = r;
+        pass->read_failed = read_failed;
+    }
+    semaphore_give(&pass->copy->memory, p->memory);
+    semaphore_give(&pass->slots, 1);
+    free(p);
+    return 0;
+}
+
+/* What block status says of the chunks from RUN's start: cuts RUN to what is of one kind. */
+static bool run_is_zero(struct copy *c, struct range *run)
+{
+    if (run->start < c->known.start || run->start >= range_end(c->known)) {
+        struct block_status st;
+        struct range ask = range_make(run->start, min_u64(STATUS_AHEAD, c->size - run->start));
+        bool zero = false;
+        uint64_t length = 0;
+        if (edge_status_above(c->source, NULL, true, ask, &st) == 0) {
+            zero = st.flags & STATUS_ZERO;
+            length = min_u64(st.length, ask.length);
+        }
+        /* Less than a chunk of a kind is a chunk of data; so is what cannot be told. */
+        if (run->start + length < c->size)
+            length = align_down(length, c->chunk);
+        if (length == 0) {
+            zero = false;
+            length = min_u64(c->chunk, c->size - run->start);
+        }
+        c->known = range_make(run->start, length);
+        c->known_zero = zero;
+    }
+    *run = range_intersect(*run, c->known);
+    return c->known_zero;
+}
+
+/* Waits until the rate allows more. True: it may have waited, look again. */
+static bool wait_for_rate(struct copy *c)
+{
+    uint64_t at = rate_ready_at(&c->rate, clock_now_ns());
+    if (at == 0)
+        return false;
+    if (c->interrupted)
+        return true;
+    event_reset(&c->nudge);
+    int r = event_wait_until(&c->nudge, at);
+    (void)r; /* the moment, a new speed or an interruption: all mean looking again */
+    return true;
+}
+
+static void one_pass(struct pass *pass, uint64_t max_run)
+{
+    struct copy *c = pass->copy;
+    uint64_t cursor = 0;
+
+    while (!pass->error && !c->interrupted) {
+        struct range run;
+        uint64_t longest = c->rate.speed ? max_run : max_u64(max_run, ZERO_RUN_MAX);
+        if (!bitmap_next(c->remaining, cursor, longest, &run))
+            break;
+        bool zero = run_is_zero(c, &run);
+        if (!zero)
+            run.length = min_u64(run.length, max_run);
+        if (wait_for_rate(c))
+            continue;
+
+        struct piece *p = xnew(struct piece);
+        *p = (struct piece){pass, run, zero ? 0 : min_u64(run.length, MEMORY_MAX), zero};
+        int r = semaphore_take(&pass->slots, 1);
+        assert(r == 0);
+        r = semaphore_take(&c->memory, p->memory);
+        assert(r == 0);
+        if (pass->error || c->interrupted) {
+            semaphore_give(&pass->slots, 1);
+            semaphore_give(&c->memory, p->memory);
+            free(p);
+            break;
+        }
+        rate_spend(&c->rate, clock_now_ns(), align_up(run.length, c->chunk));
+        scope_spawn(&pass->workers, work, p);
+        cursor = range_end(run);
+    }
+}
+
+int copy_run(struct copy *c, const struct copy_limits *limits, bool *read_failed)
+{
+    SHIELD();
+    uint64_t max_run = max_u64(RUN_MAX, c->chunk);
+    unsigned workers = WORKERS;
+    if (limits && limits->max_run_bytes)
+        max_run = max_u64(c->chunk, align_down(min_u64(max_run, limits->max_run_bytes), c->chunk));
+    if (limits && limits->max_workers)
+        workers = limits->max_workers;
+
+    *read_failed = false;
+    for (;;) {
+        struct pass pass = {.copy = c};
+        scope_init(&pass.workers);
+        semaphore_init(&pass.slots, workers);
+        one_pass(&pass, max_run);
+        int r = scope_join(&pass.workers);
+        assert(r == 0);
+        scope_fini(&pass.workers);
+
+        if (pass.error) {
+            *read_failed = pass.read_failed;
+            return pass.error;
+        }
+        if (c->interrupted)
+            return -EINTR;
+        /* What guests failed to save while we were beyond it is ours again. */
+        if (bitmap_count(c->remaining) == 0)
+            return 0;
+    }
+}
+
+void copy_interrupt(struct copy *c)
+{
+    c->interrupted = true;
+    event_set(&c->nudge);
+}
+
+void copy_resume(struct copy *c)
+{
+    c->interrupted = false;
+}
+
+void copy_set_speed(struct copy *c, uint64_t speed)
+{
+    rate_set(&c->rate, speed);
+    event_set(&c->nudge);
+}
+
+int copy_drop_unallocated(struct copy *c, uint64_t offset, uint64_t *next)
+{
+    struct node *top = node_skip_filters(c->source->node);
+    uint64_t end = offset, length;
+
+    while (end < c->size) {
+        length = 0;
+        int r = edge_allocated_above(c->source, top, true, range_make(end, c->size - end), &length);
+        if (r < 0)
+            return r;
+        if (length == 0)
+            break;
+        if (r > 0) {
+            /* A chunk that is allocated in part is copied whole. */
+            copy_drop(c, range_between(offset, align_down(end, c->chunk)));
+            *next = min_u64(align_up(end + length, c->chunk), c->size);
+            return 0;
+        }
+        end += length;
+    }
+    copy_drop(c, range_between(offset, c->size));
+    *next = c->size;
+    return 0;
+}
+
+void copy_drop(struct copy *c, struct range r)
+{
+    if (!range_empty(r))
+        bitmap_clear(c->remaining, r);
+}
