@@ -1,0 +1,474 @@
+/* Transactions: see transaction.h for their course.
+ *
+ * Each kind of action is a row of four functions. prepare does the thing so that the
+ * actions after it see it; commit makes it final and cannot fail; abort undoes it; clean comes
+ * after either. Between the first prepare and the last commit the touched nodes are quiesced and
+ * the graph is locked: no guest write, no other command and no end of a job falls in there.
+ *
+ * A bitmap that is removed is hidden until the commit: its name is free for the actions after it,
+ * and abort brings it back. What its image holds of it goes at prepare, because that may fail;
+ * after an abort it is stored again when the image is closed. */
+#include "job/transaction.h"
+
+#include "base/log.h"
+#include "dirty/dirty.h"
+#include "job/backup.h"
+#include "rt/io.h"
+#include "rt/task.h"
+
+struct transaction;
+
+struct action {
+    const struct action_kind *kind;
+    struct transaction *transaction;
+    struct json_object *data; /* lent */
+    TAILQ_ENTRY(action) link;
+
+    struct dirty_bitmap *bitmap; /* NULL: prepare has not come so far */
+    struct bitmap *undo;         /* its bits as they were */
+    bool was_enabled;
+    struct job *job;
+    struct node *filter; /* quiesced, with a reference */
+};
+
+struct action_kind {
+    const char *name;
+    bool in_groups; /* may have completion-mode grouped */
+    int (*prepare)(struct action *a, struct error *err);
+    void (*commit)(struct action *a);
+    void (*abort)(struct action *a);
+    void (*clean)(struct action *a);
+};
+
+struct transaction {
+    struct graph *graph;
+    struct jobs *jobs;
+    struct job_group *group; /* NULL: individual */
+    TAILQ_HEAD(action_list, action) actions;
+    struct node **nodes; /* quiesced */
+    size_t node_count;
+};
+
+/* ---- bitmaps ---- */
+
+static int find_node(struct action *a, const char *key, struct node **ret, struct error *err)
+{
+    const char *name = json_get_string(a->data, key, "");
+    *ret = graph_find(a->transaction->graph, name);
+    if (!*ret)
+        return error_set(err, ENODEV, "Cannot find device='%s' nor node-name='%s'", name, name);
+    return 0;
+}
+
+static int find_bitmap(struct action *a, unsigned checks, struct dirty_bitmap **ret,
+                       struct error *err)
+{
+    int r = dirty_lookup(a->transaction->graph, json_get_string(a->data, "node", ""),
+                         json_get_string(a->data, "name", ""), NULL, ret, err);
+    return r < 0 ? r : dirty_check(*ret, checks, err);
+}
+
+static int add_prepare(struct action *a, struct error *err)
+{
+    struct node *n;
+    const char *name = json_get_string(a->data, "name", "");
+    if (!*name)
+        return error_set(err, EINVAL, "Bitmap name cannot be empty");
+    int r = find_node(a, "node", &n, err);
+    if (r < 0)
+        return r;
+    uint64_t granularity = 0;
+    if (json_has(a->data, "granularity")) {
+        granularity = json_get_uint(a->data, "granularity", 0);
+        if (granularity == 0)
+            return error_set(err, EINVAL, DIRTY_BAD_GRANULARITY);
+    }
+    unsigned flags = 0;
+    if (json_get_bool(a->data, "persistent", false))
+        flags |= DIRTY_PERSISTENT;
+    if (json_get_bool(a->data, "disabled", false))
+        flags |= DIRTY_DISABLED;
+    return dirty_add(n, name, granularity, flags, &a->bitmap, err);
+}
+
+static void add_abort(struct action *a)
+{
+    if (a->bitmap)
+        dirty_release(a->bitmap);
+}
+
+static int remove_prepare(struct action *a, struct error *err)
+{
+    struct dirty_bitmap *bm;
+    int r = find_bitmap(a, DIRTY_CHECK_BUSY | DIRTY_CHECK_READONLY, &bm, err);
+    if (r == 0)
+        r = dirty_remove_stored(bm, err);
+    if (r < 0)
+        return r;
+    dirty_hide(bm);
+    a->bitmap = bm;
+    return 0;
+}
+
+static void remove_commit(struct action *a)
+{
+    dirty_release(a->bitmap);
+}
+
+static void remove_abort(struct action *a)
+{
+    if (a->bitmap)
+        dirty_unhide(a->bitmap);
+}
+
+static int clear_prepare(struct action *a, struct error *err)
+{
+    struct dirty_bitmap *bm;
+    int r = find_bitmap(a, DIRTY_CHECK_DEFAULT, &bm, err);
+    if (r < 0)
+        return r;
+    a->undo = dirty_clear(bm);
+    if (!a->undo)
+        return error_set(err, ENOMEM, "No memory to clear bitmap '%s'", dirty_name(bm));
+    a->bitmap = bm;
+    return 0;
+}
+
+static void undo_commit(struct action *a)
+{
+    bitmap_free(steal(a->undo));
+}
+
+static void undo_abort(struct action *a)
+{
+    if (a->undo)
+        dirty_restore(a->bitmap, steal(a->undo));
+}
+
+static int enable_disable(struct action *a, bool enable, struct error *err)
+{
+    struct dirty_bitmap *bm;
+    int r = find_bitmap(a, DIRTY_CHECK_ALLOW_READONLY, &bm, err);
+    if (r < 0)
+        return r;
+    a->bitmap = bm;
+    a->was_enabled = dirty_enabled(bm);
+    dirty_set_enabled(bm, enable);
+    return 0;
+}
+
+static int enable_prepare(struct action *a, struct error *err)
+{
+    return enable_disable(a, true, err);
+}
+
+static int disable_prepare(struct action *a, struct error *err)
+{
+    return enable_disable(a, false, err);
+}
+
+static void enable_disable_abort(struct action *a)
+{
+    if (a->bitmap)
+        dirty_set_enabled(a->bitmap, a->was_enabled);
+}
+
+/* A source is a name on the same node, or {node, name}. */
+static int merge_source(struct action *a, struct node *n, struct json_object *source,
+                        struct dirty_bitmap **ret, struct error *err)
+{
+    if (json_object_is_type(source, json_type_string)) {
+        const char *name = json_object_get_string(source);
+        *ret = dirty_find(n, name);
+        if (!*ret)
+            return error_set(err, ENOENT, "Dirty bitmap '%s' not found", name);
+        return 0;
+    }
+    return dirty_lookup(a->transaction->graph, json_get_string(source, "node", ""),
+                        json_get_string(source, "name", ""), NULL, ret, err);
+}
+
+static int merge_prepare(struct action *a, struct error *err)
+{
+    struct node *n;
+    struct dirty_bitmap *bm, *source;
+    int r = dirty_lookup(a->transaction->graph, json_get_string(a->data, "node", ""),
+                         json_get_string(a->data, "target", ""), &n, &bm, err);
+    if (r < 0)
+        return r;
+    a->bitmap = bm;
+
+    struct json_object *sources = json_get(a->data, "bitmaps");
+    size_t count = sources ? json_object_array_length(sources) : 0;
+    for (size_t i = 0; i < count; i++) {
+        r = merge_source(a, n, json_object_array_get_idx(sources, i), &source, err);
+        if (r == 0)
+            r = dirty_merge(bm, source, a->undo ? NULL : &a->undo, err);
+        if (r < 0)
+            return r; /* abort undoes the first ones */
+    }
+    return 0;
+}
+
+/* ---- backups ---- */
+
+static int start_backup(struct action *a, struct backup_request *rq, struct error *err)
+{
+    rq->data = a->data;
+    rq->group = a->transaction->group;
+    int r = backup_create(a->transaction->jobs, rq, &a->job, err);
+    if (r < 0)
+        return r;
+    job_ref(a->job); /* with a group, another member's abort ends it */
+    a->filter = node_ref(backup_filter(a->job));
+    return 0;
+}
+
+static void backup_action_commit(struct action *a)
+{
+    job_start(a->job);
+}
+
+static void backup_action_abort(struct action *a)
+{
+    if (a->job)
+        job_cancel_and_wait(a->job);
+}
+
+static void backup_action_clean(struct action *a)
+{
+    if (!a->job)
+        return;
+    graph_quiesce_end(a->transaction->graph, &a->filter, 1);
+    node_unref(a->filter);
+    job_unref(a->job);
+}
+
+static int blockdev_backup_prepare(struct action *a, struct error *err)
+{
+    struct backup_request rq = {.sync = json_get_string(a->data, "sync", "")};
+    int r = find_node(a, "device", &rq.source, err);
+    if (r == 0)
+        r = find_node(a, "target", &rq.target, err);
+    return r < 0 ? r : start_backup(a, &rq, err);
+}
+
+/* The image that a new target gets as its backing: what FULL_OF is not copied is there. */
+static int make_target(struct action *a, struct node *source, struct node *backing,
+                       const char *format, struct error *err)
+{
+    return graph_create_filename(a->transaction->graph, json_get_string(a->data, "target", ""),
+                                 format, backing ? node_filename(backing) : NULL,
+                                 backing ? node_driver_name(backing) : NULL, node_size(source),
+                                 err);
+}
+
+static int drive_backup_prepare(struct action *a, struct error *err)
+{
+    struct backup_request rq = {.sync = json_get_string(a->data, "sync", "")};
+    const char *mode = json_get_string(a->data, "mode", "absolute-paths");
+    const char *target = json_get_string(a->data, "target", "");
+    bool existing = strcmp(mode, "existing") == 0;
+    int r = find_node(a, "device", &rq.source, err);
+    if (r < 0)
+        return r;
+    if (!existing && strcmp(mode, "absolute-paths") != 0)
+        return error_set(err, EINVAL, "Parameter 'mode' does not accept value '%s'", mode);
+    const char *format =
+        json_get_string(a->data, "format", existing ? NULL : node_driver_name(rq.source));
+    r = node_check_op(rq.source, BLOCK_OP_BACKUP_SOURCE, err); /* before a file is made */
+    if (r < 0)
+        return r;
+
+    CLEANUP(json_putp) struct json_object *options = json_object_new_object();
+    json_add_string(options, "discard", "unmap");
+    json_add_string(options, "detect-zeroes", "unmap");
+    struct node *backing = NULL;
+    if (strcmp(rq.sync, "top") == 0) {
+        backing = node_backing(rq.source);
+        if (!backing)
+            rq.sync = "full";
+    } else if (strcmp(rq.sync, "none") == 0) {
+        backing = rq.source;
+        json_add_string(options, "backing", node_name(backing));
+    }
+    if (!existing) {
+        r = make_target(a, rq.source, backing, format, err);
+        if (r < 0)
+            return r;
+        rq.made = target;
+    }
+    r = graph_open_filename(a->transaction->graph, target, format, options, false, &rq.target, err);
+    if (r < 0)
+        return r;
+    r = start_backup(a, &rq, err);
+    node_unref(rq.target);
+    return r;
+}
+
+/* ---- the table ---- */
+
+static int abort_prepare(struct action *a, struct error *err)
+{
+    return error_set(err, ECANCELED, "Transaction aborted using Abort action");
+}
+
+static const struct action_kind kinds[] = {
+    {"abort", true, abort_prepare, NULL, NULL, NULL},
+    {"block-dirty-bitmap-add", false, add_prepare, NULL, add_abort, NULL},
+    {"block-dirty-bitmap-remove", false, remove_prepare, remove_commit, remove_abort, NULL},
+    {"block-dirty-bitmap-clear", false, clear_prepare, undo_commit, undo_abort, NULL},
+    {"block-dirty-bitmap-enable", false, enable_prepare, NULL, enable_disable_abort, NULL},
+    {"block-dirty-bitmap-disable", false, disable_prepare, NULL, enable_disable_abort, NULL},
+    {"block-dirty-bitmap-merge", false, merge_prepare, undo_commit, undo_abort, NULL},
+    {"blockdev-backup", true, blockdev_backup_prepare, backup_action_commit, backup_action_abort,
+     backup_action_clean},
+    {"drive-backup", true, drive_backup_prepare, backup_action_commit, backup_action_abort,
+     backup_action_clean},
+};
+
+static const struct action_kind *kind_named(const char *name)
+{
+    for (size_t i = 0; i < ARRAY_SIZE(kinds); i++) {
+        if (strcmp(kinds[i].name, name) == 0)
+            return &kinds[i];
+    }
+    return NULL;
+}
+
+/* ---- the course ---- */
+
+static int add_action(struct transaction *t, const char *type, struct json_object *data,
+                      struct error *err)
+{
+    const struct action_kind *kind = kind_named(type);
+    if (!kind)
+        return error_set(err, ENOTSUP, "Transaction action '%s' is not supported", type);
+    struct action *a = xnew(struct action);
+    a->kind = kind;
+    a->transaction = t;
+    a->data = data;
+    TAILQ_INSERT_TAIL(&t->actions, a, link);
+    return 0;
+}
+
+/* The nodes whose guests must wait: those that actions name as theirs. */
+static void collect_nodes(struct transaction *t)
+{
+    struct action *a;
+    size_t count = 0;
+    TAILQ_FOREACH (a, &t->actions, link)
+        count++;
+    t->nodes = xcalloc(count + 1, sizeof *t->nodes);
+
+    TAILQ_FOREACH (a, &t->actions, link) {
+        const char *name = json_get_string(a->data, "node", NULL);
+        if (!name)
+            name = json_get_string(a->data, "device", NULL);
+        struct node *n = name ? graph_find(t->graph, name) : NULL;
+        for (size_t i = 0; n && i < t->node_count; i++) {
+            if (t->nodes[i] == n)
+                n = NULL;
+        }
+        if (n)
+            t->nodes[t->node_count++] = node_ref(n);
+    }
+}
+
+static int run_locked(struct transaction *t, struct error *err)
+{
+    struct action *a, *failed = NULL;
+    int r = 0;
+
+    TAILQ_FOREACH (a, &t->actions, link) {
+        if (t->group && !a->kind->in_groups)
+            r = error_set(err, EINVAL,
+                          "Action '%s' does not support Transaction property completion-mode = "
+                          "grouped",
+                          a->kind->name);
+        else
+            r = a->kind->prepare(a, err);
+        if (r < 0) {
+            failed = a;
+            break;
+        }
+    }
+    if (failed) {
+        for (a = failed; a; a = TAILQ_PREV(a, action_list, link)) {
+            if (a->kind->abort)
+                a->kind->abort(a);
+        }
+    } else {
+        TAILQ_FOREACH (a, &t->actions, link) {
+            if (a->kind->commit)
+                a->kind->commit(a);
+        }
+    }
+    TAILQ_FOREACH (a, &t->actions, link) {
+        if (a->kind->clean)
+            a->kind->clean(a);
+    }
+    return r;
+}
+
+static int run(struct transaction *t, struct error *err)
+{
+    SHIELD();
+    GRAPH_LOCKED(t->graph);
+    collect_nodes(t);
+    graph_quiesce_begin(t->graph, t->nodes, t->node_count);
+    int r = run_locked(t, err);
+    graph_quiesce_end(t->graph, t->nodes, t->node_count);
+    for (size_t i = 0; i < t->node_count; i++)
+        node_unref(t->nodes[i]);
+    return r;
+}
+
+static void transaction_init(struct transaction *t, struct graph *g, struct jobs *js)
+{
+    *t = (struct transaction){.graph = g, .jobs = js};
+    TAILQ_INIT(&t->actions);
+}
+
+static void transaction_fini(struct transaction *t)
+{
+    struct action *a;
+    while ((a = TAILQ_FIRST(&t->actions))) {
+        TAILQ_REMOVE(&t->actions, a, link);
+        free(a);
+    }
+    free(t->nodes);
+    if (t->group)
+        job_group_unref(t->group);
+}
+
+int transaction_run(struct graph *g, struct jobs *js, struct json_object *actions,
+                    struct json_object *properties, struct error *err)
+{
+    CLEANUP(transaction_fini) struct transaction t;
+    transaction_init(&t, g, js);
+
+    const char *mode =
+        properties ? json_get_string(properties, "completion-mode", "individual") : "individual";
+    if (strcmp(mode, "grouped") == 0)
+        t.group = job_group_new();
+    else if (strcmp(mode, "individual") != 0)
+        return error_set(err, EINVAL, "Parameter 'completion-mode' does not accept value '%s'",
+                         mode);
+    for (size_t i = 0; i < json_object_array_length(actions); i++) {
+        struct json_object *action = json_object_array_get_idx(actions, i);
+        int r = add_action(&t, json_get_string(action, "type", ""), json_get(action, "data"), err);
+        if (r < 0)
+            return r;
+    }
+    return run(&t, err);
+}
+
+int transaction_run_one(struct graph *g, struct jobs *js, const char *type,
+                        struct json_object *data, struct error *err)
+{
+    CLEANUP(transaction_fini) struct transaction t;
+    transaction_init(&t, g, js);
+    int r = add_action(&t, type, data, err);
+    return r < 0 ? r : run(&t, err);
+}
