@@ -272,8 +272,8 @@ void graph_set_data(struct graph *g, const void *key, void *data);
 
 /* ---- reports ---- */
 
-/* BlockDeviceInfo without dirty-bitmaps (those are dirty/'s), as query-named-block-nodes shows it.
- */
+/* BlockDeviceInfo without dirty-bitmaps (those are dirty/'s), as query-named-block-nodes shows it
+ * (which lists the newest node first; query-blockstats goes in the order of creation). */
 struct json_object *node_info(struct node *n, bool flat, struct error *err);
 /* BlockStats of query-blockstats for one node. */
 struct json_object *node_stats(struct node *n);

@@ -135,6 +135,7 @@ struct driver {
     /* Adds format-specific members to ImageInfo (cluster-size, dirty-flag, format-specific, ...).
      */
     void (*image_info)(struct node *n, struct json_object *info);
+    struct json_object *(*specific_stats)(struct node *n); /* of query-blockstats */
     /* Name and format of the backing file as the header has them; false: none. */
     bool (*image_backing)(struct node *n, const char **filename, const char **format);
 };

@@ -45,6 +45,27 @@ void edge_unlink(struct edge *e)
     free(e);
 }
 
+/* Takes the edge out of all lists, to be shown again or freed. */
+void edge_hide(struct edge *e)
+{
+    TAILQ_REMOVE(&e->node->parents, e, in_parents);
+    TAILQ_REMOVE(&e->parent->children, e, in_children);
+    if (e->parent->file == e)
+        e->parent->file = NULL;
+    if (e->parent->backing == e)
+        e->parent->backing = NULL;
+}
+
+void edge_show(struct edge *e)
+{
+    TAILQ_INSERT_HEAD(&e->node->parents, e, in_parents);
+    TAILQ_INSERT_TAIL(&e->parent->children, e, in_children);
+    if (e->role & ROLE_COW)
+        e->parent->backing = e;
+    else if (e->role & ROLE_PRIMARY)
+        e->parent->file = e;
+}
+
 void edge_move(struct edge *e, struct node *to)
 {
     TAILQ_REMOVE(&e->node->parents, e, in_parents);
@@ -53,7 +74,7 @@ void edge_move(struct edge *e, struct node *to)
 }
 
 /* A backing image must stay as it is: most of what a job could do with it is refused. */
-static void block_backing(struct node *parent, struct node *backing)
+void edge_block_backing(struct node *parent, struct node *backing)
 {
     struct op_blocker *b = xnew(struct op_blocker);
 
@@ -64,7 +85,7 @@ static void block_backing(struct node *parent, struct node *backing)
     parent->backing_blocker = b;
 }
 
-static void unblock_backing(struct node *parent, struct node *backing)
+void edge_unblock_backing(struct node *parent, struct node *backing)
 {
     struct op_blocker *b = steal(parent->backing_blocker);
 
@@ -113,7 +134,7 @@ int node_attach_child(struct node *n, struct node *child, const char *key, unsig
         return r;
     }
     if (role & ROLE_COW)
-        block_backing(n, child);
+        edge_block_backing(n, child);
     if (ret)
         *ret = e;
     return 0;
@@ -132,7 +153,7 @@ void edge_detach(struct edge *e)
     g = n->graph;
     GRAPH_LOCKED(g);
     if (parent && (e->role & ROLE_COW))
-        unblock_backing(parent, n);
+        edge_unblock_backing(parent, n);
     edge_unlink(e);
     /* What the others need has become less; that a driver cannot follow is no reason to stay. */
     if (n->refs > 1 && !n->closing && n->name[0])

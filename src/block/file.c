@@ -362,6 +362,12 @@ static int file_discard(struct node *n, struct range r)
     forget_data(s, r);
     result = punch(s, r);
     forget_data(s, r);
+    if (result == 0) {
+        s->discards_ok++;
+        s->discarded_bytes += r.length;
+    } else {
+        s->discards_failed++;
+    }
     return result;
 }
 
@@ -472,6 +478,24 @@ static uint64_t file_allocated_bytes(struct node *n)
     return io_fstat(s->fd, &st) < 0 ? UINT64_MAX : (uint64_t)st.st_blocks * 512;
 }
 
+static void file_image_info(struct node *n, struct json_object *info)
+{
+    (void)n;
+    json_add_bool(info, "dirty-flag", false);
+}
+
+static struct json_object *file_specific_stats(struct node *n)
+{
+    const struct file_state *s = n->state;
+    struct json_object *stats = json_object_new_object();
+
+    json_add_string(stats, "driver", n->driver->name);
+    json_add_uint(stats, "discard-nb-ok", s->discards_ok);
+    json_add_uint(stats, "discard-nb-failed", s->discards_failed);
+    json_add_uint(stats, "discard-bytes-ok", s->discarded_bytes);
+    return stats;
+}
+
 /* ---- reopen: what can change goes through the permissions ---- */
 
 static int file_reopen_prepare(struct node *n, struct json_object *options, bool read_only,
@@ -545,6 +569,8 @@ static const char *const file_options[] = {
     "filename",   "aio",        "aio-max-batch",         "locking",
     "pr-manager", "drop-cache", "x-check-cache-dropped", NULL};
 
+static const char *const file_mutable[] = {"drop-cache", "x-check-cache-dropped", NULL};
+
 const struct driver driver_file = {
     .name = "file",
     .protocol = "file",
@@ -565,4 +591,7 @@ const struct driver driver_file = {
     .reopen_prepare = file_reopen_prepare,
     .create = file_create,
     .allocated_bytes = file_allocated_bytes,
+    .image_info = file_image_info,
+    .specific_stats = file_specific_stats,
+    .mutable_options = file_mutable,
 };

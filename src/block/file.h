@@ -25,6 +25,7 @@ struct file_state {
      * way during a change is not kept. */
     struct range known_data, known_hole;
     uint64_t changes;
+    uint64_t discards_ok, discards_failed, discarded_bytes;
 };
 
 /* ---- file_locks.c ---- */

@@ -93,15 +93,16 @@ static int apply_both(struct file_state *s, unsigned perm, unsigned unshared, bo
     return r;
 }
 
-/* Another node of this graph has the same file open. */
-static bool is_ours(const struct node *n)
+/* Another node of this graph has the same file open and minds. */
+static bool is_ours(const struct node *n, unsigned perm, unsigned shared)
 {
     const struct file_state *s = n->state;
     struct node *other;
 
     TAILQ_FOREACH (other, &n->graph->nodes, in_graph) {
         const struct file_state *o = other->state;
-        if (other != n && other->driver == n->driver && o && o->dev == s->dev && o->ino == s->ino)
+        if (other != n && other->driver == n->driver && o && o->dev == s->dev && o->ino == s->ino &&
+            ((o->locked_perm & ~shared) || (o->locked_shared & perm)))
             return true;
     }
     return false;
@@ -126,7 +127,7 @@ int file_locks_prepare(struct node *n, unsigned perm, unsigned shared, struct er
         if (r == 0)
             return 0;
         file_locks_abort(n);
-        if (r != -EAGAIN || is_ours(n) || clock_now_ns() >= deadline)
+        if (r != -EAGAIN || is_ours(n, perm, shared) || clock_now_ns() >= deadline)
             return error_set(err, now.code, "%s", now.text);
         uint8_t jitter; /* so that two who wait for each other do not do so in step */
         random_bytes(&jitter, 1);

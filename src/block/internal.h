@@ -77,6 +77,11 @@ struct edge *edge_new(struct node *parent, struct user *user, struct node *child
 void edge_unlink(struct edge *e);                /* and frees; keeps the reference to the node */
 void edge_move(struct edge *e, struct node *to); /* references are the caller's */
 
+void edge_hide(struct edge *e);
+void edge_show(struct edge *e);
+void edge_block_backing(struct node *parent, struct node *backing);
+void edge_unblock_backing(struct node *parent, struct node *backing);
+
 /* ---- open.c ---- */
 /* The node that OPTIONS describes or names, as child of PARENT (NULL: nobody's). */
 int open_inherit(struct graph *g, const char *filename, struct json_object *options,

@@ -63,7 +63,9 @@ static inline int try_open(struct graph *g, struct node **ret, struct error *err
     for (char *p = text; *p; p++)
         if (*p == '\'')
             *p = '"';
-    CLEANUP(json_putp) struct json_object *options = json_tokener_parse(text);
+    struct json_tokener *tok = json_tokener_new_ex(512);
+    CLEANUP(json_putp) struct json_object *options = json_tokener_parse_ex(tok, text, -1);
+    json_tokener_free(tok);
     CHECK(options);
     return graph_open(g, options, ret, err);
 }

@@ -1,0 +1,525 @@
+/* blockdev-reopen: other options for nodes that are in use. All nodes or none.
+ *
+ *   collect    the named nodes, and the children that they opened for themselves
+ *   quiesce    all of them; flush
+ *   prepare    each node: what can change is checked, the driver makes a plan
+ *   children   `backing` and `file` are led elsewhere
+ *   perms      are worked out for what the nodes will be; the file driver opens and locks here
+ *   commit     cannot fail
+ *
+ * An option that is not given goes back to its default, except where that is not possible:
+ * then it must be given, and be what it was. */
+
+#include "block/internal.h"
+
+struct entry {
+    TAILQ_ENTRY(entry) link;
+    struct node *n;
+    struct json_object *options; /* as given, or kept */
+    struct generic_options generic;
+    struct node_reopen will_be;
+    bool keep; /* what is not given stays */
+    bool prepared, told_hooks;
+    void *plan;
+    struct child_change {
+        bool wanted;
+        struct edge *edge; /* of the child; NULL: there was none */
+        struct node *from, *to;
+        bool done;
+    } backing, file;
+};
+TAILQ_HEAD(entries, entry);
+
+/* ---- collecting ---- */
+
+static void merge(struct json_object *to, struct json_object *from)
+{
+    json_object_object_foreach(from, key, value)
+    {
+        if (!json_object_object_get_ex(to, key, NULL))
+            json_object_object_add(to, key, json_copy(value));
+    }
+}
+
+/* The node's own options, without the names of its children. */
+static struct json_object *own_options(const struct node *n)
+{
+    struct json_object *own = json_copy(n->options);
+    const struct edge *e;
+
+    TAILQ_FOREACH (e, &n->children, in_children)
+        json_object_object_del(own, e->name);
+    return own;
+}
+
+static void parse_generic(struct entry *en, const struct entry *parent, unsigned role)
+{
+    /* The parent as it will be, to inherit from. */
+    struct node as_parent = {0};
+
+    if (parent) {
+        as_parent.cache_direct = parent->generic.direct;
+        as_parent.cache_no_flush = parent->generic.no_flush;
+        as_parent.force_share = parent->generic.force_share;
+        as_parent.read_only = parent->generic.read_only;
+        as_parent.auto_read_only = parent->generic.auto_read_only;
+    }
+    (void)generic_options_parse(en->options, parent ? &as_parent : NULL, role, &en->generic, NULL);
+    if (!json_has(en->options, "discard"))
+        en->generic.discard_unmap = en->n->discard_unmap;
+    en->will_be =
+        (struct node_reopen){en->generic.read_only, en->generic.auto_read_only, en->generic.direct};
+}
+
+static int collect(struct entries *all, struct node *n, struct json_object *options, bool keep,
+                   const struct entry *parent, unsigned role, struct error *err)
+{
+    struct entry *en;
+    struct edge *e;
+    int r;
+
+    TAILQ_FOREACH (en, all, link)
+        if (en->n == n)
+            break;
+    if (!en) {
+        en = xnew(struct entry);
+        en->n = node_ref(n);
+        en->keep = keep;
+        en->options = options ? json_copy(options) : json_object_new_object();
+        TAILQ_INSERT_TAIL(all, en, link);
+        if (keep) {
+            CLEANUP(json_putp) struct json_object *own = own_options(n);
+            merge(en->options, own);
+        }
+    } else if (options) {
+        CLEANUP(json_putp) struct json_object *old = steal(en->options);
+        en->options = json_copy(options);
+        merge(en->options, old);
+        en->keep = en->keep && keep;
+    }
+    struct generic_options checked;
+    r = generic_options_parse(en->options, NULL, role, &checked, err);
+    if (r < 0)
+        return r;
+    parse_generic(en, parent, role);
+
+    TAILQ_FOREACH (e, &n->children, in_children) {
+        struct json_object *value = NULL;
+        bool child_keep = keep;
+
+        if (e->node->inherits_from != n)
+            continue;
+        if (json_object_object_get_ex(en->options, e->name, &value)) {
+            if (json_object_is_type(value, json_type_object)) {
+                ;
+            } else if (json_object_is_type(value, json_type_string) &&
+                       !strcmp(json_object_get_string(value), e->node->name)) {
+                value = NULL;
+                child_keep = true;
+            } else {
+                continue; /* it will be another, or none */
+            }
+        }
+        r = collect(all, e->node, value, child_keep, en, e->role, err);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static int collect_named(struct graph *g, struct entries *all, struct json_object *options,
+                         struct error *err)
+{
+    const char *name = json_get_string(options, "node-name", NULL);
+    struct node *n;
+
+    if (!name)
+        return error_set(err, EINVAL, "node-name not specified");
+    n = graph_find(g, name);
+    if (!n)
+        return error_set(err, ENOENT, "Failed to find node with node-name='%s'", name);
+    return collect(all, n, options, false, NULL, 0, err);
+}
+
+/* ---- preparing ---- */
+
+static bool is_listed(const char *const *names, const char *name)
+{
+    for (; names && *names; names++)
+        if (!strcmp(*names, name))
+            return true;
+    return false;
+}
+
+static const char *const always_reset[] = {"node-name",      "discard",       "cache", "read-only",
+                                           "auto-read-only", "detect-zeroes", NULL};
+
+static int check_resets(const struct entry *en, struct error *err)
+{
+    CLEANUP(json_putp) struct json_object *own = own_options(en->n);
+
+    json_object_object_foreach(own, key, value)
+    {
+        (void)value;
+        if (!json_object_object_get_ex(en->options, key, NULL) && !is_listed(always_reset, key) &&
+            !is_listed(en->n->driver->mutable_options, key) && strcmp(key, "backing"))
+            return error_set(err, EINVAL, "Option '%s' cannot be reset to its default value", key);
+    }
+    return 0;
+}
+
+static int check_unchanged(const struct entry *en, struct error *err)
+{
+    struct node *n = en->n;
+
+    json_object_object_foreach(en->options, key, value)
+    {
+        struct json_object *old = json_get(n->options, key);
+        const struct edge *e;
+
+        if (!strcmp(key, "backing") || !strcmp(key, "file") ||
+            (is_listed(always_reset, key) && strcmp(key, "node-name")) ||
+            is_listed(n->driver->mutable_options, key))
+            continue;
+        if (!strcmp(key, "node-name") && json_object_is_type(value, json_type_string) &&
+            !strcmp(json_object_get_string(value), n->name))
+            continue;
+        TAILQ_FOREACH (e, &n->children, in_children)
+            if (!strcmp(e->name, key))
+                break;
+        if (e && (json_object_is_type(value, json_type_object) ||
+                  (json_object_is_type(value, json_type_string) &&
+                   !strcmp(json_object_get_string(value), e->node->name))))
+            continue;
+        if (!old || !json_object_equal(old, value))
+            return error_set(err, EINVAL, "Cannot change the option '%s'", key);
+    }
+    return 0;
+}
+
+/* Does the option KEY lead the child elsewhere? */
+static int plan_child(struct entry *en, const char *key, struct edge *edge,
+                      struct child_change *change, struct error *err)
+{
+    struct node *n = en->n, *to = NULL, *from = edge ? edge->node : NULL;
+    struct json_object *value;
+
+    if (!json_object_object_get_ex(en->options, key, &value) ||
+        json_object_is_type(value, json_type_object))
+        return 0;
+    if (value) {
+        const char *name = json_object_get_string(value);
+        to = graph_find(n->graph, name);
+        if (!to)
+            return error_set(err, EINVAL, "Cannot find device='' nor node-name='%s'", name);
+        if (node_reaches(to, n))
+            return error_set(err, EINVAL, "Making '%s' a %s child of '%s' would create a cycle",
+                             name, key, n->name);
+    }
+    if (from == to)
+        return 0;
+    if (from) {
+        struct node *below = from;
+        while (below->implicit && node_filtered(below))
+            below = node_filtered(below)->node;
+        if (below == to)
+            return 0;
+        if (from->implicit)
+            return error_set(err, EPERM, "Cannot replace implicit %s child of %s", key, n->name);
+        if (edge->frozen)
+            return error_set(err, EPERM, "Cannot change frozen '%s' link from '%s' to '%s'", key,
+                             n->name, from->name);
+    } else if (n->driver->is_filter) {
+        return error_set(err, EINVAL, "'%s' is a %s filter node that does not support a %s child",
+                         n->name, n->driver->name, key);
+    }
+    if (!strcmp(key, "backing") && !n->driver->supports_backing && !n->driver->is_filter)
+        return error_set(err, EINVAL, "Driver '%s' of node '%s' does not support backing files",
+                         n->driver->name, n->name);
+    if (!strcmp(key, "file") && !edge)
+        return error_set(err, EINVAL, "Cannot set file child to format node without file child");
+    if (!strcmp(key, "file") && !to)
+        return error_set(err, EINVAL, "Node '%s' needs a file child", n->name);
+    *change = (struct child_change){.wanted = true, .edge = edge, .from = from, .to = to};
+    return 0;
+}
+
+static int prepare(struct entry *en, struct error *err)
+{
+    struct node *n = en->n;
+    const char *backing = NULL, *format = NULL;
+    int r;
+
+    if (en->generic.detect_zeroes == DETECT_ZEROES_UNMAP && !en->generic.discard_unmap)
+        return error_set(err, EINVAL,
+                         "setting detect-zeroes to unmap is not allowed without setting discard "
+                         "operation to unmap");
+    if (!n->driver->reopen_prepare)
+        return error_set(err, ENOTSUP,
+                         "Block format '%s' used by node '%s' does not support reopening files",
+                         n->driver->name, n->name);
+    r = check_resets(en, err);
+    if (r == 0)
+        r = n->driver->reopen_prepare(n, en->options, en->generic.read_only, &en->plan, err);
+    if (r < 0) {
+        if (err && !err->code)
+            (void)error_set(err, -r, "failed while preparing to reopen image '%s'",
+                            node_filename(n));
+        return r;
+    }
+    en->prepared = true;
+    if (n->driver->supports_backing && !en->keep &&
+        !json_object_object_get_ex(en->options, "backing", NULL) &&
+        (n->backing || (n->driver->image_backing &&
+                        n->driver->image_backing(n, &backing, &format) && backing && backing[0])))
+        return error_set(err, EINVAL, "backing is missing for '%s'", n->name);
+    r = plan_child(en, "backing", n->backing, &en->backing, err);
+    if (r == 0)
+        r = plan_child(en, "file", n->file, &en->file, err);
+    return r < 0 ? r : check_unchanged(en, err);
+}
+
+/* ---- children ---- */
+
+static void apply_change(struct entry *en, struct child_change *c, const char *key)
+{
+    if (!c->wanted)
+        return;
+    if (c->to)
+        node_ref(c->to);
+    if (!c->edge) {
+        c->edge = edge_new(en->n, NULL, c->to, key, ROLE_COW);
+        node_unref(c->to); /* the edge has its own */
+    } else if (c->to) {
+        edge_move(c->edge, c->to);
+    } else {
+        edge_hide(c->edge);
+    }
+    c->done = true;
+}
+
+static void undo_change(struct child_change *c)
+{
+    if (!c->done)
+        return;
+    if (!c->from) {
+        struct node *to = c->to;
+        edge_unlink(c->edge);
+        node_unref(to);
+    } else if (c->to) {
+        edge_move(c->edge, c->from);
+        node_unref(c->to);
+    } else {
+        edge_show(c->edge);
+    }
+}
+
+static void finish_change(struct entry *en, struct child_change *c)
+{
+    if (!c->done)
+        return;
+    if (c == &en->backing) {
+        if (c->from)
+            edge_unblock_backing(en->n, c->from);
+        if (c->to)
+            edge_block_backing(en->n, c->to);
+    }
+    if (c->from) {
+        if (c->from->inherits_from == en->n)
+            c->from->inherits_from = NULL;
+        if (!c->to) {
+            free(c->edge->name);
+            free(c->edge);
+        }
+        node_unref(c->from); /* may close it */
+    }
+}
+
+/* ---- all of it ---- */
+
+/* Later rooms save while it can still be written, and load when it can be again. */
+static int tell_hooks(struct entry *en, bool to_read_only, struct error *err)
+{
+    struct graph_hook *hook;
+
+    TAILQ_FOREACH (hook, &en->n->graph->hooks, link) {
+        int r = hook->reopening ? hook->reopening(hook, en->n, to_read_only, err) : 0;
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static int prepare_all(struct entries *all, struct error *err)
+{
+    struct entry *en;
+    int r;
+
+    TAILQ_FOREACH (en, all, link) {
+        r = en->n->read_only ? 0 : node_flush(en->n);
+        if (r < 0)
+            return error_set_errno(err, -r, "Error flushing drive");
+    }
+    TAILQ_FOREACH (en, all, link) {
+        r = prepare(en, err);
+        if (r < 0)
+            return r;
+    }
+    TAILQ_FOREACH (en, all, link) {
+        if (en->n->read_only || !en->generic.read_only)
+            continue;
+        r = tell_hooks(en, true, err);
+        if (r < 0)
+            return r;
+        en->told_hooks = true;
+    }
+    return 0;
+}
+
+static int switch_perms(struct graph *g, struct entries *all, struct perm_change *change,
+                        struct error *err)
+{
+    struct node **roots;
+    struct entry *en;
+    size_t n = 0;
+    int r;
+
+    TAILQ_FOREACH (en, all, link)
+        n += 3;
+    roots = xcalloc(n + 1, sizeof *roots);
+    n = 0;
+    TAILQ_FOREACH (en, all, link) {
+        en->n->reopening = &en->will_be;
+        apply_change(en, &en->backing, "backing");
+        apply_change(en, &en->file, "file");
+        roots[n++] = en->n;
+    }
+    TAILQ_FOREACH (en, all, link) {
+        if (en->backing.done && en->backing.from)
+            roots[n++] = en->backing.from;
+        if (en->file.done && en->file.from)
+            roots[n++] = en->file.from;
+    }
+    r = perm_prepare(g, roots, n, change, err);
+    free(roots);
+    return r;
+}
+
+static void commit_entry(struct entry *en)
+{
+    struct node *n = en->n;
+
+    if (n->driver->reopen_commit)
+        n->driver->reopen_commit(n, en->plan);
+    n->read_only = en->generic.read_only;
+    n->auto_read_only = en->generic.auto_read_only;
+    n->cache_direct = en->generic.direct;
+    n->cache_no_flush = en->generic.no_flush;
+    n->discard_unmap = en->generic.discard_unmap;
+    n->detect_zeroes = en->generic.detect_zeroes;
+}
+
+static void remember_options(struct entry *en)
+{
+    struct edge *e;
+
+    json_object_object_del(en->options, "backing");
+    json_object_put(en->n->options);
+    en->n->options = steal(en->options);
+    TAILQ_FOREACH (e, &en->n->children, in_children)
+        json_add_string(en->n->options, e->name, e->node->name);
+}
+
+static void commit_all(struct entries *all, struct perm_change *change)
+{
+    struct entry *en;
+
+    /* Children stand behind their parents in the list; a parent may write to them when it
+     * commits. */
+    TAILQ_FOREACH_REVERSE(en, all, entries, link)
+    {
+        bool was_read_only = en->n->read_only;
+        commit_entry(en);
+        en->told_hooks = was_read_only && !en->n->read_only;
+    }
+    perm_commit(change);
+    TAILQ_FOREACH (en, all, link)
+        en->n->reopening = NULL;
+    TAILQ_FOREACH_REVERSE(en, all, entries, link)
+    {
+        uint64_t size = en->n->size_bytes;
+
+        finish_change(en, &en->backing);
+        finish_change(en, &en->file);
+        remember_options(en);
+        if (en->n->driver->measure_length)
+            en->n->size_bytes = align_up(en->n->driver->measure_length(en->n), BLOCK_SECTOR);
+        if (size != en->n->size_bytes)
+            node_resized(en->n, size);
+        if (en->told_hooks)
+            (void)tell_hooks(en, false, NULL);
+    }
+}
+
+static void abort_all(struct entries *all)
+{
+    struct entry *en;
+
+    TAILQ_FOREACH_REVERSE(en, all, entries, link)
+    {
+        en->n->reopening = NULL;
+        undo_change(&en->file);
+        undo_change(&en->backing);
+        if (en->prepared && en->n->driver->reopen_abort)
+            en->n->driver->reopen_abort(en->n, en->plan);
+        if (en->told_hooks)
+            (void)tell_hooks(en, false, NULL);
+    }
+}
+
+static int reopen_quiesced(struct graph *g, struct entries *all, struct error *err)
+{
+    struct perm_change change;
+    int r = prepare_all(all, err);
+
+    if (r == 0)
+        r = switch_perms(g, all, &change, err);
+    if (r == 0)
+        commit_all(all, &change);
+    else
+        abort_all(all);
+    return r;
+}
+
+int graph_reopen(struct graph *g, struct json_object *options, struct error *err)
+{
+    SHIELD();
+    GRAPH_LOCKED(g);
+    struct entries all = TAILQ_HEAD_INITIALIZER(all);
+    struct entry *en;
+    struct node **nodes;
+    size_t n = 0;
+    int r = 0;
+
+    for (size_t i = 0; r == 0 && i < json_object_array_length(options); i++)
+        r = collect_named(g, &all, json_object_array_get_idx(options, i), err);
+    TAILQ_FOREACH (en, &all, link)
+        n++;
+    nodes = xcalloc(n + 1, sizeof *nodes);
+    n = 0;
+    TAILQ_FOREACH (en, &all, link)
+        nodes[n++] = en->n;
+    if (r == 0) {
+        graph_quiesce_begin(g, nodes, n);
+        r = reopen_quiesced(g, &all, err);
+        graph_quiesce_end(g, nodes, n);
+    }
+    free(nodes);
+    while ((en = TAILQ_FIRST(&all))) {
+        TAILQ_REMOVE(&all, en, link);
+        node_unref(en->n);
+        json_object_put(en->options);
+        free(en);
+    }
+    return r;
+}
