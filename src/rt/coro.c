@@ -211,8 +211,12 @@ static _Thread_local struct coro *left; /* the one that the running one was ente
 
 static void entered(void *fake_stack)
 {
-    /* This is also how we learn where the thread's own stack lies. */
+    /* This is also how we learn where the thread's own stack lies; LeakSanitizer, when it
+     * runs on another, would not look there. */
+    bool own = !left->map && !left->stack;
     __sanitizer_finish_switch_fiber(fake_stack, &left->stack, &left->stack_bytes);
+    if (own)
+        coro_work(left);
 }
 #endif
 
@@ -280,6 +284,8 @@ void coro_init_host(struct coro *c)
 
 void coro_fini_host(struct coro *c)
 {
+    if (c->stack)
+        coro_rest(c);
     free(c->uc);
     c->uc = NULL;
 }

@@ -407,6 +407,38 @@ static void waiting_for_what_cannot_come_stops_the_program(void **state)
     assert_true(aborts(waits_for_itself));
 }
 
+static int holds_memory(void *arg)
+{
+    char *volatile only_here = malloc(100);
+    int r = sleep_until(NEVER_NS);
+    free(only_here);
+    return r;
+}
+
+static int exits(void *arg)
+{
+    char *volatile only_here = malloc(100);
+    SCOPE(s);
+    scope_spawn(&s, holds_memory, NULL);
+    assert_int_equal(task_yield(), 0);
+    exit(only_here ? 0 : 1);
+}
+
+/* What only suspended tasks can reach is no leak: LeakSanitizer knows their stacks. */
+static void a_program_may_exit_inside_a_task(void **state)
+{
+    pid_t child = fork();
+    if (child == 0) {
+        char *volatile only_here = malloc(100);
+        run(exits, NULL);
+        free(only_here);
+    }
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 0);
+}
+
 static int runs_another_loop(void *arg)
 {
     int n = 9;
@@ -434,6 +466,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(the_loop_ends_after_all_tasks),
     cmocka_unit_test(a_wait_inside_nosuspend_stops_the_program),
     cmocka_unit_test(waiting_for_what_cannot_come_stops_the_program),
+    cmocka_unit_test(a_program_may_exit_inside_a_task),
     cmocka_unit_test(loops_nest_on_a_thread),
 };
 UNIT_MAIN(tests)
