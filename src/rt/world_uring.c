@@ -18,10 +18,10 @@
 #include <limits.h>
 #include <poll.h>
 
-#if __has_include(<valgrind/memcheck.h>)
-#include <valgrind/memcheck.h>
+#if __has_include(<valgrind/valgrind.h>)
+#include <valgrind/valgrind.h>
 #else
-#define VALGRIND_MAKE_MEM_DEFINED(addr, length) ((void)0)
+#define RUNNING_ON_VALGRIND 0
 #endif
 
 enum { SUBMISSIONS = 256, COMPLETIONS = 4096 };
@@ -203,8 +203,6 @@ static int64_t file(struct world_uring *u, struct io_op *op)
             return workers_perform(u->workers, op); /* not by this way; the calls may know more */
         if (r == -EINTR)
             continue;
-        if (op->kind == IO_READ && r > 0)
-            (void)VALGRIND_MAKE_MEM_DEFINED(op->buf, r);
         return r;
     }
 }
@@ -236,8 +234,6 @@ static int64_t stream(struct world_uring *u, const struct io_op *op)
             return op->kind == IO_CONNECT ? r : polled(u, op);
         if (r == -EINTR)
             continue;
-        if (op->kind == IO_RECV && r > 0)
-            (void)VALGRIND_MAKE_MEM_DEFINED(op->buf, r);
         return r;
     }
 }
@@ -345,6 +341,12 @@ static int try_ring(struct world_uring *u)
 
 struct world *world_uring_open(int *error)
 {
+    /* valgrind (3.19) runs one thread at a time and does not know that io_uring_enter waits:
+     * our workers would never run. Nor does it see what the kernel writes into buffers. */
+    if (RUNNING_ON_VALGRIND) {
+        *error = -ENOSYS;
+        return NULL;
+    }
     struct world_uring *u = xnew(struct world_uring);
     u->world = (struct world){
         .name = "io_uring",
