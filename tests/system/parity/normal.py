@@ -112,13 +112,13 @@ def events_by_subject(events, scrub, pauses):
 def without_pauses(listed, all_of_them):
     """Without paused-and-on-again; or only without the one right after a job's start, which is the
     filter's insertion."""
-    kept, skip = [], None
+    kept, skip, done = [], None, False
     for entry in listed:
         if entry[0] == "JOB_STATUS_CHANGE:created":     # another job of the same name
-            skip = None
-        first = len(kept) >= 2 and kept[-2][0] == "JOB_STATUS_CHANGE:created"
+            skip, done = None, False
+        first = not done and len(kept) >= 2 and kept[-2][0] == "JOB_STATUS_CHANGE:created"
         if entry[0] in PAUSES and (all_of_them or first):
-            skip = PAUSES[entry[0]]
+            skip, done = PAUSES[entry[0]], True
         elif skip and entry[0] == skip:
             skip = None
         else:

@@ -35,7 +35,7 @@ def test_lists_of_named_things_are_compared_by_name_and_order():
     assert found(record({"return": [a, b]}), record({"return": [a]})) == [
         ("cmd#1", "return[].b", "missing")]
     assert found(record({"return": [a, b]}), record({"return": [b, a]})) == [
-        ("cmd#1", "return[][order]", "value")]
+        ("cmd#1", "return[order]", "value")]
 
 
 def test_events_are_laid_side_by_side():
