@@ -143,6 +143,14 @@ class nbd_server(Setup):
         return argv
 
 
+class file_size_limit(Setup):
+    """The daemon can write no file beyond so many bytes (EFBIG): the way to errors without help
+    from the daemon."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+
 def mark_in_use(path):
     """Sets in_use (and nothing else) in each bitmap of a qcow2 image, by its header."""
     with open(path, "r+b") as f:
@@ -297,8 +305,9 @@ class Recorder:
             self._record("start", request, None, count)
             return
         try:
+            limit = next((s.limit for s in self.seq.setup if isinstance(s, file_size_limit)), None)
             self.daemon = Daemon(*argv, binary=self.binary, directory=self.where,
-                                 connect=negotiate, timeout=PATIENCE)
+                                 connect=negotiate, timeout=PATIENCE, file_size_limit=limit)
             if not negotiate:
                 self.daemon.qmp = self.daemon.new_monitor(negotiate=False)
             self.daemon.qmp.timeout = self.patience

@@ -9,6 +9,7 @@ daemon to die says kill().
 import contextlib
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import tempfile
@@ -47,7 +48,8 @@ class Daemon:
     """with Daemon("--blockdev", "...") as d: d.qmp.execute("query-block")"""
 
     def __init__(self, *argv, binary=None, directory=None, monitor=True, connect=True,
-                 oob=False, env=None, cwd=None, prefix=(), start=True, timeout=30.0):
+                 oob=False, env=None, cwd=None, prefix=(), start=True, timeout=30.0,
+                 file_size_limit=None):
         self.binary = str(binary or find_tidemarkd())
         self._own_dir = None
         if directory is None:
@@ -71,6 +73,7 @@ class Daemon:
         self.oob = oob
         self.env = dict(os.environ, **(env or {}))
         self.cwd = cwd
+        self.file_size_limit = file_size_limit   # bytes; writes beyond it fail with EFBIG
         self.process = None
         self.qmp = None
         self._monitors = []
@@ -89,8 +92,14 @@ class Daemon:
 
     def start(self):
         with open(self.stderr_path, "ab") as err:
+            limit = self.file_size_limit
+
+            def limited():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             self.process = subprocess.Popen(self.argv, stdin=subprocess.DEVNULL, stdout=err,
-                                            stderr=err, env=self.env, cwd=self.cwd)
+                                            stderr=err, env=self.env, cwd=self.cwd,
+                                            preexec_fn=limited if limit else None)
         try:
             self._wait_for_qsd()
             if self.monitor and self.connect_qmp:

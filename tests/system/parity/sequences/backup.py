@@ -22,7 +22,7 @@ def backup_arguments(t):
     for name, values in (
             ("speed", ("1", -1, 1.5, None, -(1 << 63))),
             ("bitmap", (1, None, "", "nosuch")),
-            ("bitmap-mode", (1, "", "nosuch", "conditional", "on-success", "never", "always")),
+            ("bitmap-mode", (1, "", "nosuch", "on-success", "never", "always")),
             ("compress", ("yes", 1, None)),
             ("on-source-error", ("", "nosuch", 1, "auto")),
             ("on-target-error", ("", "nosuch", None)),
@@ -38,6 +38,15 @@ def backup_arguments(t):
             t("blockdev-backup", {**GO, name: value})
     t("query-jobs")
     t.nodes()
+
+
+@sequence(disk("a"), disk("t"), nbd_server("a"))
+def backup_conditional(t):
+    """bitmap-mode conditional, the older word for on-success, is taken by us alone."""
+    t("block-dirty-bitmap-add", node="a", name="b")
+    t.write("a", 0, 65536)
+    t("blockdev-backup", {**GO, "sync": "bitmap", "bitmap": "b", "bitmap-mode": "conditional",
+                          "auto-finalize": False})
 
 
 @sequence(disk("a"), disk("t"), disk("small", size="2M"), disk("ro", more="read-only=on"),
