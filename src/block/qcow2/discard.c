@@ -1,0 +1,169 @@
+/* Taking content away: discard, and zeroes that cost no data.
+ *
+ * Both change entries in memory, under the same hold on guest clusters as allocation, and give
+ * clusters back by way of step 5 (qcow2.h): nothing is free before the disk has forgotten it. */
+#include "block/qcow2/qcow2.h"
+
+enum { FREED_CLUSTERS_MAX = 1 << 16, FREED_RUNS_MAX = 4096, HOLD_BYTES = 1 << 30 };
+
+/* What a cluster's entry becomes; false: it stays. */
+typedef bool new_entry_fn(struct qcow2 *q, uint64_t old, uint64_t *entry, bool *drop, int flags);
+
+enum { DISCARD_FULL = 1, ZERO_UNMAP = 2 };
+
+static bool discarded(struct qcow2 *q, uint64_t old, uint64_t *entry, bool *drop, int flags)
+{
+    bool allocated = (old & ENTRY_COMPRESSED) || (old & ENTRY_OFFSET_MASK);
+    *drop = true;
+    if (flags & DISCARD_FULL)
+        *entry = 0;
+    else if (q->node->backing || allocated)
+        *entry = q->header.version >= 3 ? ENTRY_ZERO : 0;
+    else
+        return false;
+    return *entry != old;
+}
+
+static bool zeroed(struct qcow2 *q, uint64_t old, uint64_t *entry, bool *drop, int flags)
+{
+    bool allocated = old & ENTRY_OFFSET_MASK;
+    *drop = (old & ENTRY_COMPRESSED) || ((flags & ZERO_UNMAP) && allocated);
+    *entry = *drop ? ENTRY_ZERO : old | ENTRY_ZERO;
+    return *entry != old;
+}
+
+static bool needs_no_table(struct qcow2 *q, new_entry_fn *fn, int flags)
+{
+    uint64_t entry;
+    bool drop;
+    return !fn(q, 0, &entry, &drop, flags);
+}
+
+/* For all clusters of R (whole ones), which the caller holds. */
+static int change_entries(struct qcow2 *q, struct range r, new_entry_fn *fn, int flags,
+                          enum free_type type)
+{
+    while (r.length) {
+        struct mapping m;
+        int ret = map_lookup(q, r.start, r.length, &m);
+        if (ret < 0)
+            return ret;
+        if (m.type == MAP_UNALLOCATED && needs_no_table(q, fn, flags)) {
+            r.start += m.length;
+            r.length -= m.length;
+            continue;
+        }
+        struct cache_slot *s;
+        uint32_t i;
+        ret = map_writable_slice(q, r.start, &s, &i);
+        if (ret < 0)
+            return ret;
+        for (; r.length && i < q->slice_entries; i++) {
+            uint64_t old = entry_load(s->data, i), entry;
+            bool drop;
+            if (fn(q, old, &entry, &drop, flags)) {
+                map_set(q, s, i, entry);
+                if (drop)
+                    map_free_entry(q, old, type);
+            }
+            r.start += q->cluster_size;
+            r.length -= q->cluster_size;
+        }
+        if (q->freed_clusters > FREED_CLUSTERS_MAX || q->freed.n > FREED_RUNS_MAX) {
+            ret = qcow2_writeback(q);
+            if (ret < 0)
+                return ret;
+        }
+    }
+    return 0;
+}
+
+static int change_range(struct qcow2 *q, struct range r, new_entry_fn *fn, int flags,
+                        enum free_type type)
+{
+    while (r.length) {
+        if (q->unusable)
+            return -ENOMEDIUM;
+        struct range part = range_make(r.start, min_u64(r.length, HOLD_BYTES));
+        RANGE_HOLDER(holder);
+        int ret = rangelock_take(&q->allocations, &holder, part, RANGE_EXCLUSIVE);
+        if (ret == 0)
+            ret = change_entries(q, part, fn, flags, type);
+        if (ret < 0)
+            return ret;
+        r.start += part.length;
+        r.length -= part.length;
+    }
+    return 0;
+}
+
+int qcow2_discard_clusters(struct qcow2 *q, struct range r, enum free_type type, bool full)
+{
+    return change_range(q, r, discarded, full ? DISCARD_FULL : 0, type);
+}
+
+int qcow2_zero_clusters(struct qcow2 *q, struct range r, bool unmap)
+{
+    return change_range(q, r, zeroed, unmap ? ZERO_UNMAP : 0, FREE_REQUEST);
+}
+
+/* The whole clusters of R; its end counts as whole where the image ends. */
+static struct range whole_clusters(struct qcow2 *q, struct range r)
+{
+    uint64_t end = range_end(r) >= q->node->size_bytes ? align_up(range_end(r), q->cluster_size)
+                                                       : align_down(range_end(r), q->cluster_size);
+    return range_between(align_up(r.start, q->cluster_size), end);
+}
+
+int qcow2_discard(struct node *n, struct range r)
+{
+    struct qcow2 *q = n->state;
+    if (q->unusable)
+        return -ENOMEDIUM;
+    /* Version 2 cannot say "zero": what lies below would come back. */
+    if (q->header.version < 3 && n->backing)
+        return -ENOTSUP;
+    r = whole_clusters(q, r);
+    return r.length ? qcow2_discard_clusters(q, r, FREE_REQUEST, false) : 0;
+}
+
+/* All of R reads as zeroes for a reason that the tables tell. */
+static int all_zero(struct qcow2 *q, struct range r, bool *ret)
+{
+    *ret = true;
+    if (range_end(r) > q->node->size_bytes)
+        r = range_between(r.start, q->node->size_bytes);
+    while (r.length && *ret) {
+        struct mapping m;
+        int res = map_lookup(q, r.start, r.length, &m);
+        if (res < 0)
+            return res;
+        *ret = m.type == MAP_ZERO || (m.type == MAP_UNALLOCATED && !q->node->backing);
+        r.start += m.length;
+        r.length -= m.length;
+    }
+    return 0;
+}
+
+int qcow2_write_zeroes(struct node *n, struct range r, unsigned flags)
+{
+    struct qcow2 *q = n->state;
+    if (q->unusable)
+        return -ENOMEDIUM;
+    bool zero;
+    struct range inner = whole_clusters(q, r);
+
+    /* Parts of clusters, and version 2: either it is zero already, or it must be written. */
+    if (q->header.version < 3 || !inner.length) {
+        int ret = all_zero(q, r, &zero);
+        return ret < 0 ? ret : zero ? 0 : -ENOTSUP;
+    }
+    struct range edges[2] = {range_between(r.start, min_u64(inner.start, range_end(r))),
+                             range_between(max_u64(range_end(inner), r.start), range_end(r))};
+    for (int i = 0; i < 2; i++) {
+        int ret = all_zero(q, edges[i], &zero);
+        if (ret < 0 || !zero)
+            return ret < 0 ? ret : -ENOTSUP;
+    }
+    return qcow2_zero_clusters(q, inner, flags & REQ_MAY_UNMAP);
+}
