@@ -173,4 +173,4 @@ int node_apply_auto_read_only(struct node *n, const char *text, struct error *er
 bool node_will_be_writable(const struct node *n);
 
 /* The drivers of this room; graph_new adds them. */
-extern const struct driver driver_file, driver_raw, driver_null_co;
+extern const struct driver driver_file, driver_raw, driver_null_co, driver_qcow2;

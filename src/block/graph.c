@@ -60,6 +60,7 @@ struct graph *graph_new(void)
     graph_add_driver(g, &driver_file);
     graph_add_driver(g, &driver_raw);
     graph_add_driver(g, &driver_null_co);
+    graph_add_driver(g, &driver_qcow2);
     return g;
 }
 

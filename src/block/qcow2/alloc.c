@@ -89,7 +89,8 @@ static int write_filled(struct qcow2 *q, const struct placing *p, struct range r
 }
 
 /* Entries for the run; the slice may have to be read again. Holds the guest clusters, so the old
- * entries are those that were looked at. *LINKED bytes of the run have theirs, also after an error. */
+ * entries are those that were looked at. *LINKED bytes of the run have theirs, also after an error.
+ */
 static int link_run(struct qcow2 *q, const struct placing *p, uint64_t *linked)
 {
     uint64_t at;
@@ -110,7 +111,8 @@ static int link_run(struct qcow2 *q, const struct placing *p, uint64_t *linked)
 }
 
 /* How far, from the first cluster of R on, clusters need a new place; or the first of them
- * has one that is not used yet (zero, allocated, our own): then those that follow on in the file. */
+ * has one that is not used yet (zero, allocated, our own): then those that follow on in the file.
+ */
 static int find_run(struct qcow2 *q, struct range r, struct placing *p, uint64_t *clusters)
 {
     uint64_t start = align_down(r.start, q->cluster_size);

@@ -4,8 +4,8 @@
  * hold up eviction, and memory is bounded by the slots whatever requests are in flight.
  *
  * Who loads is the one that made the slot; the others wait and look again. A dirty L2 slice
- * is never written alone (that would need the order of writeback.c): when no clean slot is left, all
- * that is dirty is written back, and the cost is shared by half a cache of evictions. Refcount
+ * is never written alone (that would need the order of writeback.c): when no clean slot is left,
+ * all that is dirty is written back, and the cost is shared by half a cache of evictions. Refcount
  * slices only ever hold refcounts that are not too low, so one may be written at any time. */
 #include "block/qcow2/qcow2.h"
 
@@ -116,8 +116,7 @@ static struct cache_slot *take_slot(struct cache *c, int *r)
     struct cache_slot *s, *dirty = NULL;
     bool busy = false;
     *r = 0;
-    TAILQ_FOREACH(s, &c->lru, lru)
-    {
+    TAILQ_FOREACH (s, &c->lru, lru) {
         if (s->state == SLOT_FREE && !s->writing)
             return s;
         if (s->state == SLOT_LOADING || s->writing) {

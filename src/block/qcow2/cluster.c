@@ -133,7 +133,8 @@ int map_lookup(struct qcow2 *q, uint64_t guest, uint64_t length, struct mapping 
     return 0;
 }
 
-/* A table that is free of holes in its cluster: all slices that nobody has written read as zeroes. */
+/* A table that is free of holes in its cluster: all slices that nobody has written read as zeroes.
+ */
 static int new_l2_table(struct qcow2 *q, uint64_t *offset)
 {
     uint64_t got;

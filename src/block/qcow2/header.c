@@ -234,8 +234,7 @@ int qcow2_header_decode_rest(const uint8_t *buf, size_t length, struct qcow2_hea
             h->backing_length > cluster_size - h->backing_offset)
             return error_set(err, EINVAL, "Backing file name too long");
         h->backing_file = text_of(buf + h->backing_offset, h->backing_length);
-        h->encoded_length =
-            max_u64(h->encoded_length, h->backing_offset + h->backing_length);
+        h->encoded_length = max_u64(h->encoded_length, h->backing_offset + h->backing_length);
     }
     return 0;
 }
@@ -274,13 +273,12 @@ int qcow2_header_check(const struct qcow2_header *h, struct error *err)
     if (h->reftable_clusters == 0)
         return error_set(err, EINVAL, "Image does not contain a reference count table");
     int r = qcow2_check_table(h->reftable_offset, h->reftable_clusters, cluster_size,
-                              QCOW2_MAX_REFTABLE_BYTES, cluster_size, "Reference count table",
-                              err);
+                              QCOW2_MAX_REFTABLE_BYTES, cluster_size, "Reference count table", err);
     if (r < 0)
         return r;
     r = qcow2_check_table(h->snapshots_offset, h->nb_snapshots, QCOW2_SNAPSHOT_HEADER_BYTES,
-                          QCOW2_SNAPSHOT_HEADER_BYTES * (uint64_t)QCOW2_MAX_SNAPSHOTS,
-                          cluster_size, "Snapshot table", err);
+                          QCOW2_SNAPSHOT_HEADER_BYTES * (uint64_t)QCOW2_MAX_SNAPSHOTS, cluster_size,
+                          "Snapshot table", err);
     if (r < 0)
         return r;
     r = qcow2_check_table(h->l1_offset, h->l1_size, sizeof(uint64_t), QCOW2_MAX_L1_BYTES,
@@ -288,8 +286,8 @@ int qcow2_header_check(const struct qcow2_header *h, struct error *err)
     if (r < 0)
         return r;
     unsigned l1_shift = h->cluster_bits + (h->cluster_bits - (extended_l2 ? 4 : 3));
-    uint64_t needed = (h->size_bytes >> l1_shift) +
-                      ((h->size_bytes & (((uint64_t)1 << l1_shift) - 1)) != 0);
+    uint64_t needed =
+        (h->size_bytes >> l1_shift) + ((h->size_bytes & (((uint64_t)1 << l1_shift) - 1)) != 0);
     if (needed > INT32_MAX)
         return error_set(err, EFBIG, "Image is too big");
     if (h->l1_size < needed)
@@ -297,8 +295,7 @@ int qcow2_header_check(const struct qcow2_header *h, struct error *err)
 
     /* What we do not do (yet). */
     if (h->crypt_method == 1)
-        return error_set(err, ENOTSUP,
-                         "Use of AES-CBC encrypted qcow2 images is not supported");
+        return error_set(err, ENOTSUP, "Use of AES-CBC encrypted qcow2 images is not supported");
     if (h->crypt_method == 2)
         return error_set(err, ENOTSUP, "qcow2: LUKS encryption is not supported");
     if (h->crypt_method != 0)
@@ -312,7 +309,8 @@ int qcow2_header_check(const struct qcow2_header *h, struct error *err)
     if (h->compression_type != 0)
         return error_set(err, ENOTSUP, "qcow2: compression type zstd is not supported");
     if (h->refcount_order != 4)
-        return error_set(err, ENOTSUP, "qcow2: refcount width of %u bits is not supported (only 16)",
+        return error_set(err, ENOTSUP,
+                         "qcow2: refcount width of %u bits is not supported (only 16)",
                          1u << h->refcount_order);
     return 0;
 }
@@ -346,9 +344,9 @@ static const struct {
     uint8_t bit;
     char name[46];
 } feature_names[] = {
-    {0, 0, "dirty bit"},       {0, 1, "corrupt bit"},         {0, 2, "external data file"},
+    {0, 0, "dirty bit"},        {0, 1, "corrupt bit"},         {0, 2, "external data file"},
     {0, 3, "compression type"}, {0, 4, "extended L2 entries"}, {1, 0, "lazy refcounts"},
-    {2, 0, "bitmaps"},         {2, 1, "raw external data"},
+    {2, 0, "bitmaps"},          {2, 1, "raw external data"},
 };
 _Static_assert(sizeof feature_names[0] == 48, "an entry of the feature name table has 48 bytes");
 
@@ -385,14 +383,8 @@ int qcow2_header_encode(struct qcow2_header *h, uint8_t *buf)
             put_bytes(&c, h->unknown_fields, h->unknown_fields_length);
     }
 
-    if (h->backing_format)
-        put_extension(&c, (uint32_t)QCOW2_EXT_BACKING_FORMAT, h->backing_format,
-                      (uint32_t)strlen(h->backing_format));
-    if (h->data_file)
-        put_extension(&c, QCOW2_EXT_DATA_FILE, h->data_file, (uint32_t)strlen(h->data_file));
-    /* Small clusters have no room to spare for names that only people read. */
-    if (h->version >= 3 && cluster_size > 4096)
-        put_extension(&c, QCOW2_EXT_FEATURE_NAMES, feature_names, sizeof feature_names);
+    /* First, in one sector with the autoclear bits as a rule: the two change together, and a torn
+     * write must not have one without the other. */
     if (h->has_bitmaps) {
         uint8_t data[24];
         struct out_cursor d = out_cursor_over(data, sizeof data);
@@ -402,6 +394,14 @@ int qcow2_header_encode(struct qcow2_header *h, uint8_t *buf)
         put_be64(&d, h->bitmap_directory_offset);
         put_extension(&c, QCOW2_EXT_BITMAPS, data, sizeof data);
     }
+    if (h->backing_format)
+        put_extension(&c, (uint32_t)QCOW2_EXT_BACKING_FORMAT, h->backing_format,
+                      (uint32_t)strlen(h->backing_format));
+    if (h->data_file)
+        put_extension(&c, QCOW2_EXT_DATA_FILE, h->data_file, (uint32_t)strlen(h->data_file));
+    /* Small clusters have no room to spare for names that only people read. */
+    if (h->version >= 3 && cluster_size > 4096)
+        put_extension(&c, QCOW2_EXT_FEATURE_NAMES, feature_names, sizeof feature_names);
     for (size_t i = 0; i < h->nb_unknown; i++)
         put_extension(&c, h->unknown[i].magic, h->unknown[i].data, h->unknown[i].length);
     put_extension(&c, QCOW2_EXT_END, NULL, 0);

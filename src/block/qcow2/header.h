@@ -85,7 +85,7 @@ struct qcow2_header {
     char *backing_format;
     char *data_file;
 
-    bool has_bitmaps; /* the extension is there and its autoclear bit is set */
+    bool has_bitmaps;     /* the extension is there and its autoclear bit is set */
     bool bitmaps_dropped; /* it was there without the bit: nothing in it may be trusted */
     uint32_t nb_bitmaps;
     uint64_t bitmap_directory_offset, bitmap_directory_bytes;
@@ -111,7 +111,8 @@ bool qcow2_header_probe(const uint8_t *buf, size_t length);
  * owns, also after an error. */
 int qcow2_header_decode(const uint8_t *buf, size_t length, struct qcow2_header *h,
                         struct error *err);
-/* Fields beyond the fixed part, extensions and backing file name: BUF is the whole first cluster. */
+/* Fields beyond the fixed part, extensions and backing file name: BUF is the whole first cluster.
+ */
 int qcow2_header_decode_rest(const uint8_t *buf, size_t length, struct qcow2_header *h,
                              struct error *err);
 /* What QEMU refuses in the values, in its words; then what we do not do yet, by its name. */

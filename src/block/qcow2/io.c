@@ -88,7 +88,8 @@ static int inflate_job_run(void *arg)
     return qcow2_inflate(j->in, j->in_bytes, j->out, j->out_bytes);
 }
 
-/* The cluster that ENTRY names, whole, to q->compressed. Holds a place in the epoch while it reads. */
+/* The cluster that ENTRY names, whole, to q->compressed. Holds a place in the epoch while it reads.
+ */
 static int read_compressed(struct qcow2 *q, uint64_t entry, uint64_t inside, uint8_t *buf,
                            uint64_t length)
 {
@@ -223,7 +224,8 @@ int qcow2_read(struct node *n, struct range r, void *buf, unsigned flags)
 int qcow2_write(struct node *n, struct range r, const void *data, unsigned flags)
 {
     struct qcow2 *q = n->state;
-    uint8_t *buf = (uint8_t *)(uintptr_t)data; /* fragments write from it, they do not write to it */
+    uint8_t *buf =
+        (uint8_t *)(uintptr_t)data; /* fragments write from it, they do not write to it */
     struct fragments fs = {.n = 0};
     int ret = 0;
     bool scoped = false;

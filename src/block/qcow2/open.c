@@ -181,8 +181,9 @@ static int read_table(struct qcow2 *q, struct table *t, uint64_t offset, uint64_
     if (!n)
         return 0;
     if (offset >= file_size(q))
-        return error_set(err, EINVAL, "Could not read %s: offset %#llx is beyond the end of the file",
-                         what, (unsigned long long)offset);
+        return error_set(err, EINVAL,
+                         "Could not read %s: offset %#llx is beyond the end of the file", what,
+                         (unsigned long long)offset);
     r = file_read(q, offset, t->entries, n * 8);
     if (r < 0)
         return error_set_errno(err, -r, "Could not read %s", what);
@@ -357,8 +358,9 @@ static int reopen_prepare(struct node *n, struct json_object *options, bool read
         if (q->header.incompatible & QCOW2_INCOMPAT_CORRUPT)
             r = error_set(err, EACCES, "qcow2: Image is corrupt; cannot be opened read/write");
         else if (q->header.incompatible & QCOW2_INCOMPAT_DIRTY)
-            r = error_set(err, EACCES, "qcow2: Image is dirty; it is repaired when it is opened "
-                                       "read/write");
+            r = error_set(err, EACCES,
+                          "qcow2: Image is dirty; it is repaired when it is opened "
+                          "read/write");
     }
     if (r == 0 && read_only && !n->read_only && !q->unusable) {
         r = write_all(q);
@@ -398,8 +400,41 @@ static bool image_backing(struct node *n, const char **filename, const char **fo
     return q->header.backing_file != NULL;
 }
 
+static const char *const strong_options[] = {"encrypt", NULL};
+static const char *const mutable_options[] = {
+    "lazy-refcounts",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "pass-discard-other",
+    "overlap-check",
+    "cache-size",
+    "l2-cache-size",
+    "l2-cache-entry-size",
+    "refcount-cache-size",
+    "cache-clean-interval",
+    NULL,
+};
+static const char *const known_options[] = {
+    "lazy-refcounts",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "pass-discard-other",
+    "overlap-check",
+    "cache-size",
+    "l2-cache-size",
+    "l2-cache-entry-size",
+    "refcount-cache-size",
+    "cache-clean-interval",
+    "encrypt",
+    "data-file",
+    NULL,
+};
+
 const struct driver driver_qcow2 = {
     .name = "qcow2",
+    .strong_options = strong_options,
+    .known_options = known_options,
+    .mutable_options = mutable_options,
     .state_size = sizeof(struct qcow2),
     .supports_backing = true,
     .is_format = true,

@@ -95,8 +95,8 @@ const char *metadata_overlap(struct qcow2 *q, uint64_t offset, uint64_t length,
     if (range_overlaps(r, range_make(h->snapshots_offset, q->snapshot_table_bytes)))
         return "snapshot table";
     for (uint32_t i = 0; q->snapshots && i < h->nb_snapshots; i++)
-        if (range_overlaps(r, range_make(q->snapshots[i].l1_offset,
-                                         (uint64_t)q->snapshots[i].l1_size * 8)))
+        if (range_overlaps(
+                r, range_make(q->snapshots[i].l1_offset, (uint64_t)q->snapshots[i].l1_size * 8)))
             return "inactive L1 table";
     if (h->has_bitmaps &&
         range_overlaps(r, range_make(h->bitmap_directory_offset, h->bitmap_directory_bytes)))
@@ -131,8 +131,7 @@ void qcow2_signal_corruption(struct qcow2 *q, bool fatal, int64_t offset, int64_
 {
     SHIELD();
     fatal = fatal && !q->node->read_only;
-    if (q->signaled_corruption &&
-        (!fatal || (q->header.incompatible & QCOW2_INCOMPAT_CORRUPT)))
+    if (q->signaled_corruption && (!fatal || (q->header.incompatible & QCOW2_INCOMPAT_CORRUPT)))
         return;
     q->signaled_corruption = true;
 

@@ -26,8 +26,8 @@
  * WHO WAITS FOR WHOM. One loop, no locks on the hot path. A cached table may be used until the
  * next wait and no longer. Requests that change entries (allocation, discard, zeroes) hold their
  * guest clusters in `allocations`, exclusively, and look again after they have got them;
- * reads and writes in place take nothing but a place in the epoch, so that step 5 can wait for those
- * that may still use a freed cluster. `alloc_lock` guards the search for free clusters,
+ * reads and writes in place take nothing but a place in the epoch, so that step 5 can wait for
+ * those that may still use a freed cluster. `alloc_lock` guards the search for free clusters,
  * `l1_lock` the making of an L2 table; both are held for metadata reads at most. */
 #pragma once
 
@@ -113,7 +113,7 @@ void table_set(struct table *t, uint32_t index, uint64_t value); /* and marks di
 
 enum metadata_kind { META_NONE, META_L2, META_REFBLOCK };
 struct metadata_set {
-    uint64_t *keys; /* offset | kind; 0: empty, 1: deleted */
+    uint64_t *keys;        /* offset | kind; 0: empty, 1: deleted */
     size_t capacity, used; /* used counts deleted ones, too */
 };
 
@@ -174,8 +174,8 @@ struct qcow2 {
     bool pass_discard[FREE_OTHER + 1];
     bool overlap_checks;
     bool signaled_corruption;
-    bool unusable; /* a fatal corruption was found: every request ends with -ENOMEDIUM */
-    bool lazy_refcounts; /* option; accepted, never needed */
+    bool unusable;          /* a fatal corruption was found: every request ends with -ENOMEDIUM */
+    bool lazy_refcounts;    /* option; accepted, never needed */
     uint64_t compressed_at; /* the compressed cluster in `compressed`; 0: none */
     uint8_t *compressed;
 };
@@ -218,8 +218,8 @@ uint64_t file_size(const struct qcow2 *q);
 int qcow2_writeback(struct qcow2 *q);
 /* The same, and flushed. */
 int qcow2_sync(struct qcow2 *q);
-/* Gives back [offset, offset+length) (bytes; whole clusters are touched), after the entry that named
- * it has been changed in memory. */
+/* Gives back [offset, offset+length) (bytes; whole clusters are touched), after the entry that
+ * named it has been changed in memory. */
 void qcow2_free_later(struct qcow2 *q, uint64_t offset, uint64_t length, enum free_type type);
 
 static inline unsigned epoch_enter(struct qcow2 *q)
@@ -246,7 +246,8 @@ void refcount_unalloc(struct qcow2 *q, uint64_t offset, uint64_t clusters);
 int refcount_get(struct qcow2 *q, uint64_t cluster, uint16_t *ret);
 /* Adds DELTA to each; below 0 or above the maximum is corruption, and -EIO. */
 int refcount_add(struct qcow2 *q, uint64_t cluster, uint64_t n, int delta);
-int refcount_set(struct qcow2 *q, uint64_t cluster, uint16_t value); /* makes the block if need be */
+int refcount_set(struct qcow2 *q, uint64_t cluster,
+                 uint16_t value); /* makes the block if need be */
 
 /* ---- cluster.c: from guest to host ---- */
 
@@ -297,14 +298,15 @@ int qcow2_inflate(const void *in, size_t in_bytes, void *out, size_t out_bytes);
 void metadata_add(struct qcow2 *q, uint64_t offset, enum metadata_kind kind);
 void metadata_remove(struct qcow2 *q, uint64_t offset);
 enum metadata_kind metadata_at(const struct qcow2 *q, uint64_t cluster_offset);
-/* What a write of [offset, offset+length) would destroy; NULL: nothing. IGNORE: of this kind itself. */
+/* What a write of [offset, offset+length) would destroy; NULL: nothing. IGNORE: of this kind
+ * itself. */
 const char *metadata_overlap(struct qcow2 *q, uint64_t offset, uint64_t length,
                              enum metadata_kind ignore);
 /* The same, and if there is something the image is marked corrupt: -EIO. */
 int qcow2_check_overlap(struct qcow2 *q, uint64_t offset, uint64_t length,
                         enum metadata_kind ignore);
-/* Raises BLOCK_IMAGE_CORRUPTED; FATAL (and we may write): sets the corrupt bit, and nothing works on
- * this node any more. OFFSET and LENGTH -1: none. */
+/* Raises BLOCK_IMAGE_CORRUPTED; FATAL (and we may write): sets the corrupt bit, and nothing works
+ * on this node any more. OFFSET and LENGTH -1: none. */
 void qcow2_signal_corruption(struct qcow2 *q, bool fatal, int64_t offset, int64_t length,
                              const char *fmt, ...) PRINTF(5, 6);
 

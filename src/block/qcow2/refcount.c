@@ -11,7 +11,8 @@
  * them and counts itself. When the table is full, a new one is written with the blocks that
  * cover it, flushed, and the header turned to it: a rare, synchronous step.
  *
- * Counts are lowered by step 5 of writeback.c only, or for clusters that no entry has ever named. */
+ * Counts are lowered by step 5 of writeback.c only, or for clusters that no entry has ever named.
+ */
 #include "block/qcow2/qcow2.h"
 
 static uint64_t refblock_entries(const struct qcow2 *q)
@@ -182,14 +183,14 @@ static uint64_t skip_referenced(const struct qcow2 *q, uint64_t cluster, uint64_
 }
 
 /* A longer table, for at least MIN_ENTRIES. Holds alloc_lock; what it writes is durable when it
- * returns. The old table and all blocks that it names are on disk before (qcow2_sync), the new table
- * and the blocks that cover it before the header names it, and the old one is freed after. */
+ * returns. The old table and all blocks that it names are on disk before (qcow2_sync), the new
+ * table and the blocks that cover it before the header names it, and the old one is freed after. */
 static int grow_reftable(struct qcow2 *q, uint64_t min_entries)
 {
     uint64_t per_cluster = q->cluster_size / 8;
     uint64_t base = skip_referenced(q, (uint64_t)q->reftable.n << q->refblock_bits, 1);
-    uint64_t clusters = max_u64((uint64_t)q->header.reftable_clusters * 3 / 2 + 1,
-                                min_entries / per_cluster + 1);
+    uint64_t clusters =
+        max_u64((uint64_t)q->header.reftable_clusters * 3 / 2 + 1, min_entries / per_cluster + 1);
     uint64_t first, k;
     for (;;) {
         first = base >> q->refblock_bits;

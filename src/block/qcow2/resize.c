@@ -151,9 +151,8 @@ static int clear_behind(struct qcow2 *q, uint64_t from, uint64_t to, struct erro
     if (r == 0 && backing && node_size(backing->node) > cluster_end && to > cluster_end) {
         uint64_t end = min_u64(align_up(node_size(backing->node), q->cluster_size),
                                align_up(to, q->cluster_size));
-        r = q->header.version >= 3
-                ? qcow2_zero_clusters(q, range_between(cluster_end, end), true)
-                : -ENOTSUP;
+        r = q->header.version >= 3 ? qcow2_zero_clusters(q, range_between(cluster_end, end), true)
+                                   : -ENOTSUP;
     }
     return r < 0 ? error_set_errno(err, -r, "Failed to zero out the new area") : 0;
 }

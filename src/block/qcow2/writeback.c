@@ -1,7 +1,7 @@
 /* Metadata from memory to the file, in the order that qcow2.h draws.
  *
- * Everything that is dirty is copied at one instant, without a wait in between, and only the copies are
- * written. Requests go on meanwhile and make slices dirty again: what they change is for the
+ * Everything that is dirty is copied at one instant, without a wait in between, and only the copies
+ * are written. Requests go on meanwhile and make slices dirty again: what they change is for the
  * next round, so an entry made after the instant cannot reach the disk before its refcount, which
  * was raised after the instant, too. A copy's slot is `writing` until the round ends and is not
  * evicted: the disk has not got its content yet.
@@ -103,8 +103,8 @@ static int copy_cache(struct cache *c, struct copies *out)
     if (!out->slots || !out->items || !out->data)
         return -ENOMEM;
     struct cache_slot *s;
-    TAILQ_FOREACH(s, &c->dirty, dirty)
-    out->slots[out->n_slots++] = s;
+    TAILQ_FOREACH (s, &c->dirty, dirty)
+        out->slots[out->n_slots++] = s;
     qsort(out->slots, out->n_slots, sizeof *out->slots, by_offset);
     uint8_t *at = out->data;
     for (size_t i = 0; i < out->n_slots; i++) {
@@ -179,9 +179,7 @@ static int write_some(void *arg)
     while (w->next < w->copies->n) {
         struct copy *c = &w->copies->items[w->next++];
         /* L1 and refcount table lie where the header says; their own range is not asked about. */
-        int r = w->kind == META_NONE
-                    ? 0
-                    : qcow2_check_overlap(w->q, c->offset, c->length, w->kind);
+        int r = w->kind == META_NONE ? 0 : qcow2_check_overlap(w->q, c->offset, c->length, w->kind);
         if (r == 0)
             r = file_write(w->q, c->offset, c->data, c->length);
         if (r < 0)
