@@ -1,0 +1,373 @@
+/* The qcow2 driver against a byte model, over all cluster sizes, both versions, with and without
+ * a backing image; qemu-img says at the end whether the image is sound and holds the same. */
+#include "qcow2util.h"
+
+struct disk_model {
+    uint8_t *bytes;
+    uint64_t size;
+};
+
+static void add_drivers(struct graph *g)
+{
+    graph_add_driver(g, &driver_memdisk);
+}
+
+static void compare_all(struct edge *e, const struct disk_model *m)
+{
+    uint8_t *buf = malloc(m->size);
+    CHECK(buf);
+    memset(buf, 0xee, m->size);
+    CHECK(edge_read(e, range_make(0, m->size), buf, 0) == 0);
+    for (uint64_t i = 0; i < m->size; i++)
+        if (buf[i] != m->bytes[i]) {
+            fprintf(stderr, "byte %#llx is %#x, not %#x\n", (unsigned long long)i, buf[i],
+                    m->bytes[i]);
+            abort();
+        }
+    free(buf);
+}
+
+/* What qemu-img reads of disk DISK (with disk 1 below it, if BACKING) is the model. */
+static void compare_by_qemu(unsigned disk, const struct disk_model *m)
+{
+    if (!have_qemu_img())
+        return;
+    const char *path = scratch_path("image"), *raw = scratch_path("raw");
+    dump_disk(&memdisks[disk], path);
+    CHECK(run("qemu-img convert -f qcow2 -O raw %s %s", path, raw) == 0);
+    FILE *f = fopen(raw, "rb");
+    CHECK(f);
+    uint8_t *buf = malloc(m->size + 1);
+    CHECK(fread(buf, 1, m->size + 1, f) == m->size);
+    CHECK(!memcmp(buf, m->bytes, m->size));
+    fclose(f);
+    free(buf);
+    unlink(path);
+    unlink(raw);
+}
+
+static void check_status(struct edge *e, const struct disk_model *m, struct range r)
+{
+    struct block_status st;
+    CHECK(edge_status_above(e, NULL, true, r, &st) == 0);
+    CHECK(st.length && st.length <= r.length);
+    if (st.flags & STATUS_ZERO)
+        for (uint64_t i = 0; i < st.length; i++)
+            CHECK(m->bytes[r.start + i] == 0);
+}
+
+static void random_step(struct rng *rng, struct edge *e, struct disk_model *m, uint64_t cluster,
+                        uint8_t *buf)
+{
+    uint64_t start = rng_below(rng, m->size);
+    uint64_t most = min_u64(m->size - start, 6 * cluster + 5000);
+    struct range r = range_make(start, rng_below(rng, most) + 1);
+    if (rng_below(rng, 2)) {
+        start = align_down(start, rng_below(rng, 2) ? cluster : 512);
+        r = range_make(start, min_u64(align_up(r.length, 512), m->size - start));
+        if (rng_below(rng, 2))
+            r.length = min_u64(align_up(r.length, cluster), m->size - start);
+    }
+    switch (rng_below(rng, 8)) {
+    case 0:
+    case 1:
+    case 2: {
+        uint8_t pattern = (uint8_t)rng_next(rng);
+        for (uint64_t i = 0; i < r.length; i++)
+            buf[i] = (uint8_t)(pattern + i * 7);
+        CHECK(edge_write(e, r, buf, 0) == 0);
+        memcpy(m->bytes + r.start, buf, r.length);
+        break;
+    }
+    case 3:
+        CHECK(edge_write_zeroes(e, r, rng_below(rng, 2) ? REQ_MAY_UNMAP : 0) == 0);
+        memset(m->bytes + r.start, 0, r.length);
+        break;
+    case 4:
+        CHECK(edge_discard(e, r) == 0);
+        /* What was there or zeroes, the driver's choice: ask. */
+        CHECK(edge_read(e, r, buf, 0) == 0);
+        for (uint64_t i = 0; i < r.length; i++)
+            CHECK(buf[i] == 0 || buf[i] == m->bytes[r.start + i]);
+        memcpy(m->bytes + r.start, buf, r.length);
+        break;
+    case 5:
+    case 6:
+        memset(buf, 0xee, r.length);
+        CHECK(edge_read(e, r, buf, 0) == 0);
+        CHECK(!memcmp(buf, m->bytes + r.start, r.length));
+        check_status(e, m, r);
+        break;
+    case 7:
+        if (rng_below(rng, 4) == 0)
+            CHECK(edge_flush(e) == 0);
+        break;
+    }
+}
+
+static void random_resize(struct rng *rng, struct edge *e, struct disk_model *m,
+                          const uint8_t *backing, uint64_t backing_size)
+{
+    (void)backing;
+    (void)backing_size;
+    struct error err = ERROR_INIT;
+    uint64_t max = m->size + m->size / 2;
+    uint64_t size = align_up(rng_below(rng, max) + 1, 512);
+    int r = edge_truncate(e, size, true, &err);
+    CHECK_OK(r, err);
+    m->bytes = realloc(m->bytes, size);
+    if (size > m->size)
+        memset(m->bytes + m->size, 0, size - m->size);
+    m->size = size;
+}
+
+static void run_model(struct graph *g, unsigned bits, const char *version, bool backing,
+                      const char *open_options, unsigned steps)
+{
+    struct rng rng = {test_seed() ^ bits ^ (uint64_t)backing << 8};
+    uint64_t cluster = (uint64_t)1 << bits;
+    uint64_t size = max_u64(256 * KiB, min_u64(40 * cluster, 12 * MiB)) + 512 * (bits % 3);
+    struct disk_model m = {calloc(1, size), size};
+    uint8_t *buf = malloc(32 * MiB);
+    char more[512], options[512];
+    struct test_user u;
+
+    memdisk_reset(0);
+    memdisk_reset(1);
+    if (backing) {
+        /* Shorter than the image. */
+        uint64_t below = size - size / 4;
+        struct memdisk *d = &memdisks[1];
+        memdisk_reserve(d, below);
+        d->size = align_down(below, 512);
+        for (uint64_t i = 0; i < d->size; i++)
+            m.bytes[i] = d->bytes[i] = (uint8_t)(i / 512 * 3 + 1);
+    }
+    snprintf(more, sizeof more, ",'cluster-size':%llu,'version':'%s'", (unsigned long long)cluster,
+             version);
+    create_ok(g, 0, size, more);
+    check_disk(&memdisks[0], false);
+    snprintf(options, sizeof options, "%s,'discard':'unmap',%s", open_options,
+             backing ? "'backing':{'driver':'raw','file':{'driver':'memdisk','disk':1}}"
+                     : "'backing':null");
+
+    for (unsigned round = 0; round < 3; round++) {
+        struct node *n = open_image(g, 0, options);
+        struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE, PERM_ALL);
+        CHECK(node_size(n) == m.size);
+        compare_all(e, &m);
+        for (unsigned i = 0; i < steps; i++)
+            random_step(&rng, e, &m, cluster, buf);
+        compare_all(e, &m);
+        if (!backing) {
+            random_resize(&rng, e, &m, NULL, 0);
+            compare_all(e, &m);
+        }
+        edge_detach(e);
+        node_unref(n);
+        check_disk(&memdisks[0], false);
+        if (!backing)
+            compare_by_qemu(0, &m);
+    }
+    free(buf);
+    free(m.bytes);
+}
+
+TEST(random_requests_agree_with_a_byte_model)
+{
+    add_drivers(g);
+    for (unsigned bits = 9; bits <= 21; bits++) {
+        run_model(g, bits, "v3", false, "", bits < 18 ? 150 : 40);
+        run_model(g, bits, "v3", true, "", bits < 18 ? 100 : 30);
+    }
+    run_model(g, 9, "v2", false, "", 150);
+    run_model(g, 16, "v2", false, "", 150);
+    run_model(g, 16, "v2", true, "", 150);
+    run_model(g, 21, "v2", true, "", 30);
+}
+
+TEST(small_caches_agree_with_a_byte_model)
+{
+    add_drivers(g);
+    const char *tiny = ",'l2-cache-size':1,'refcount-cache-size':1,'l2-cache-entry-size':512";
+    for (unsigned bits = 9; bits <= 16; bits++) {
+        run_model(g, bits, "v3", false, tiny, 200);
+        run_model(g, bits, "v3", true, tiny, 100);
+    }
+}
+
+/* ---- many at once ---- */
+
+enum { WORKERS = 12, STRIPE = 1536 };
+
+struct worker {
+    struct edge *e;
+    struct disk_model *m;
+    unsigned id;
+    uint64_t seed;
+};
+
+static int work(void *arg)
+{
+    struct worker *w = arg;
+    struct rng rng = {w->seed};
+    uint8_t buf[STRIPE];
+    uint64_t stripes = w->m->size / STRIPE;
+    for (int i = 0; i < 300; i++) {
+        uint64_t stripe = rng_below(&rng, stripes / WORKERS) * WORKERS + w->id;
+        struct range r = range_make(stripe * STRIPE, STRIPE);
+        switch (rng_below(&rng, 6)) {
+        case 0:
+        case 1:
+        case 2:
+            memset(buf, (int)rng_next(&rng), sizeof buf);
+            CHECK(edge_write(w->e, r, buf, 0) == 0);
+            memcpy(w->m->bytes + r.start, buf, sizeof buf);
+            break;
+        case 3:
+            CHECK(edge_write_zeroes(w->e, r, REQ_MAY_UNMAP) == 0);
+            memset(w->m->bytes + r.start, 0, r.length);
+            break;
+        case 4:
+            CHECK(edge_read(w->e, r, buf, 0) == 0);
+            CHECK(!memcmp(buf, w->m->bytes + r.start, r.length));
+            break;
+        case 5:
+            if (rng_below(&rng, 5) == 0)
+                CHECK(edge_flush(w->e) == 0);
+            break;
+        }
+    }
+    return 0;
+}
+
+TEST(parallel_writers_of_one_cluster_keep_each_others_data)
+{
+    add_drivers(g);
+    for (unsigned bits = 9; bits <= 17; bits += 4) {
+        memdisk_reset(0);
+        memdisk_reset(1);
+        struct disk_model m = {calloc(1, 768 * KiB), 768 * KiB};
+        memdisk_reserve(&memdisks[1], m.size);
+        memdisks[1].size = m.size;
+        memset(memdisks[1].bytes, 0x77, m.size);
+        memset(m.bytes, 0x77, m.size);
+        char more[128];
+        snprintf(more, sizeof more, ",'cluster-size':%u", 1u << bits);
+        create_ok(g, 0, m.size, more);
+        struct test_user u;
+        struct node *n = open_image(g, 0,
+                                    ",'l2-cache-size':1,'refcount-cache-size':1,'discard':'unmap','"
+                                    "backing':{'driver':'raw','file':{"
+                                    "'driver':'memdisk','disk':1}}");
+        struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+        struct worker workers[WORKERS];
+        {
+            SCOPE(scope);
+            for (unsigned i = 0; i < WORKERS; i++) {
+                workers[i] = (struct worker){e, &m, i, test_seed() + i * 77 + bits};
+                scope_spawn(&scope, work, &workers[i]);
+            }
+            CHECK(scope_join(&scope) == 0);
+        }
+        compare_all(e, &m);
+        edge_detach(e);
+        node_unref(n);
+        check_disk(&memdisks[0], false);
+        free(m.bytes);
+    }
+}
+
+/* ---- images that qemu-img made ---- */
+
+TEST(compressed_clusters_are_read_and_written_over)
+{
+    add_drivers(g);
+    if (!have_qemu_img())
+        return;
+    const char *raw = scratch_path("src"), *img = scratch_path("img");
+    for (unsigned bits = 9; bits <= 21; bits += 3) {
+        struct disk_model m = {calloc(1, 4 * MiB), 4 * MiB};
+        for (uint64_t i = 0; i < m.size; i++)
+            m.bytes[i] = (uint8_t)(i >> 9 & 1 ? i * i >> 7 : i >> 12);
+        FILE *f = fopen(raw, "wb");
+        CHECK(fwrite(m.bytes, 1, m.size, f) == m.size && fclose(f) == 0);
+        CHECK(run("qemu-img convert -c -f raw -O qcow2 -o cluster_size=%u %s %s", 1u << bits, raw,
+                  img) == 0);
+        load_disk(0, img);
+        struct test_user u;
+        struct node *n = open_image(g, 0, ",'discard':'unmap'");
+        struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+        compare_all(e, &m);
+        struct rng rng = {test_seed() + bits};
+        uint8_t *buf = malloc(16 * MiB);
+        for (int i = 0; i < 60; i++)
+            random_step(&rng, e, &m, (uint64_t)1 << bits, buf);
+        compare_all(e, &m);
+        free(buf);
+        edge_detach(e);
+        node_unref(n);
+        check_disk(&memdisks[0], false);
+        compare_by_qemu(0, &m);
+        free(m.bytes);
+    }
+    unlink(raw);
+    unlink(img);
+}
+
+TEST(internal_snapshots_stay_as_they_were)
+{
+    add_drivers(g);
+    if (!have_qemu_img())
+        return;
+    const char *img = scratch_path("snap"), *out = scratch_path("snapout");
+    struct disk_model before = {calloc(1, MiB), MiB}, m = {calloc(1, MiB), MiB};
+    struct test_user u;
+    for (unsigned bits = 9; bits <= 16; bits += 7) {
+        memset(m.bytes, 0, m.size);
+        memdisk_reset(0);
+        char more[128];
+        snprintf(more, sizeof more, ",'cluster-size':%u", 1u << bits);
+        create_ok(g, 0, MiB, more);
+        struct rng rng = {test_seed() + bits};
+        uint8_t *buf = malloc(16 * MiB);
+        for (int round = 0; round < 2; round++) {
+            struct node *n = open_image(g, 0, ",'discard':'unmap'");
+            struct edge *e =
+                attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE, PERM_ALL);
+            for (int i = 0; i < 120; i++)
+                random_step(&rng, e, &m, (uint64_t)1 << bits, buf);
+            compare_all(e, &m);
+            edge_detach(e);
+            node_unref(n);
+            check_disk(&memdisks[0], false);
+            if (round == 0) {
+                dump_disk(&memdisks[0], img);
+                CHECK(run("qemu-img snapshot -c s1 %s", img) == 0);
+                load_disk(0, img);
+                memcpy(before.bytes, m.bytes, MiB);
+            }
+        }
+        compare_by_qemu(0, &m);
+        dump_disk(&memdisks[0], img);
+        CHECK(run("qemu-img convert -f qcow2 -l snapshot.name=s1 -O raw %s %s", img, out) == 0);
+        FILE *f = fopen(out, "rb");
+        CHECK(f && fread(buf, 1, MiB, f) == MiB && !memcmp(buf, before.bytes, MiB));
+        fclose(f);
+        free(buf);
+    }
+    free(m.bytes);
+    free(before.bytes);
+    unlink(img);
+    unlink(out);
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(random_requests_agree_with_a_byte_model),
+    cmocka_unit_test(small_caches_agree_with_a_byte_model),
+    cmocka_unit_test(parallel_writers_of_one_cluster_keep_each_others_data),
+    cmocka_unit_test(compressed_clusters_are_read_and_written_over),
+    cmocka_unit_test(internal_snapshots_stay_as_they_were),
+};
+
+UNIT_MAIN(tests)
