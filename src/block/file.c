@@ -22,6 +22,30 @@
 
 enum { DIRECT_ALIGN_MAX = 4096 };
 
+/* ---- descriptors ---- */
+
+static struct open_file *handle_new(int fd, int flags)
+{
+    struct open_file *h = xnew(struct open_file);
+
+    *h = (struct open_file){fd, flags, 1};
+    return h;
+}
+
+static void handle_unref(struct open_file *h)
+{
+    if (--h->users)
+        return;
+    io_close(h->fd);
+    free(h);
+}
+DEFINE_CLEANUP(struct open_file *, handle_unref, handle_unrefp)
+
+/* The descriptor for the rest of the block. */
+#define HANDLE(s)                                                                                  \
+    CLEANUP(handle_unrefp) struct open_file *handle = (s)->now;                                    \
+    handle->users++
+
 /* ---- opening ---- */
 
 static int wanted_flags(const struct node *n, unsigned perm)
@@ -120,9 +144,8 @@ static int file_open(struct node *n, struct json_object *options, struct error *
     struct file_state *s = n->state;
     const char *path = json_get_string(options, "filename", "");
     struct stat st;
-    int r;
+    int flags, fd, r;
 
-    s->fd = s->new_fd = -1;
     s->shared = PERM_ALL;
     free(n->filename);
     n->filename = xstrdup(path);
@@ -132,11 +155,11 @@ static int file_open(struct node *n, struct json_object *options, struct error *
     if (!strncmp(path, "/dev/fdset/", 11))
         return error_set(err, ENOTSUP, "'%s': file descriptor sets are not supported", path);
 
-    s->open_flags = wanted_flags(n, 0);
-    r = open_path(path, s->open_flags, 0, &s->fd, err);
+    flags = wanted_flags(n, 0);
+    r = open_path(path, flags, 0, &fd, err);
     if (r < 0)
         return r;
-    r = io_fstat(s->fd, &st);
+    r = io_fstat(fd, &st);
     if (r < 0) {
         r = error_set_errno(err, -r, "Could not stat file");
     } else if (!S_ISREG(st.st_mode)) {
@@ -146,12 +169,13 @@ static int file_open(struct node *n, struct json_object *options, struct error *
         s->dev = st.st_dev;
         s->ino = st.st_ino;
         s->length = n->size_bytes = (uint64_t)st.st_size;
-        r = set_limits(n, s->fd, s->open_flags, err);
+        r = set_limits(n, fd, flags, err);
     }
     if (r < 0) {
-        io_close(s->fd);
+        io_close(fd);
         return r;
     }
+    s->now = handle_new(fd, flags);
     n->write_flags = REQ_FUA;
     n->write_zeroes_flags = REQ_MAY_UNMAP | REQ_NO_FALLBACK;
     return 0;
@@ -161,50 +185,63 @@ static void file_close(struct node *n)
 {
     struct file_state *s = n->state;
 
-    io_close(s->fd);
-    s->fd = -1;
+    handle_unref(s->now);
+    s->now = NULL;
 }
 
 /* ---- permissions: the descriptor and the locks follow them ---- */
+
+/* The file again, in another mode. */
+static int open_next(struct node *n, int flags, struct error *err)
+{
+    struct file_state *s = n->state;
+    struct node_limits limits;
+    struct stat st;
+    int fd, r;
+
+    r = open_path(n->filename, flags, 0, &fd, err);
+    if (r < 0)
+        return r;
+    r = io_fstat(fd, &st);
+    if (r < 0)
+        (void)error_set_errno(err, -r, "Could not stat file");
+    else if (st.st_dev != s->dev || st.st_ino != s->ino) /* the name means another by now */
+        r = error_set(err, ESTALE, "'%s' is not the file any more that node '%s' has open",
+                      n->filename, n->name);
+    else if (flags & O_DIRECT)
+        r = probe_alignment(fd, &limits, err);
+    if (r < 0) {
+        io_close(fd);
+        return r;
+    }
+    s->next = handle_new(fd, flags);
+    return 0;
+}
+
+static void drop_next(struct file_state *s)
+{
+    if (s->next)
+        handle_unref(steal(s->next));
+}
 
 static int file_check_perm(struct node *n, unsigned perm, unsigned shared, struct error *err)
 {
     struct file_state *s = n->state;
     int flags = wanted_flags(n, perm);
-    int r;
+    int r = 0;
 
-    assert(s->new_fd == -1);
-    if (flags != s->open_flags) {
-        struct stat st;
-        struct node_limits limits;
-
-        r = open_path(n->filename, flags, 0, &s->new_fd, err);
-        if (r < 0)
-            return r;
-        /* The name may mean another file by now. */
-        r = io_fstat(s->new_fd, &st);
-        if (r == 0 && (st.st_dev != s->dev || st.st_ino != s->ino))
-            r = error_set(err, ESTALE, "'%s' is not the file any more that node '%s' has open",
-                          n->filename, n->name);
-        else if (r < 0)
-            (void)error_set_errno(err, -r, "Could not stat file");
-        if (r == 0 && (flags & O_DIRECT))
-            r = probe_alignment(s->new_fd, &limits, err);
-        if (r < 0)
-            goto failed;
-        s->new_flags = flags;
-    }
-    r = file_locks_prepare(n, perm, shared, err);
-    if (r == 0 && s->new_fd >= 0 && s->use_lock) {
-        r = file_locks_copy(s->new_fd, perm, shared, err);
+    assert(!s->next);
+    if (flags != s->now->open_flags)
+        r = open_next(n, flags, err);
+    if (r == 0)
+        r = file_locks_prepare(n, perm, shared, err);
+    if (r == 0 && s->next && s->use_lock) {
+        r = file_locks_copy(s->next->fd, perm, shared, err);
         if (r < 0)
             file_locks_abort(n);
     }
-    if (r == 0)
-        return 0;
-failed:
-    io_close(s->new_fd);
-    s->new_fd = -1;
+    if (r < 0)
+        drop_next(s);
     return r;
 }
 
@@ -212,20 +249,18 @@ static void file_commit_perm(struct node *n, unsigned perm, unsigned shared)
 {
     struct file_state *s = n->state;
 
-    if (s->new_fd >= 0) {
-        /* Requests that began before still use the old descriptor; a node is quiesced for
-         * all that takes writing away, and for a reopen. */
-        int old = s->fd;
-        s->fd = s->new_fd;
-        s->open_flags = s->new_flags;
-        s->new_fd = -1;
+    if (s->next) {
+        struct open_file *old = s->now;
+
+        s->now = steal(s->next);
         if (s->use_lock) {
             s->locked_perm = perm;
             s->locked_shared = PERM_ALL & ~shared;
+            file_locks_drop(old->fd); /* requests may keep it for a while */
         }
-        io_close(old);
+        handle_unref(old);
         if (n->reopening)
-            (void)set_limits(n, s->fd, s->open_flags, NULL);
+            (void)set_limits(n, s->now->fd, s->now->open_flags, NULL);
     }
     file_locks_commit(n, perm, shared);
     s->perm = perm;
@@ -236,8 +271,7 @@ static void file_abort_perm(struct node *n)
 {
     struct file_state *s = n->state;
 
-    io_close(s->new_fd);
-    s->new_fd = -1;
+    drop_next(s);
     file_locks_abort(n);
 }
 
@@ -259,26 +293,41 @@ static void forget_data(struct file_state *s, struct range r)
 
 static int file_read(struct node *n, struct range r, void *buf, unsigned flags)
 {
-    struct file_state *s = n->state;
+    HANDLE((struct file_state *)n->state);
+    uint8_t *at = buf;
 
     (void)flags;
-    return io_pread_full(s->fd, buf, r.length, r.start);
+    while (r.length) {
+        ssize_t got = io_pread(handle->fd, at, r.length, r.start);
+        if (got < 0)
+            return (int)got;
+        /* The end of the file; where it is not on a block's end, O_DIRECT cannot go on. */
+        if (got == 0 ||
+            !range_aligned(range_make(r.start, (uint64_t)got), n->limits.request_alignment)) {
+            memset(at + got, 0, r.length - (uint64_t)got);
+            return 0;
+        }
+        at += got;
+        r = range_between(r.start + (uint64_t)got, range_end(r));
+    }
+    return 0;
 }
 
 static int file_write(struct node *n, struct range r, const void *buf, unsigned flags)
 {
     struct file_state *s = n->state;
+    HANDLE(s);
     bool sync = (flags & REQ_FUA) && !n->cache_no_flush;
     int result;
 
     if (s->broken)
         return -EIO;
     forget_hole(s, r);
-    result = io_pwrite_full(s->fd, buf, r.length, r.start, sync ? RWF_DSYNC : 0);
+    result = io_pwrite_full(handle->fd, buf, r.length, r.start, sync ? RWF_DSYNC : 0);
     forget_hole(s, r);
     if (result == 0)
         s->length = max_u64(s->length, range_end(r));
-    else if (sync && result == -EIO && !(s->open_flags & O_DIRECT))
+    else if (sync && result == -EIO && !(handle->open_flags & O_DIRECT))
         s->broken = true;
     return result;
 }
@@ -289,25 +338,25 @@ static bool cannot(int r)
 }
 
 /* A hole does not make a file longer. */
-static int extend_to(struct file_state *s, uint64_t end)
+static int extend_to(struct file_state *s, int fd, uint64_t end)
 {
     int r;
 
     if (end <= s->length)
         return 0;
-    r = io_fallocate(s->fd, 0, end - 1, 1);
+    r = io_fallocate(fd, 0, end - 1, 1);
     if (r == 0)
         s->length = max_u64(s->length, end);
     return r;
 }
 
-static int punch(struct file_state *s, struct range r)
+static int punch(struct file_state *s, int fd, struct range r)
 {
     int result;
 
     if (s->no_punch)
         return -ENOTSUP;
-    result = io_fallocate(s->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, r.start, r.length);
+    result = io_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, r.start, r.length);
     if (cannot(result)) {
         s->no_punch = true;
         return -ENOTSUP;
@@ -318,6 +367,7 @@ static int punch(struct file_state *s, struct range r)
 static int file_write_zeroes(struct node *n, struct range r, unsigned flags)
 {
     struct file_state *s = n->state;
+    HANDLE(s);
     int result = -ENOTSUP;
 
     if (s->broken)
@@ -325,12 +375,12 @@ static int file_write_zeroes(struct node *n, struct range r, unsigned flags)
     forget_data(s, r);
     forget_hole(s, r);
     if (flags & REQ_MAY_UNMAP) {
-        result = punch(s, r);
+        result = punch(s, handle->fd, r);
         if (result == 0)
-            result = extend_to(s, range_end(r));
+            result = extend_to(s, handle->fd, range_end(r));
     }
     if (result == -ENOTSUP && !s->no_zero_range) {
-        result = io_fallocate(s->fd, FALLOC_FL_ZERO_RANGE, r.start, r.length);
+        result = io_fallocate(handle->fd, FALLOC_FL_ZERO_RANGE, r.start, r.length);
         if (cannot(result)) {
             s->no_zero_range = true;
             result = -ENOTSUP;
@@ -338,9 +388,9 @@ static int file_write_zeroes(struct node *n, struct range r, unsigned flags)
     }
     if (result == -ENOTSUP && !(flags & REQ_MAY_UNMAP)) {
         /* A hole, and the blocks for it again. */
-        result = punch(s, r);
+        result = punch(s, handle->fd, r);
         if (result == 0) {
-            result = io_fallocate(s->fd, 0, r.start, r.length);
+            result = io_fallocate(handle->fd, 0, r.start, r.length);
             if (cannot(result))
                 result = -ENOTSUP;
         }
@@ -355,12 +405,13 @@ static int file_write_zeroes(struct node *n, struct range r, unsigned flags)
 static int file_discard(struct node *n, struct range r)
 {
     struct file_state *s = n->state;
+    HANDLE(s);
     int result;
 
     if (s->broken)
         return -EIO;
     forget_data(s, r);
-    result = punch(s, r);
+    result = punch(s, handle->fd, r);
     forget_data(s, r);
     if (result == 0) {
         s->discards_ok++;
@@ -374,11 +425,12 @@ static int file_discard(struct node *n, struct range r)
 static int file_flush(struct node *n)
 {
     struct file_state *s = n->state;
+    HANDLE(s);
     int r;
 
     if (s->broken)
         return -EIO;
-    r = io_fdatasync(s->fd);
+    r = io_fdatasync(handle->fd);
     if (r < 0)
         s->broken = true;
     return r;
@@ -387,13 +439,14 @@ static int file_flush(struct node *n)
 static int file_truncate(struct node *n, uint64_t size_bytes, bool exact, struct error *err)
 {
     struct file_state *s = n->state;
+    HANDLE(s);
     int r;
 
     if (!exact && size_bytes <= s->length)
         return 0;
     s->changes++;
     s->known_data.length = s->known_hole.length = 0;
-    r = io_ftruncate(s->fd, size_bytes);
+    r = io_ftruncate(handle->fd, size_bytes);
     if (r < 0)
         return error_set_errno(err, -r, "Failed to resize file");
     s->changes++;
@@ -404,9 +457,9 @@ static int file_truncate(struct node *n, uint64_t size_bytes, bool exact, struct
 /* ---- holes ---- */
 
 /* The run that begins at START: hole or data, and its end. Beyond the end of the file: a hole. */
-static int seek_run(struct file_state *s, uint64_t start, bool *hole, uint64_t *end)
+static int seek_run(int fd, uint64_t start, bool *hole, uint64_t *end)
 {
-    int64_t data = io_seek(s->fd, start, SEEK_DATA), next;
+    int64_t data = io_seek(fd, start, SEEK_DATA), next;
 
     if (data == -ENXIO) {
         *hole = true;
@@ -420,7 +473,7 @@ static int seek_run(struct file_state *s, uint64_t start, bool *hole, uint64_t *
         *end = (uint64_t)data;
         return 0;
     }
-    next = io_seek(s->fd, start, SEEK_HOLE);
+    next = io_seek(fd, start, SEEK_HOLE);
     if (next < 0)
         return (int)next;
     *hole = false;
@@ -431,6 +484,7 @@ static int seek_run(struct file_state *s, uint64_t start, bool *hole, uint64_t *
 static int file_status(struct node *n, bool want_zero, struct range r, struct block_status *ret)
 {
     struct file_state *s = n->state;
+    HANDLE(s);
     uint32_t align = n->limits.request_alignment;
     uint64_t changes, end = 0;
     bool hole = false;
@@ -447,7 +501,7 @@ static int file_status(struct node *n, bool want_zero, struct range r, struct bl
         hole = true;
     } else {
         changes = s->changes;
-        if (seek_run(s, r.start, &hole, &end) < 0)
+        if (seek_run(handle->fd, r.start, &hole, &end) < 0)
             return 0; /* cannot tell: data */
         if (end > n->size_bytes)
             end = max_u64(n->size_bytes, align_up(r.start + 1, align));
@@ -472,10 +526,10 @@ static int file_status(struct node *n, bool want_zero, struct range r, struct bl
 
 static uint64_t file_allocated_bytes(struct node *n)
 {
-    struct file_state *s = n->state;
+    HANDLE((struct file_state *)n->state);
     struct stat st;
 
-    return io_fstat(s->fd, &st) < 0 ? UINT64_MAX : (uint64_t)st.st_blocks * 512;
+    return io_fstat(handle->fd, &st) < 0 ? UINT64_MAX : (uint64_t)st.st_blocks * 512;
 }
 
 static void file_image_info(struct node *n, struct json_object *info)

@@ -6,9 +6,15 @@
 
 #include <sys/stat.h>
 
-struct file_state {
+/* A descriptor outlives the requests that use it, also when the node has gone on to another. */
+struct open_file {
     int fd;
     int open_flags;
+    unsigned users; /* requests, and the node */
+};
+
+struct file_state {
+    struct open_file *now;
     bool use_lock;
     bool broken; /* a sync has failed: what the kernel holds of us is not trusted again */
     bool no_punch, no_zero_range; /* the file system cannot */
@@ -18,8 +24,7 @@ struct file_state {
 
     unsigned perm, shared;               /* as committed */
     unsigned locked_perm, locked_shared; /* bytes held on fd; locked_shared: what is not shared */
-    int new_fd;                          /* between check_perm and commit_perm; -1: none */
-    int new_flags;
+    struct open_file *next;              /* between check_perm and commit_perm */
 
     /* The last answers of SEEK_DATA and SEEK_HOLE. Counted so that an answer that was under
      * way during a change is not kept. */
@@ -34,6 +39,8 @@ struct file_state {
 int file_locks_prepare(struct node *n, unsigned perm, unsigned shared, struct error *err);
 void file_locks_commit(struct node *n, unsigned perm, unsigned shared);
 void file_locks_abort(struct node *n);
+/* All bytes of a descriptor that is going away, though requests still use it. */
+void file_locks_drop(int fd);
 /* The same bytes on another descriptor of the same file. */
 int file_locks_copy(int fd, unsigned perm, unsigned shared, struct error *err);
 /* For a file that is being made: takes and checks. */

@@ -86,10 +86,10 @@ static int check_others(int fd, unsigned perm, unsigned shared, struct error *er
 static int apply_both(struct file_state *s, unsigned perm, unsigned unshared, bool unlock,
                       struct error *err)
 {
-    int r = apply_bytes(s->fd, LOCK_NEEDED, perm, &s->locked_perm, unlock, err);
+    int r = apply_bytes(s->now->fd, LOCK_NEEDED, perm, &s->locked_perm, unlock, err);
 
     if (r == 0)
-        r = apply_bytes(s->fd, LOCK_UNSHARED, unshared, &s->locked_shared, unlock, err);
+        r = apply_bytes(s->now->fd, LOCK_UNSHARED, unshared, &s->locked_shared, unlock, err);
     return r;
 }
 
@@ -123,7 +123,7 @@ int file_locks_prepare(struct node *n, unsigned perm, unsigned shared, struct er
 
         r = apply_both(s, s->perm | perm, PERM_ALL & (~s->shared | ~shared), false, &now);
         if (r == 0)
-            r = check_others(s->fd, perm, shared, &now);
+            r = check_others(s->now->fd, perm, shared, &now);
         if (r == 0)
             return 0;
         file_locks_abort(n);
@@ -151,6 +151,14 @@ void file_locks_abort(struct node *n)
 
     if (s->use_lock)
         (void)apply_both(s, s->perm, PERM_ALL & ~s->shared, true, NULL);
+}
+
+void file_locks_drop(int fd)
+{
+    unsigned perm = PERM_ALL, shared = PERM_ALL;
+
+    (void)apply_bytes(fd, LOCK_NEEDED, 0, &perm, true, NULL);
+    (void)apply_bytes(fd, LOCK_UNSHARED, 0, &shared, true, NULL);
 }
 
 int file_locks_copy(int fd, unsigned perm, unsigned shared, struct error *err)

@@ -178,6 +178,71 @@ TEST(sizes)
     edge_detach(e);
 }
 
+TEST(a_file_that_ends_inside_a_block_is_read_directly)
+{
+    TEMP(t, 5000);
+    struct node *opened = NULL;
+    struct error err = ERROR_INIT;
+    if (try_file(g, t.path, ",'cache':{'direct':true},'read-only':true", &opened, &err) < 0) {
+        print_message("skipped here: %s\n", err.text);
+        return;
+    }
+    CLEANUP(node_unrefp) struct node *n = opened;
+    struct test_user u;
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ, PERM_ALL);
+    uint8_t buf[5120];
+    int fd = open(t.path, O_WRONLY);
+
+    memset(buf, 3, sizeof buf);
+    CHECK(pwrite(fd, buf, 5000, 0) == 5000);
+    close(fd);
+    CHECK(node_size(n) == 5120);
+    CHECK(edge_read(e, range_make(0, 5120), buf, 0) == 0);
+    for (unsigned i = 0; i < 5120; i++)
+        CHECK(buf[i] == (i < 5000 ? 3 : 0));
+    edge_detach(e);
+}
+
+/* Readers whose descriptor is exchanged under them, again and again. */
+struct reader {
+    struct edge *e;
+    bool *stop;
+};
+
+static int read_on(void *arg)
+{
+    struct reader *r = arg;
+    uint8_t buf[4096];
+
+    while (!*r->stop) {
+        CHECK(edge_read(r->e, range_make(0, 4096), buf, 0) == 0);
+        CHECK(buf[0] == 0 && buf[4095] == 0);
+    }
+    return 0;
+}
+
+TEST(requests_survive_a_change_of_the_descriptor)
+{
+    TEMP(t, 65536);
+    CLEANUP(node_unrefp) struct node *n = open_file(g, t.path, ",'auto-read-only':true");
+    struct test_user u, v;
+    bool stop = false;
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ, PERM_ALL);
+    struct reader r = {e, &stop};
+
+    SCOPE(s);
+    for (int i = 0; i < 4; i++)
+        scope_spawn(&s, read_on, &r);
+    for (int i = 0; i < 200; i++) {
+        struct edge *writer = attach(&v, n, PERM_WRITE, PERM_ALL);
+        CHECK(task_yield() == 0);
+        edge_detach(writer);
+    }
+    stop = true;
+    CHECK(scope_join(&s) == 0);
+    edge_detach(e);
+}
+
 /* ---- locks ---- */
 
 struct other {
@@ -371,7 +436,7 @@ TEST(what_could_not_be_synced_stays_an_error)
     struct test_user u;
     struct edge *e = attach(&u, n, PERM_WRITE, PERM_ALL);
     uint8_t buf[512] = {1};
-    int fd = *(int *)n->state, kept = dup(fd), ends[2]; /* fd is the state's first member */
+    int fd = **(int **)n->state, kept = dup(fd), ends[2]; /* the first member of its handle */
 
     CHECK(edge_write(e, range_make(0, 512), buf, 0) == 0);
     CHECK(pipe(ends) == 0 && dup2(ends[1], fd) == fd);
@@ -390,6 +455,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(random_requests_agree_with_a_byte_array),
     cmocka_unit_test(holes_are_found_and_remembered_rightly),
     cmocka_unit_test(sizes),
+    cmocka_unit_test(a_file_that_ends_inside_a_block_is_read_directly),
+    cmocka_unit_test(requests_survive_a_change_of_the_descriptor),
     cmocka_unit_test(two_programs_refuse_each_other),
     cmocka_unit_test(the_bytes_are_qemus),
     cmocka_unit_test(auto_read_only_opens_for_writing_when_a_writer_comes),
