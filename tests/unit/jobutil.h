@@ -25,11 +25,12 @@ struct mem {
     int bad_times; /* ... so many times; -1: always */
     int flush_errno;
     unsigned flushes;
-    struct event *hold; /* writes wait for it */
-    struct range held;  /* ... those that touch this */
-    unsigned holding;   /* now */
-    unsigned *written;  /* times each 64 KiB was written */
-    bool check_once;    /* and it must be once at most */
+    struct event *hold;      /* writes wait for it */
+    struct event *hold_read; /* reads wait for it, once begun */
+    struct range held;       /* ... those that touch this */
+    unsigned holding;        /* now */
+    unsigned *written;       /* times each 64 KiB was written */
+    bool check_once;         /* and it must be once at most */
 };
 
 static inline struct mem *mem_of(struct node *n)
@@ -79,6 +80,10 @@ static inline int mem_read(struct node *n, struct range r, void *buf, unsigned f
     mem_be_slow(m);
     if (mem_bad(m, m->bad_read, r))
         return -m->read_errno;
+    if (m->hold_read && range_overlaps(m->held, r)) {
+        SHIELD();
+        CHECK(event_wait(m->hold_read) == 0);
+    }
     memcpy(buf, m->bytes + r.start, r.length);
     mem_be_slow(m);
     return 0;

@@ -393,6 +393,53 @@ JOB_TEST(snapshot_access_reads_the_old_state)
     free(then);
 }
 
+static int read_once(void *arg)
+{
+    struct reader *rd = arg;
+    SHIELD();
+    uint8_t buf[512];
+    CHECK(edge_read(rd->edge, range_make(512, 512), buf, 0) == 0);
+    CHECK(memcmp(buf, rd->then + 512, 512) == 0);
+    rd->reads++;
+    return 0;
+}
+
+JOB_TEST(a_guests_write_waits_for_who_reads_the_old_state)
+{
+    CLEANUP(node_unrefp) struct node *s = disk(g, "s", MiB, 0), *t = disk(g, "t", MiB, 0);
+    struct event hold;
+    struct guest gu;
+    struct test_user u;
+    event_init(&hold);
+    memset(mem_of(s)->bytes, 0x11, MiB);
+    uint8_t *then = xcalloc(1, MiB);
+    memset(then, 0x11, MiB);
+    CLEANUP(node_unrefp)
+    struct node *f = open_json(
+        g, parse("{'driver':'copy-before-write','node-name':'f','file':'s','target':'t'}"));
+    CLEANUP(node_unrefp)
+    struct node *a = open_json(g, parse("{'driver':'snapshot-access','node-name':'a','file':'f'}"));
+    guest_on(&gu, f, 1);
+    struct reader rd = {attach(&u, a, PERM_CONSISTENT_READ, PERM_ALL), then, {1}};
+    struct one_write w = {gu.edge, range_make(0, 4096)};
+
+    SCOPE(tasks);
+    mem_of(s)->hold_read = &hold;
+    mem_of(s)->held = range_make(512, 512);
+    scope_spawn(&tasks, read_once, &rd);
+    turns(5);
+    mem_of(s)->hold_read = NULL; /* the save may read, the write may write */
+    scope_spawn(&tasks, write_once, &w);
+    turns(30);
+    CHECK(mem_of(t)->bytes[512] == 0x11 && mem_of(s)->bytes[512] == 0x11 && !w.done);
+    event_set(&hold);
+    CHECK(scope_join(&tasks) == 0);
+    CHECK(w.done && rd.reads == 1 && mem_of(s)->bytes[512] == 0x77);
+    edge_detach(rd.edge);
+    edge_detach(gu.edge);
+    free(then);
+}
+
 JOB_TEST(a_bitmap_says_what_is_in_the_snapshot)
 {
     CLEANUP(node_unrefp) struct node *s = disk(g, "s", MiB, 0), *t = disk(g, "t", MiB, 0);
@@ -511,6 +558,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(speed_is_what_was_asked),
     cmocka_unit_test(a_slow_job_holds_up_no_guest_and_hears_at_once),
     cmocka_unit_test(snapshot_access_reads_the_old_state),
+    cmocka_unit_test(a_guests_write_waits_for_who_reads_the_old_state),
     cmocka_unit_test(a_bitmap_says_what_is_in_the_snapshot),
     cmocka_unit_test(break_snapshot_spares_the_guest),
     cmocka_unit_test(a_guest_waits_no_longer_than_the_timeout),

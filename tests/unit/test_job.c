@@ -622,6 +622,23 @@ IN_LOOP(a_verb_waits_for_a_job_that_is_being_concluded)
     return 0;
 }
 
+IN_LOOP(a_verb_waits_for_a_job_that_is_being_aborted)
+{
+    struct job *j = make("j", (struct job_options){0});
+    struct late_verb lv = {.result = 1};
+    SCOPE(others);
+    job_start(j);
+    settle();
+    finish(j, -EIO);
+    while (j->status != JOB_ABORTING)
+        assert_int_equal(task_yield(), 0);
+    scope_spawn(&others, late_verb_task, &lv);
+    settle();
+    assert_int_equal(scope_join(&others), 0);
+    assert_string_equal(lv.err.text, "Job not found");
+    return 0;
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(the_tables_are_qemus),
     cmocka_unit_test(each_verb_in_each_state),
@@ -647,6 +664,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_failure_before_its_sibling_starts),
     cmocka_unit_test(a_paused_member_lets_itself_be_cancelled),
     cmocka_unit_test(a_verb_waits_for_a_job_that_is_being_concluded),
+    cmocka_unit_test(a_verb_waits_for_a_job_that_is_being_aborted),
 };
 
 UNIT_MAIN(tests)

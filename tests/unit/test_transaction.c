@@ -1,0 +1,411 @@
+/* Transactions: actions see those before them, all or nothing, one instant for all disks, groups.
+ */
+#include "jobutil.h"
+
+#include <sys/stat.h>
+
+static struct node *n;
+
+static int run(struct graph *g, struct error *err, struct json_object *actions, const char *mode)
+{
+    CLEANUP(json_putp)
+    struct json_object *properties = mode ? parse("{'completion-mode':'%s'}", mode) : NULL;
+    int r = transaction_run(g, js, actions, properties, err);
+    json_object_put(actions);
+    return r;
+}
+
+static void run_ok(struct graph *g, struct json_object *actions)
+{
+    struct error err = ERROR_INIT;
+    int r = run(g, &err, actions, NULL);
+    CHECK_OK(r, err);
+}
+
+static void run_fails(struct graph *g, const char *text, struct json_object *actions)
+{
+    struct error err = ERROR_INIT;
+    CHECK(run(g, &err, actions, NULL) < 0);
+    CHECK_TEXT(err, text);
+}
+
+#define ADD(name) "{'type':'block-dirty-bitmap-add','data':{'node':'s','name':'" name "'}}"
+#define ON(verb, name)                                                                             \
+    "{'type':'block-dirty-bitmap-" verb "','data':{'node':'s','name':'" name "'}}"
+#define MERGE(target, ...)                                                                         \
+    "{'type':'block-dirty-bitmap-merge','data':{'node':'s','target':'" target                      \
+    "','bitmaps':[" __VA_ARGS__ "]}}"
+#define ABORT "{'type':'abort','data':{}}"
+
+static void mark(const char *name, uint64_t at)
+{
+    bitmap_mark(dirty_bits(dirty_find(n, name)), range_make(at, 1));
+}
+
+static uint64_t count(const char *name)
+{
+    return bitmap_count(dirty_bits(dirty_find(n, name)));
+}
+
+JOB_TEST(single_commands_are_transactions_of_one)
+{
+    struct error err = ERROR_INIT;
+    n = disk(g, "s", 4 * MiB, 0);
+    command_ok(g, "block-dirty-bitmap-add",
+               parse("{'node':'s','name':'b','granularity':4096,'disabled':true}"));
+    CHECK(dirty_granularity(dirty_find(n, "b")) == 4096 && !dirty_enabled(dirty_find(n, "b")));
+    command_ok(g, "block-dirty-bitmap-enable", parse("{'node':'s','name':'b'}"));
+    CHECK(dirty_enabled(dirty_find(n, "b")));
+    mark("b", 5);
+    command_ok(g, "block-dirty-bitmap-clear", parse("{'node':'s','name':'b'}"));
+    CHECK(count("b") == 0);
+    command_ok(g, "block-dirty-bitmap-disable", parse("{'node':'s','name':'b'}"));
+
+    static const struct {
+        const char *type, *data, *text;
+    } cases[] = {
+        {"add", "{'node':'s','name':''}", "Bitmap name cannot be empty"},
+        {"add", "{'node':'x','name':'c'}", "Cannot find device='x' nor node-name='x'"},
+        {"add", "{'node':'s','name':'b'}", "Bitmap already exists: b"},
+        {"add", "{'node':'s','name':'c','granularity':0}", DIRTY_BAD_GRANULARITY},
+        {"add", "{'node':'s','name':'c','granularity':511}", DIRTY_BAD_GRANULARITY},
+        {"remove", "{'node':'x','name':'b'}", "Node 'x' not found"},
+        {"remove", "{'node':'s','name':'c'}", "Dirty bitmap 'c' not found"},
+        {"clear", "{'node':'s','name':'c'}", "Dirty bitmap 'c' not found"},
+        {"enable", "{'node':'s','name':'c'}", "Dirty bitmap 'c' not found"},
+        {"merge", "{'node':'s','target':'c','bitmaps':['b']}", "Dirty bitmap 'c' not found"},
+        {"merge", "{'node':'s','target':'b','bitmaps':['c']}", "Dirty bitmap 'c' not found"},
+        {"merge", "{'node':'s','target':'b','bitmaps':[{'node':'x','name':'c'}]}",
+         "Node 'x' not found"},
+    };
+    for (unsigned i = 0; i < ARRAY_SIZE(cases); i++) {
+        char type[64];
+        snprintf(type, sizeof type, "block-dirty-bitmap-%s", cases[i].type);
+        error_clear(&err);
+        CHECK(command(g, &err, type, parse("%s", cases[i].data)) < 0);
+        CHECK_TEXT(err, cases[i].text);
+    }
+    command_ok(g, "block-dirty-bitmap-remove", parse("{'node':'s','name':'b'}"));
+    CHECK(!dirty_first(n));
+    node_unref(n);
+}
+
+JOB_TEST(each_action_sees_those_before_it)
+{
+    n = disk(g, "s", 4 * MiB, 0);
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'a'}"));
+    mark("a", 0);
+    mark("a", MiB);
+    run_ok(
+        g,
+        parse(
+            "[" ADD("t") "," ON("disable", "t") "," MERGE("t", "'a'") "," ON("clear", "a") "," ADD(
+                "u") "," MERGE("u", "'t',{'node':'s','name':'a'}") "," ON("remove",
+                                                                          "t") "," ADD("t") "]"));
+    CHECK(count("a") == 0 && count("u") == 2 * 65536 && count("t") == 0);
+    CHECK(dirty_enabled(dirty_find(n, "t")));
+    node_unref(n);
+}
+
+JOB_TEST(what_fails_has_changed_nothing)
+{
+    n = disk(g, "s", 4 * MiB, 0);
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'a'}"));
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b','disabled':true}"));
+    mark("a", 0);
+    mark("b", MiB);
+    struct dirty_bitmap *a = dirty_find(n, "a"), *b = dirty_find(n, "b");
+    static const char *const lists[] = {
+        "[" ON("clear", "a") "," ON("clear", "b") "," ABORT "]",
+        "[" MERGE("a", "'b'") "," MERGE("b", "'a'") "," ON("clear", "a") "," ABORT "]",
+        "[" ON("enable", "b") "," ON("disable", "a") "," ON("disable", "b") "," ABORT "]",
+        "[" ON("remove", "a") "," ADD("a") "," ON("disable", "a") "," MERGE("a", "'b'") "," ON(
+            "remove", "b") "," ABORT "]",
+        "[" ADD("c") "," MERGE("c", "'a','b'") "," ON("remove", "c") "," ADD("c") "," ABORT "]",
+        "[" ON("clear", "a") "," MERGE("b", "'a'") "," ON("clear",
+                                                          "a") "," MERGE("a", "'b'") "," ABORT "]",
+    };
+    for (unsigned i = 0; i < ARRAY_SIZE(lists); i++) {
+        run_fails(g, "Transaction aborted using Abort action", parse("%s", lists[i]));
+        CHECK(dirty_find(n, "a") == a && dirty_find(n, "b") == b && !dirty_find(n, "c"));
+        CHECK(count("a") == 65536 && bitmap_get(dirty_bits(a), 0));
+        CHECK(count("b") == 65536 && bitmap_get(dirty_bits(b), MiB));
+        CHECK(dirty_enabled(a) && !dirty_enabled(b));
+    }
+    run_fails(g, "Dirty bitmap 'x' not found",
+              parse("[" MERGE("a", "'b','x'") "," ON("clear", "a") "]"));
+    CHECK(count("a") == 65536);
+    run_fails(g, "Transaction action 'blockdev-snapshot' is not supported",
+              parse("[" ON("clear", "a") ",{'type':'blockdev-snapshot','data':{}}]"));
+    CHECK(count("a") == 65536);
+    run_ok(g, json_object_new_array());
+    node_unref(n);
+}
+
+JOB_TEST(a_guests_marks_survive_an_undone_clear)
+{
+    n = disk(g, "s", 4 * MiB, 0);
+    struct guest gu;
+    mem_of(n)->yields = 3;
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'a'}"));
+    guest_on(&gu, n, 1);
+    uint8_t *then = xcalloc(1, 4 * MiB);
+    SCOPE(tasks);
+    scope_spawn(&tasks, guest_task, &gu);
+    for (int i = 0; i < 40; i++) {
+        turns(7);
+        run_fails(g, "Transaction aborted using Abort action",
+                  parse("[" ON("clear", "a") "," ABORT "]"));
+    }
+    gu.stop = true;
+    CHECK(scope_join(&tasks) == 0);
+    for (uint64_t i = 0; i < 4 * MiB; i++)
+        CHECK(then[i] == mem_of(n)->bytes[i] || bitmap_get(dirty_bits(dirty_find(n, "a")), i));
+    edge_detach(gu.edge);
+    free(then);
+    node_unref(n);
+}
+
+/* ---- backups ---- */
+
+#define BACKUP(device, target, id, more)                                                           \
+    "{'type':'blockdev-backup','data':{'device':'" device "','target':'" target "','job-id':'" id  \
+    "','sync':'full'" more "}}"
+
+JOB_TEST(a_chain_starts_with_no_write_lost_or_doubled)
+{
+    struct node *t = disk(g, "t", 4 * MiB, 0);
+    struct guest gu;
+    n = disk(g, "s", 4 * MiB, 0);
+    fill_disk(n, 5);
+    mem_of(n)->yields = mem_of(t)->yields = 3;
+    guest_on(&gu, n, 1);
+    SCOPE(tasks);
+    scope_spawn(&tasks, guest_task, &gu);
+    for (int round = 0; round < 5; round++) {
+        turns(20);
+        run_ok(g, round ? parse("[" ON("clear", "b") "," BACKUP("s", "t", "j", "") "]")
+                        : parse("[" ADD("b") "," BACKUP("s", "t", "j", "") "]"));
+        wait_for("j", "null");
+        CHECK(strstr(events, "j:COMPLETED j:"));
+        events[0] = '\0';
+        for (uint64_t i = 0; i < 4 * MiB; i++)
+            CHECK(mem_of(t)->bytes[i] == mem_of(n)->bytes[i] ||
+                  bitmap_get(dirty_bits(dirty_find(n, "b")), i));
+    }
+    gu.stop = true;
+    CHECK(scope_join(&tasks) == 0);
+    edge_detach(gu.edge);
+    node_unref(n);
+    node_unref(t);
+}
+
+/* A guest that writes the same number to one disk, then to the other: a backup of both may have
+ * the first ahead by one, never the second, and never the first by more. */
+struct pair_guest {
+    struct edge *a, *b;
+    bool stop;
+};
+
+static int pair_task(void *arg)
+{
+    struct pair_guest *pg = arg;
+    SHIELD();
+    uint8_t *block = xcalloc(1, 512);
+    for (uint32_t i = 1; !pg->stop; i++) {
+        memcpy(block, &i, sizeof i);
+        CHECK(edge_write(pg->a, range_make(MiB, 512), block, 0) == 0);
+        CHECK(edge_write(pg->b, range_make(2 * MiB, 512), block, 0) == 0);
+    }
+    free(block);
+    return 0;
+}
+
+JOB_TEST(all_disks_have_one_instant)
+{
+    struct test_user ua, ub;
+    struct node *d[4];
+    for (int i = 0; i < 4; i++) {
+        d[i] = disk(g, (const char *[]){"s", "s2", "t", "t2"}[i], 4 * MiB, 0);
+        mem_of(d[i])->yields = 4;
+        memset(mem_of(d[i])->bytes, 1, 4 * MiB);
+    }
+    struct pair_guest pg = {attach(&ua, d[0], PERM_WRITE, PERM_ALL),
+                            attach(&ub, d[1], PERM_WRITE, PERM_ALL)};
+    SCOPE(tasks);
+    scope_spawn(&tasks, pair_task, &pg);
+    for (int round = 0; round < 30; round++) {
+        turns(17 + round);
+        run_ok(g, parse("[" BACKUP("s2", "t2", "j2", "") "," BACKUP("s", "t", "j", "") "]"));
+        wait_for("j", "null");
+        wait_for("j2", "null");
+        events[0] = '\0';
+        uint32_t a, b;
+        memcpy(&a, mem_of(d[2])->bytes + MiB, 4);
+        memcpy(&b, mem_of(d[3])->bytes + 2 * MiB, 4);
+        CHECK(a == b || a == b + 1);
+    }
+    pg.stop = true;
+    CHECK(scope_join(&tasks) == 0);
+    edge_detach(pg.a);
+    edge_detach(pg.b);
+    for (int i = 0; i < 4; i++)
+        node_unref(d[i]);
+}
+
+JOB_TEST(a_backup_that_cannot_be_prepared_undoes_those_before_it)
+{
+    struct node *t = disk(g, "t", 4 * MiB, 0);
+    struct guest gu;
+    n = disk(g, "s", 4 * MiB, 0);
+    mem_of(n)->yields = 3;
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b'}"));
+    guest_on(&gu, n, 3);
+    SCOPE(tasks);
+    scope_spawn(&tasks, guest_task, &gu);
+    for (int i = 0; i < 20; i++) {
+        turns(9);
+        run_fails(
+            g, "Cannot find device='x' nor node-name='x'",
+            parse("[" ON("clear", "b") "," BACKUP(
+                "s", "t", "j", ",'bitmap':'b','bitmap-mode':'on-success'") "," BACKUP("x", "t", "k",
+                                                                                      "") "]"));
+        CHECK(!dirty_busy(dirty_find(n, "b")) && !dirty_next(dirty_first(n)));
+        CHECK(strcmp(events, "j:created j:aborting j:concluded j:null ") == 0);
+        events[0] = '\0';
+    }
+    gu.stop = true;
+    CHECK(scope_join(&tasks) == 0);
+    CHECK(gu.failed == 0 && gu.edge->node == n);
+    edge_detach(gu.edge);
+    node_unref(n);
+    node_unref(t);
+}
+
+JOB_TEST(a_group_ends_together)
+{
+    struct error err = ERROR_INIT;
+    struct node *t = disk(g, "t", 4 * MiB, 0), *t2 = disk(g, "t2", 4 * MiB, 0);
+    struct node *s2 = disk(g, "s2", 4 * MiB, 0);
+    n = disk(g, "s", 4 * MiB, 0);
+    fill_disk(n, 1);
+    fill_disk(s2, 2);
+    CHECK(run(g, &err, parse("[" ADD("b") "," BACKUP("s", "t", "j", "") "]"), "grouped") < 0);
+    CHECK_TEXT(err, "Action 'block-dirty-bitmap-add' does not support Transaction property "
+                    "completion-mode = grouped");
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b'}"));
+    mark("b", 7);
+#define BOTH                                                                                       \
+    "[" BACKUP("s", "t", "j", ",'bitmap':'b','bitmap-mode':'on-success'") "," BACKUP("s2", "t2",   \
+                                                                                     "j2", "") "]"
+    mem_of(t2)->bad_write = range_make(2 * MiB, 65536);
+    mem_of(t2)->write_errno = ENOSPC;
+    memset(mem_of(s2)->bytes + 2 * MiB, 1, 65536);
+    error_clear(&err);
+    CHECK(run(g, &err, parse(BOTH), "grouped") == 0);
+    wait_for("j", "null");
+    wait_for("j2", "null");
+    CHECK(strstr(events, "j:CANCELLED") && strstr(events, "j2:COMPLETED(No space"));
+    CHECK(count("b") == 65536 && !dirty_busy(dirty_find(n, "b")));
+    events[0] = '\0';
+    mem_of(t2)->bad_write = range_make(0, 0);
+    CHECK(run(g, &err, parse(BOTH), "grouped") == 0);
+    wait_for("j", "null");
+    wait_for("j2", "null");
+    CHECK(strstr(events, "j:COMPLETED j:") && strstr(events, "j2:COMPLETED j2:"));
+    CHECK(count("b") == 0);
+    /* Aborted before they start. */
+    events[0] = '\0';
+    CHECK(run(g, &err,
+              parse("[" BACKUP("s", "t", "j", "") "," BACKUP("s2", "t2", "j2", "") "," ABORT "]"),
+              "grouped") < 0);
+    wait_for("j", "null");
+    wait_for("j2", "null");
+    CHECK(!strstr(events, "running"));
+    node_unref(n);
+    node_unref(s2);
+    node_unref(t);
+    node_unref(t2);
+}
+
+/* ---- drive-backup and create, on real files ---- */
+
+static char dir[64]; /* of the test that runs; goes with its one file */
+
+static char *temp_path(const char *name)
+{
+    strcpy(dir, "/tmp/tidemark-unit-XXXXXX");
+    CHECK(mkdtemp(dir));
+    return xasprintf("%s/%s", dir, name);
+}
+
+JOB_TEST(drive_backup_makes_its_target)
+{
+    CLEANUP(memory_freep) char *path = temp_path("t.img");
+    struct error err = ERROR_INIT;
+    n = disk(g, "s", 4 * MiB, 0);
+    fill_disk(n, 4);
+    CHECK(command(g, &err, "drive-backup",
+                  parse("{'device':'s','target':'%s','sync':'full','format':'raw',"
+                        "'mode':'existing'}",
+                        path)) < 0);
+    CHECK(strstr(err.text, "No such file"));
+    for (int i = 0; i < 2; i++) {
+        command_ok(g, "drive-backup",
+                   parse("{'device':'s','target':'%s','sync':'top','format':'raw','mode':'%s'}",
+                         path, i ? "existing" : "absolute-paths"));
+        wait_for("s", "null");
+        CHECK(strstr(events, "s:COMPLETED s:"));
+        events[0] = '\0';
+        FILE *f = fopen(path, "r");
+        uint8_t *buf = xcalloc(1, 4 * MiB + 1);
+        CHECK(f && fread(buf, 1, 4 * MiB + 1, f) == 4 * MiB);
+        CHECK(memcmp(buf, mem_of(n)->bytes, 4 * MiB) == 0);
+        fclose(f);
+        free(buf);
+        fill_disk(n, 5);
+    }
+    CHECK(unlink(path) == 0 && rmdir(dir) == 0);
+    node_unref(n);
+}
+
+JOB_TEST(the_create_job_makes_an_image_and_stays)
+{
+    CLEANUP(memory_freep) char *path = temp_path("c.img");
+    struct error err = ERROR_INIT;
+    CLEANUP(json_putp)
+    struct json_object *o = parse("{'driver':'file','filename':'%s','size':65536}", path);
+    CLEANUP(json_putp) struct json_object *none = parse("{'driver':'null-co','size':65536}");
+    CHECK(create_job_start(js, "c", none, &err) < 0);
+    CHECK_TEXT(err, "Driver does not support blockdev-create");
+    CHECK(create_job_start(js, "c", o, &err) == 0);
+    wait_for("c", "concluded");
+    CHECK(strcmp(events, "c:created c:running c:waiting c:pending c:concluded ") == 0);
+    struct stat st;
+    CHECK(stat(path, &st) == 0 && st.st_size == 65536);
+    struct json_object *list = jobs_query(js);
+    struct json_object *info = json_object_array_get_idx(list, 0);
+    CHECK(json_get_int(info, "total-progress", 0) == 1);
+    CHECK(json_get_int(info, "current-progress", 0) == 1);
+    json_object_put(list);
+    list = jobs_query_block(js);
+    CHECK(json_object_array_length(list) == 0);
+    json_object_put(list);
+    verb_ok("c", JOB_VERB_DISMISS);
+    CHECK(unlink(path) == 0 && rmdir(dir) == 0);
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(single_commands_are_transactions_of_one),
+    cmocka_unit_test(each_action_sees_those_before_it),
+    cmocka_unit_test(what_fails_has_changed_nothing),
+    cmocka_unit_test(a_guests_marks_survive_an_undone_clear),
+    cmocka_unit_test(a_chain_starts_with_no_write_lost_or_doubled),
+    cmocka_unit_test(all_disks_have_one_instant),
+    cmocka_unit_test(a_backup_that_cannot_be_prepared_undoes_those_before_it),
+    cmocka_unit_test(a_group_ends_together),
+    cmocka_unit_test(drive_backup_makes_its_target),
+    cmocka_unit_test(the_create_job_makes_an_image_and_stays),
+};
+
+UNIT_MAIN(tests)
