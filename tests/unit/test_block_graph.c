@@ -172,7 +172,18 @@ TEST(what_is_frozen_or_stays)
     CHECK(node_remove_filter(f, NULL) == 0);
     CHECK(e->node == n && u.moved == 2 && v.moved == 0);
 
-    /* A permission conflict above the filter: all stays as it was. */
+    /* A filter that cannot be written to does not come between: all stays as it was. */
+    CHECK(edge_set_perm(e, PERM_WRITE, PERM_ALL, NULL) == 0);
+    CLEANUP(node_unrefp)
+    struct node *ro =
+        open_ok(g, "{'driver':'fakefilter','node-name':'ro','read-only':true,'file':'d'}");
+    error_clear(&err);
+    CHECK(node_insert_filter(ro, n, &err) == -EPERM);
+    CHECK_TEXT(err, "Block node is read-only");
+    CHECK(e->node == n && TAILQ_EMPTY(&ro->parents) && u.moved == 2 && n->gate == 0);
+    CHECK(edge_set_perm(e, PERM_CONSISTENT_READ, PERM_ALL, NULL) == 0);
+
+    /* A permission conflict above the filter. */
     edge_detach(job);
     job = attach(&v, f, PERM_CONSISTENT_READ, PERM_CONSISTENT_READ);
     CHECK(edge_set_perm(e, PERM_WRITE, PERM_ALL, NULL) < 0); /* the filter passes it on */
@@ -313,6 +324,10 @@ TEST(status_down_a_chain)
     CHECK(edge_status_above(e, NULL, true, range_make(32768, 32768), &st) == 0);
     CHECK(st.length == 32768 && (st.flags & STATUS_ZERO) && (st.flags & STATUS_EOF));
     CHECK(st.flags & STATUS_ALLOCATED && st.depth == 2);
+    /* Data at the very end of the base, in the midst of the top: not the end. */
+    memset(fake_of(base->file->node)->allocated + 56, 1, 8);
+    CHECK(edge_status_above(e, NULL, true, range_make(28672, 36864), &st) == 0);
+    CHECK(st.length == 4096 && (st.flags & STATUS_DATA) && !(st.flags & STATUS_EOF));
     /* Nobody above `base` has it. */
     CHECK(edge_status_above(e, base, true, range_make(16384, 4096), &st) == 0);
     CHECK(!(st.flags & STATUS_ALLOCATED) && st.depth == 0);
