@@ -1,0 +1,16 @@
+/* Bitmaps that survive the program. So far: those with `persistent: true` on qcow2 nodes, kept in
+ * the image's own bitmaps extension (block/qcow2/bitmaps.h), interchangeably with QEMU.
+ *
+ *     node opens        each stored bitmap becomes a dirty bitmap; if the node may be written, all
+ * are marked `in_use` in the image, durably, before it can be used node closes, or   each is stored
+ * anew, `in_use` is taken back, durably goes read-only killed            `in_use` is found at the
+ * next open: the bitmap is inconsistent; it can be looked at and removed, and never keeps the image
+ * from being opened
+ *
+ * All of it hangs on the graph as a hook and as the store of dirty/: nobody calls it. */
+#pragma once
+
+#include "block/block.h"
+
+/* After dirty_init, before nodes are opened. */
+void persist_init(struct graph *g);
