@@ -61,8 +61,10 @@ static void fake_commit(struct job *j)
 static void fake_abort(struct job *j)
 {
     note(j, j->started ? 'a' : 'n');
-    int r = task_yield();
-    (void)r;
+    for (int i = 0; i < 3; i++) {
+        int r = task_yield();
+        (void)r;
+    }
 }
 
 static char last_trace[64];
