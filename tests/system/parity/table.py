@@ -50,6 +50,9 @@ class Setup:
     def argv(self):
         return []
 
+    def end(self):
+        """Ends what prepare() began."""
+
 
 _image_cache = {}
 _cache_dir = None
@@ -128,6 +131,30 @@ class null(Setup):
 
     def argv(self):
         return ["--blockdev", f"null-co,node-name={self.name},size={self.size},{self.more}"]
+
+
+class held(image):
+    """An image that another process (qemu-io) has open for writing, or reading, throughout."""
+
+    def __init__(self, name, fmt="qcow2", read_only=False, **kwargs):
+        super().__init__(name, fmt, **kwargs)
+        self.read_only = read_only
+        self.holder = None
+
+    def prepare(self, where):
+        super().prepare(where)
+        self.holder = subprocess.Popen(
+            ["qemu-io", *(["-r"] if self.read_only else []), "-f", self.fmt, where / self.file],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.holder.stdin.write(b"length\n")
+        self.holder.stdin.flush()
+        self.holder.stdout.readline()
+
+    def end(self):
+        if self.holder:
+            self.holder.kill()
+            self.holder.communicate()
+            self.holder = None
 
 
 class nbd_server(Setup):
@@ -319,6 +346,12 @@ class Recorder:
         self._record("start", request, result, count)
         if "started" not in result:
             raise Died
+
+    def finish_under_guest(self, how):
+        """Ends the daemon while its guests are connected; they are gone after it."""
+        guests, self._nbd = self._nbd, {}
+        self.finish(how)
+        guests.clear()
 
     def finish(self, how="quit", count=True):
         """Ends the daemon; records its status, stderr and the events so far."""
@@ -549,6 +582,13 @@ class Recorder:
         self._record(label, None, self._guard(lambda: {"says": function(self.where)}))
         return None
 
+    def program(self, label, function):
+        """Records what FUNCTION(binary, directory) returns, which starts the program in its own way."""
+        if self.dry:
+            return self._record(label, None, None)
+        self._record(label, None, self._guard(lambda: {"says": function(self.binary, self.where)}))
+        return None
+
     def qmp_value(self, label, function):
         """Records what FUNCTION(qmp) returns: something worked out from answers."""
         if self.dry:
@@ -642,8 +682,13 @@ def run_sequence(seq, binary):
         except Died:
             pass
         finally:
-            if t.daemon is not None or t.dry:
-                t.finish(count=False)
+            try:
+                if t.daemon is not None or t.dry:
+                    t.finish(count=False)
+            finally:
+                for item in seq.setup:
+                    if isinstance(item, Setup):
+                        item.end()
         if t.dry:
             return Record(t.steps, {})
         scrub = normal.Scrubber(where, binary, t._port, seq.mask)

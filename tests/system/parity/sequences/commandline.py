@@ -203,3 +203,134 @@ def image_locks(t):
         done = subprocess.run(["qemu-img", "info", "-U", where / "a.qcow2"], capture_output=True, check=False)
         return done.returncode
     t.tool("qemu-img-info", shared)
+
+
+def talk(stream_in, stream_out):
+    """Negotiates, quits, and tells which members the messages had."""
+    import json
+    kinds = []
+    greeting = json.loads(stream_in.readline())
+    kinds.append(sorted(greeting))
+    stream_out.write(b'{"execute": "qmp_capabilities"}')
+    stream_out.flush()
+    kinds.append(json.loads(stream_in.readline()))
+    stream_out.write(b'{"execute": "quit"}\n')
+    stream_out.flush()
+    kinds.append(json.loads(stream_in.readline()))
+    return kinds
+
+
+@sequence(start=False)
+def chardev_forms(t):
+    """A monitor on each kind of chardev: unix and inet servers and clients, an inherited fd, stdio."""
+    import socket
+    import subprocess
+    import time
+
+    def run(binary, chardev, **kwargs):
+        return subprocess.Popen([binary, "--chardev", chardev, "--monitor", "c"],
+                                stderr=subprocess.DEVNULL, **kwargs)
+
+    def over(sock, child):
+        with sock, sock.makefile("rb") as reader, sock.makefile("wb") as writer:
+            said = talk(reader, writer)
+            return [said, child.wait(10)]
+
+    def connect(family, address):
+        for _ in range(300):
+            sock = socket.socket(family)
+            try:
+                sock.connect(address)
+                return sock
+            except OSError:
+                sock.close()
+                time.sleep(0.01)
+        raise TimeoutError(str(address))
+
+    def unix_server(options):
+        def work(binary, where):
+            path = str(where / f"s{len(options)}.sock")
+            child = run(binary, f"socket,id=c,path={path},{options}")
+            return over(connect(socket.AF_UNIX, path), child)
+        return work
+    for options in ("server=on,wait=off", "server=on,wait=on", "server=on", "server,nowait", "server"):
+        t.program("unix-" + options.replace(",", "-"), unix_server(options))
+
+    def unix_client(binary, where):
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(where / "client.sock"))
+            listener.listen()
+            child = run(binary, f"socket,id=c,path={where}/client.sock")
+            return over(listener.accept()[0], child)
+    t.program("unix-client", unix_client)
+
+    def inet_server(binary, where):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        child = run(binary, f"socket,id=c,host=127.0.0.1,port={port},server=on,wait=off")
+        return over(connect(socket.AF_INET, ("127.0.0.1", port)), child)
+    t.program("inet-server", inet_server)
+
+    def inet_client(binary, where):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            child = run(binary, f"socket,id=c,host=127.0.0.1,port={listener.getsockname()[1]},server=off")
+            return over(listener.accept()[0], child)
+    t.program("inet-client", inet_client)
+
+    def inherited(binary, where):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            child = run(binary, f"socket,id=c,fd={theirs.fileno()}", pass_fds=[theirs.fileno()])
+        return over(ours, child)
+    t.program("fd", inherited)
+
+    def stdio(binary, where):
+        child = run(binary, "stdio,id=c", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with child.stdin, child.stdout:
+            return [talk(child.stdout, child.stdin), child.wait(10)]
+    t.program("stdio", stdio)
+
+
+@sequence(start=False)
+def monitor_text(t):
+    """The bytes of answers: one line each, CRLF, ASCII; pretty=on spreads them over lines."""
+    import subprocess
+
+    def text(options):
+        def work(binary, where):
+            done = subprocess.run(
+                [binary, "--chardev", "stdio,id=c", "--monitor", f"c,{options}"], check=False,
+                input='{"execute": "qmp_capabilities"}{"execute": "nosuch", "id": "\u00e4\u007f/\\""}'
+                      '{"execute": "quit"}'.encode(), capture_output=True, timeout=10)
+            lines = done.stdout.split(b"\n")[1:]       # without the greeting
+            if "on" in options:
+                lines = [line for line in lines if b"SHUTDOWN" not in line][-12:]
+            return sorted(line.decode("ascii").replace(",", "") for line in lines)
+        return work
+    t.program("plain", text("mode=control"))
+    t.program("pretty-off", text("pretty=off"))
+
+    def pretty(binary, where):
+        done = subprocess.run(
+            [binary, "--chardev", "stdio,id=c", "--monitor", "c,pretty=on"], check=False,
+            input=b'{"execute": "qmp_capabilities"}{"execute": "quit"}', capture_output=True,
+            timeout=10)
+        return [b"\r\n" in done.stdout, b"\n    \"QMP\": {\r\n" in done.stdout
+                or b"\n    \"QMP\": {\n" in done.stdout]
+    t.program("pretty-on", pretty)
+
+
+@sequence(start=False)
+def sigterm_with_a_guest(t):
+    """SIGTERM and quit while a guest is connected: the daemon ends at once and well."""
+    t.start("--blockdev", "null-co,node-name=n,size=1048576", "--nbd-server",
+            "addr.type=unix,addr.path=$DIR/nbd.sock", "--export", "nbd,id=e,node-name=n,name=n,writable=on")
+    for how in ("term", "int", "quit"):
+        t.write("n", 0, 4096)
+        t.finish_under_guest(how)
+        t.tool("socket-left", lambda where: (where / "nbd.sock").exists())
+        t.start("--blockdev", "null-co,node-name=n,size=1048576", "--nbd-server",
+                "addr.type=unix,addr.path=$DIR/nbd.sock", "--export", "nbd,id=e,node-name=n,name=n,writable=on")
