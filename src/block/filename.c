@@ -284,7 +284,12 @@ const char *node_filename(const struct node *const_n)
         name = xasprintf("json:%s", text);
     }
     json_object_put(options);
-    free(n->full_filename);
-    n->full_filename = name;
-    return name;
+    /* Asked for again it stays where it is, so that two names can be in one sentence. */
+    if (n->full_filename && !strcmp(n->full_filename, name)) {
+        free(name);
+    } else {
+        free(n->full_filename);
+        n->full_filename = name;
+    }
+    return n->full_filename;
 }

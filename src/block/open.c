@@ -296,8 +296,12 @@ static int open_backing(struct node *n, struct json_object *options, struct erro
             r = open_child_node(g, n, NULL, options, "backing", ROLE_COW, &backing, err);
         g->opening = self.outer;
     }
-    if (r < 0)
+    if (r < 0) {
+        /* Once a layer; in a long chain not so often that the cause would be cut off. */
+        if (err && strlen(err->text) > ERROR_TEXT_MAX / 2)
+            return r;
         return error_wrap(err, "Could not open backing file");
+    }
     return node_attach_child(n, backing, "backing", ROLE_COW, NULL, err);
 }
 
