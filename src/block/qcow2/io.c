@@ -301,8 +301,8 @@ int qcow2_status(struct node *n, bool want_zero, struct range r, struct block_st
         ret->flags |= STATUS_ZERO | STATUS_ALLOCATED;
         break;
     case MAP_COMPRESSED:
-        ret->flags |= STATUS_COMPRESSED;
-        /* fall through */
+        ret->flags |= STATUS_COMPRESSED | STATUS_DATA | STATUS_ALLOCATED;
+        break;
     case MAP_NORMAL:
         ret->flags |= STATUS_DATA | STATUS_ALLOCATED;
         break;
