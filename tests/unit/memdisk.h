@@ -7,7 +7,8 @@
 
 #include <stdio.h>
 
-enum mem_op_kind { MEM_WRITE, MEM_FLUSH, MEM_TRUNCATE };
+/* What was written before MEM_FLUSH is durable from the MEM_FLUSHED that follows it. */
+enum mem_op_kind { MEM_WRITE, MEM_FLUSH, MEM_FLUSHED, MEM_TRUNCATE };
 struct mem_op {
     enum mem_op_kind kind;
     uint64_t offset, length;
@@ -79,6 +80,7 @@ static inline void memdisk_apply(struct memdisk *d, const struct mem_op *op)
 {
     switch (op->kind) {
     case MEM_FLUSH:
+    case MEM_FLUSHED:
         break;
     case MEM_TRUNCATE:
         memdisk_reserve(d, op->length);
@@ -187,6 +189,7 @@ static inline int memdisk_flush(struct node *n)
     memdisk_turn(d);
     if (d->fail_flush_after && --d->fail_flush_after == 0)
         return -EIO;
+    memdisk_log(d, MEM_FLUSHED, 0, 0, NULL);
     return 0;
 }
 
