@@ -211,8 +211,8 @@ static inline const char *disk_damage(const struct memdisk *d)
     }
     for (uint64_t i = 0; i < n; i++)
         if (counts[i] < refs[i])
-            DAMAGE("cluster %#llx has %u references and a count of %u", (unsigned long long)(i * cs),
-                   refs[i], counts[i]);
+            DAMAGE("cluster %#llx has %u references and a count of %u",
+                   (unsigned long long)(i * cs), refs[i], counts[i]);
 out:
 #undef DAMAGE
 #undef REF

@@ -1,6 +1,6 @@
 /* The power is cut: what the file below was told is kept in a log, and for many places in it
- * an image is made of what was flushed and any subset of what was not. Such an image may have leaks and
- * nothing worse, and what the guest had flushed must be in it. */
+ * an image is made of what was flushed and any subset of what was not. Such an image may have leaks
+ * and nothing worse, and what the guest had flushed must be in it. */
 #include "qcow2util.h"
 
 enum { SECTORS = 1536 };
@@ -15,8 +15,8 @@ struct history {
     size_t n;
 };
 struct guest_flush {
-    size_t ended;        /* position in the log */
-    uint32_t *durable;   /* per sector: items of its history that had completed when it began */
+    size_t ended;      /* position in the log */
+    uint32_t *durable; /* per sector: items of its history that had completed when it began */
 };
 
 struct guest {
@@ -132,8 +132,8 @@ static void check_content(struct graph *g, struct guest *w, unsigned disk, size_
             ok |= w->sectors[s].items[i].stamp == v;
         if (!ok) {
             fprintf(stderr,
-                    "cut at %zu: sector %llu holds %#x, which it may not after the last flush\n", at,
-                    (unsigned long long)s, v);
+                    "cut at %zu: sector %llu holds %#x, which it may not after the last flush\n",
+                    at, (unsigned long long)s, v);
             abort();
         }
     }
