@@ -1,0 +1,123 @@
+/* tidemarkd: the life of the process.
+ *
+ *     scan options -> (background) -> loop: make everything -> apply options in order -> pidfile
+ *     -> ready -> ... until `quit`, SIGTERM, SIGINT or SIGHUP ...
+ *     -> exports closed -> jobs cancelled -> images closed, bitmaps saved -> last answers -> end
+ *
+ * Commands are not executed any more once the end has begun. The clean end is bounded by the
+ * requests under way; a second signal does not hurry it. */
+#include "daemon/daemon.h"
+
+#include "base/log.h"
+#include "copy/copy.h"
+#include "dirty/dirty.h"
+#include "persist/persist.h"
+#include "rt/io.h"
+#include "rt/process.h"
+
+#include <signal.h>
+#include <stdio.h>
+
+struct start {
+    struct options options;
+    struct daemon daemon;
+};
+
+static int wait_for_signal(void *arg)
+{
+    struct daemon *d = arg;
+    static const int signals[] = {SIGTERM, SIGINT, SIGHUP};
+
+    task_set_name("signals");
+    int fd = io_signal_open(signals, ARRAY_SIZE(signals));
+    if (fd < 0)
+        return fd;
+    if (io_signal_wait(fd) > 0)
+        event_set(&d->qmp->quit);
+    io_close(fd);
+    return 0;
+}
+
+static void make_everything(struct daemon *d, bool daemonized)
+{
+    d->graph = graph_new();
+    dirty_init(d->graph);
+    persist_init(d->graph);
+    copy_register_drivers(d->graph);
+    d->jobs = jobs_new(d->graph);
+    d->exports = exports_new(d->graph);
+    d->qmp = qmp_new(d->graph, d->jobs, d->exports);
+    d->chardevs = chardevs_new(daemonized);
+    scope_init(&d->monitors);
+}
+
+/* Exports first, so that nothing is written any more; then jobs, so that nobody holds a node;
+ * then the images with their bitmaps. Clients hear of all this before they are let go. */
+static void end_everything(struct daemon *d)
+{
+    SHIELD();
+
+    mutex_lock_shielded(&d->qmp->in_band); /* for good: no command begins any more */
+    exports_close_all(d->exports);
+    jobs_cancel_all(d->jobs);
+    exports_free(d->exports);
+    jobs_free(d->jobs);
+    graph_free(d->graph);
+    qmp_farewell(d->qmp);
+    chardevs_free(d->chardevs);
+    scope_fini(&d->monitors);
+    mutex_unlock(&d->qmp->in_band);
+    qmp_free(d->qmp);
+    pidfile_remove(d->pidfile);
+}
+
+static int start(struct start *s, bool *exit, struct error *err)
+{
+    struct daemon *d = &s->daemon;
+
+    int r = options_apply(&s->options, d, exit, err);
+    if (r >= 0 && !*exit && s->options.image_count)
+        r = serve_images(d, s->options.images, s->options.image_count, err);
+    if (r >= 0 && !*exit && s->options.pidfile)
+        r = pidfile_create(s->options.pidfile, &d->pidfile, err);
+    return r;
+}
+
+static int run(void *arg)
+{
+    struct start *s = arg;
+    struct daemon *d = &s->daemon;
+    struct error err = ERROR_INIT;
+    bool exit = false;
+    SCOPE(signals);
+
+    make_everything(d, s->options.daemonize);
+    scope_spawn(&signals, wait_for_signal, d);
+    int r = start(s, &exit, &err);
+    if (r < 0) {
+        log_line(LOG_LEVEL_INFO, "%s", err.text);
+    } else if (!exit) {
+        process_background_ready();
+        (void)event_wait(&d->qmp->quit);
+    }
+    end_everything(d);
+    return r;
+}
+
+int main(int argc, char **argv)
+{
+    struct start s = {.options = {.argc = argc, .argv = argv}};
+    struct error err = ERROR_INIT;
+
+    log_set_program("tidemarkd");
+    options_scan(&s.options);
+    if (s.options.daemonize && process_background_begin(&err) < 0) {
+        log_error("going to the background: %s", err.text);
+        return EXIT_FAILURE;
+    }
+    int r = loop_run(LOOP_AUTO, run, &s);
+    if (r < 0 && !s.daemon.graph)
+        log_error("no way to wait for I/O: %s", strerror(-r));
+    free(s.options.images);
+    return r < 0 ? EXIT_FAILURE : EXIT_SUCCESS;
+}
