@@ -13,7 +13,9 @@ enum kind { CHARDEV_NULL, CHARDEV_STDIO, CHARDEV_SERVER, CHARDEV_CLIENT };
 struct chardev {
     char *id;
     enum kind kind;
-    bool in_use;
+    struct qmp *qmp; /* of its monitor; NULL: it has none */
+    struct scope *connections;
+    unsigned monitor_flags;
     struct listener listener;
     int connected; /* CLIENT, or the first client of a SERVER that waited for it; -1: none */
     LIST_ENTRY(chardev) link;
@@ -306,28 +308,43 @@ int chardev_add(struct chardevs *all, const char *text, bool *help, struct error
 /* ---- monitors ---- */
 
 struct acceptor {
+    struct chardev *chardev;
     int fd;
-    struct qmp *qmp;
-    struct scope *connections;
-    unsigned flags;
 };
 
 static int accept_monitors(void *arg)
 {
     CLEANUP(memory_freep) struct acceptor *a = arg;
+    struct chardev *c = a->chardev;
 
     task_set_name("chardev");
     for (;;) {
         int fd = io_accept(a->fd);
         if (fd >= 0) {
-            monitor_serve(a->qmp, a->connections, fd, fd, a->flags);
+            monitor_serve(c->qmp, c->connections, fd, fd, c->monitor_flags);
         } else if (fd == -ECANCELED) {
             return 0;
         } else if (fd != -ECONNABORTED) {
-            log_warning("chardev: accepting a connection: %s", strerror(-fd));
+            log_warning("chardev '%s': accepting a connection: %s", c->id, strerror(-fd));
             if (sleep_until(clock_after_ns(NSEC_PER_SEC / 10)) < 0)
                 return 0;
         }
+    }
+}
+
+static void start(struct chardevs *all, struct chardev *c)
+{
+    if (c->kind == CHARDEV_STDIO)
+        monitor_serve(c->qmp, c->connections, 0, 1, c->monitor_flags);
+    if (c->connected >= 0) {
+        int fd = c->connected;
+        c->connected = -1; /* the monitor closes it */
+        monitor_serve(c->qmp, c->connections, fd, fd, c->monitor_flags);
+    }
+    for (size_t i = 0; i < c->listener.count; i++) {
+        struct acceptor *a = xnew(struct acceptor);
+        *a = (struct acceptor){c, c->listener.fds[i]};
+        scope_spawn(&all->acceptors, accept_monitors, a);
     }
 }
 
@@ -338,20 +355,18 @@ int chardev_monitor(struct chardevs *all, const char *id, struct qmp *q, struct 
 
     if (!c)
         return error_set(err, ENOENT, "chardev \"%s\" not found", id);
-    if (c->in_use)
+    if (c->qmp)
         return error_set(err, EBUSY, "Device '%s' is in use", id);
-    c->in_use = true;
-    if (c->kind == CHARDEV_STDIO)
-        monitor_serve(q, s, 0, 1, monitor_flags);
-    if (c->connected >= 0) {
-        int fd = c->connected;
-        c->connected = -1; /* the monitor closes it */
-        monitor_serve(q, s, fd, fd, monitor_flags);
-    }
-    for (size_t i = 0; i < c->listener.count; i++) {
-        struct acceptor *a = xnew(struct acceptor);
-        *a = (struct acceptor){c->listener.fds[i], q, s, monitor_flags};
-        scope_spawn(&all->acceptors, accept_monitors, a);
-    }
+    c->qmp = q;
+    c->connections = s;
+    c->monitor_flags = monitor_flags;
     return 0;
+}
+
+void chardevs_start(struct chardevs *all)
+{
+    struct chardev *c;
+    LIST_FOREACH (c, &all->list, link)
+        if (c->qmp)
+            start(all, c);
 }

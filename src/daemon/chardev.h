@@ -18,6 +18,10 @@ DEFINE_CLEANUP(struct chardevs *, chardevs_free, chardevs_freep)
  * nothing was made. */
 int chardev_add(struct chardevs *all, const char *text, bool *help, struct error *err);
 
-/* A monitor on the chardev ID: every connection that it gets is served in a task of S. */
+/* A monitor on the chardev ID: every connection that it gets is served in a task of S, but none
+ * before chardevs_start(). */
 int chardev_monitor(struct chardevs *all, const char *id, struct qmp *q, struct scope *s,
                     unsigned monitor_flags, struct error *err);
+
+/* All options have been applied: whoever has connected meanwhile is served now. */
+void chardevs_start(struct chardevs *all);

@@ -12,7 +12,6 @@ struct daemon {
     struct chardevs *chardevs;
     struct scope monitors; /* connections */
     char *pidfile;         /* resolved; NULL: none */
-    char *runtime_socket;  /* of the short form's monitor; NULL: none */
 };
 
 /* ---- options.c ---- */

@@ -48,6 +48,7 @@ static void make_everything(struct daemon *d, bool daemonized)
     d->exports = exports_new(d->graph);
     d->qmp = qmp_new(d->graph, d->jobs, d->exports);
     d->chardevs = chardevs_new(daemonized);
+    exports_set_accepting(d->exports, false);
     scope_init(&d->monitors);
 }
 
@@ -98,7 +99,9 @@ static int run(void *arg)
         log_line(LOG_LEVEL_INFO, "%s", err.text);
     } else if (!exit) {
         process_background_ready();
-        (void)event_wait(&d->qmp->quit);
+        exports_set_accepting(d->exports, true);
+        chardevs_start(d->chardevs);
+        r = event_wait(&d->qmp->quit);
     }
     end_everything(d);
     return r;

@@ -2,6 +2,7 @@
  * does it over QMP; so both say the same of the same mistake. */
 #include "daemon/daemon.h"
 
+#include "qmp/cmd.h"
 #include "qmp/json_stream.h"
 #include "qmp/keyval.h"
 #include "qmp/schema_types.h"
@@ -114,6 +115,13 @@ static int parse_argument(const char *text, const char *implied_key, struct json
     return json_from_text(text, ret, err);
 }
 
+/* nbd-server-start, but with the address flat. */
+static const struct schema_command nbd_server_option = {
+    .name = "nbd-server",
+    .arguments = &schema_NbdServerOptions,
+    .run = cmd_nbd_server_option,
+};
+
 static int run_command(struct daemon *d, const struct schema_command *command, const char *text,
                        const char *implied_key, struct error *err)
 {
@@ -149,7 +157,7 @@ static int apply(struct daemon *d, int option, const char *text, bool *exit, str
     case OPTION_EXPORT:
         return run_command(d, qmp_command_find("block-export-add"), text, "type", err);
     case OPTION_NBD_SERVER:
-        return run_command(d, &qmp_nbd_server_option, text, NULL, err);
+        return run_command(d, &nbd_server_option, text, NULL, err);
     case OPTION_OBJECT:
         if (!strcmp(text, "help") || !strcmp(text, "?")) {
             puts("List of user creatable objects:\n  iothread\n  secret");

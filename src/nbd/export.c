@@ -19,7 +19,17 @@ struct exports *exports_new(struct graph *g)
     TAILQ_INIT(&x->list);
     scope_init(&x->closers);
     waitq_init(&x->changed);
+    event_init(&x->accepting);
+    event_set(&x->accepting);
     return x;
+}
+
+void exports_set_accepting(struct exports *x, bool accepting)
+{
+    if (accepting)
+        event_set(&x->accepting);
+    else
+        event_reset(&x->accepting);
 }
 
 void exports_free(struct exports *x)

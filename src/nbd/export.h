@@ -14,6 +14,9 @@ struct exports *exports_new(struct graph *g);
 /* Closes everything: disconnects clients, stops the server, waits. */
 void exports_free(struct exports *x);
 DEFINE_CLEANUP(struct exports *, exports_free, exports_freep)
+/* While a program starts, servers listen but serve nobody yet: who connects early waits, and then
+ * finds all exports there. Accepting is the default. */
+void exports_set_accepting(struct exports *x, bool accepting);
 
 /* block-export-add: OPTIONS is BlockExportOptions as the schema passed it. Texts are QEMU's. */
 int export_add(struct exports *x, struct json_object *options, struct error *err);

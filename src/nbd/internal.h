@@ -38,6 +38,7 @@ struct exports {
     struct nbd_server *server; /* NULL: not running */
     struct scope closers;      /* what lets nodes go after the last reference */
     struct waitq changed;      /* an export has gone */
+    struct event accepting;    /* clients are served */
 };
 
 struct export *export_find_name(struct exports *x, struct nbd_string name);

@@ -138,7 +138,9 @@ static int accept_clients(void *arg)
     struct nbd_server *s = a->server;
 
     for (;;) {
-        int r = io_poll(a->fd, POLLIN, NEVER_NS);
+        int r = event_wait(&s->exports->accepting);
+        if (r >= 0)
+            r = io_poll(a->fd, POLLIN, NEVER_NS);
         while (r >= 0 && s->max_connections && s->connections >= s->max_connections)
             r = waitq_wait(&s->slot_free);
         if (r < 0)
