@@ -2,7 +2,10 @@
 
 #include "blockutil.h"
 
+#include <fcntl.h>
 #include <ftw.h>
+#include <sched.h>
+#include <sys/mount.h>
 
 static char dir[64];
 
@@ -97,7 +100,9 @@ TEST(relative_names_are_seen_from_the_image)
 
 TEST(no_backing_image_when_told_so)
 {
-    CLEANUP(memory_freep) char *path = in_dir("top.qcow2");
+    CLEANUP(memory_freep) char *path = in_dir("upper.qcow2");
+    make(g, "lower.qcow2", NULL);
+    make(g, "upper.qcow2", "lower.qcow2");
     CLEANUP(memory_freep)
     char *json = xasprintf("{'driver':'qcow2','backing':null,'read-only':true,"
                            "'file':{'driver':'file','filename':'%s'}}",
@@ -165,11 +170,130 @@ TEST(long_chains)
     CHECK(!graph_first(g));
 }
 
+/* A file system of 2 MiB of our own, for this process alone; false where that is not allowed. */
+static bool mount_small(void)
+{
+    CLEANUP(memory_freep) char *small = in_dir("small");
+
+    if (mkdir(small, 0755) < 0)
+        return false;
+    if (unshare(CLONE_NEWNS) < 0 && unshare(CLONE_NEWUSER | CLONE_NEWNS) < 0)
+        return false;
+    return mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0 &&
+           mount("tmpfs", small, "tmpfs", 0, "size=2M") == 0;
+}
+
+static void fill(struct graph *g, const char *format, uint64_t size_bytes)
+{
+    struct error err = ERROR_INIT;
+    CLEANUP(memory_freep) char *path = in_dir("small/image"), *filler = in_dir("small/filler");
+    struct node *opened = NULL;
+    static uint8_t buf[65536], back[65536];
+    uint64_t written = 0;
+
+    int fd = open(filler, O_RDWR | O_CREAT, 0600);
+    CHECK(fd >= 0 && fallocate(fd, 0, 0, 512 * 1024) == 0);
+    close(fd);
+    int r = graph_create_filename(g, path, format, NULL, NULL, size_bytes, &err);
+    CHECK_OK(r, err);
+    r = graph_open_filename(g, path, format, NULL, false, &opened, &err);
+    CHECK_OK(r, err);
+    CLEANUP(node_unrefp) struct node *n = opened;
+    struct test_user u;
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+
+    for (;;) {
+        memset(buf, (int)(written / sizeof buf) + 1, sizeof buf);
+        r = edge_write(e, range_make(written, sizeof buf), buf, 0);
+        if (r == 0)
+            r = edge_flush(e);
+        if (r < 0)
+            break;
+        written += sizeof buf;
+        CHECK(written < size_bytes);
+    }
+    CHECK(r == -ENOSPC && written > 512 * 1024);
+    for (uint64_t at = 0; at < written; at += sizeof back) {
+        memset(buf, (int)(at / sizeof buf) + 1, sizeof buf);
+        CHECK(edge_read(e, range_make(at, sizeof back), back, 0) == 0);
+        CHECK(!memcmp(buf, back, sizeof back));
+    }
+    /* There is room again: it goes on. */
+    CHECK(unlink(filler) == 0);
+    memset(buf, 99, sizeof buf);
+    CHECK(edge_write(e, range_make(written, sizeof buf), buf, REQ_FUA) == 0);
+    CHECK(edge_read(e, range_make(written, sizeof back), back, 0) == 0);
+    CHECK(!memcmp(buf, back, sizeof back));
+    edge_detach(e);
+    CHECK(unlink(path) == 0);
+}
+
+TEST(a_full_file_system_is_an_error_and_no_end)
+{
+    if (!mount_small()) {
+        print_message("skipped: no file system of our own may be mounted here\n");
+        return;
+    }
+    fill(g, "raw", 4 * MiB);
+    fill(g, "qcow2", 64 * MiB);
+    CLEANUP(memory_freep) char *small = in_dir("small");
+    CHECK(umount(small) == 0);
+}
+
+/* An image that loses its end while it is open: errors or zeroes, never more than that. */
+TEST(an_image_cut_behind_our_back)
+{
+    struct error err = ERROR_INIT;
+    struct rng rng = {test_seed()};
+    CLEANUP(memory_freep) char *path = in_dir("cut.qcow2");
+    static uint8_t buf[65536];
+
+    for (unsigned i = 0; i < 60; i++) {
+        struct node *n = NULL;
+        struct stat st;
+        unlink(path);
+        make(g, "cut.qcow2", NULL);
+        int r = graph_open_filename(g, path, "qcow2", NULL, false, &n, &err);
+        CHECK_OK(r, err);
+        struct test_user u;
+        struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+        memset(buf, 7, sizeof buf);
+        for (unsigned k = 0; k < 4; k++)
+            CHECK(edge_write(e, range_make(k * 65536, 65536), buf, 0) == 0);
+        CHECK(edge_flush(e) == 0 && stat(path, &st) == 0);
+        CHECK(truncate(path, (off_t)rng_below(&rng, (uint64_t)st.st_size)) == 0);
+        for (unsigned k = 0; k < 16; k++) {
+            struct block_status bs;
+            struct range range = range_make(rng_below(&rng, 15) * 65536, 65536);
+            (void)!edge_read(e, range, buf, 0);
+            (void)!edge_write(e, range, buf, 0);
+            (void)!edge_status_above(e, NULL, true, range, &bs);
+            (void)!edge_discard(e, range);
+            (void)!edge_flush(e);
+        }
+        edge_detach(e);
+        node_unref(n);
+        /* And opened again, whatever is left of it. */
+        n = NULL;
+        error_clear(&err);
+        if (graph_open_filename(g, path, "qcow2", NULL, false, &n, &err) == 0) {
+            e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+            for (unsigned k = 0; k < 16; k++)
+                (void)!edge_read(e, range_make(k * 65536, 65536), buf, 0);
+            edge_detach(e);
+            node_unref(n);
+        }
+        error_clear(&err);
+    }
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(relative_names_are_seen_from_the_image),
     cmocka_unit_test(no_backing_image_when_told_so),
     cmocka_unit_test(loops_are_refused),
     cmocka_unit_test(long_chains),
+    cmocka_unit_test(an_image_cut_behind_our_back),
+    cmocka_unit_test(a_full_file_system_is_an_error_and_no_end),
 };
 
 int main(int argc, char **argv)
