@@ -4,10 +4,12 @@
     count             how many sequences and steps
     show NAME         what qemu-storage-daemon answers (--on PROGRAM: another one)
     diff NAME         all differences of tidemarkd, listed ones too
+    summary [NAME]    the unlisted differences, alike ones once
 """
 
 import argparse
 import json
+import re
 import sys
 
 from tidemark_testlib import QSD, find_tidemarkd
@@ -26,10 +28,28 @@ def show(record):
             print(f"    {name} {json.dumps(data, sort_keys=True)}")
 
 
+def summary(table, binary):
+    """Runs the table and tells each kind of difference once, with where it was seen first."""
+    wanted = compare.read_differences()
+    kinds = {}
+    for seq in table:
+        found = compare.compare_records(seq.name, run_sequence(seq, QSD), run_sequence(seq, binary))
+        for d in compare.unlisted(found, wanted):
+            path = re.sub(r"\[\d+\]|\[\]\.[^.]*", "[]", d.path)
+            key = (d.step.partition("#")[0] if "events/" not in d.step else "events", path, d.kind,
+                   str(d.theirs)[:60], str(d.ours)[:60])
+            kinds.setdefault(key, []).append(d)
+    for found in kinds.values():
+        text = "\n".join(line[:300] for line in str(found[0]).splitlines())
+        print(f"{len(found)} x {text}")
+    print(f"{len(kinds)} kinds, {sum(map(len, kinds.values()))} differences in "
+          f"{len({d.sequence for f in kinds.values() for d in f})} sequences")
+
+
 def main():
     parser = argparse.ArgumentParser(prog="parity", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("list", "count", "show", "diff"))
+    parser.add_argument("command", choices=("list", "count", "show", "diff", "summary"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--on", default=None)
     args = parser.parse_args()
@@ -38,6 +58,9 @@ def main():
         table = [s for s in table if any(n in s.name for n in args.names)]
     if args.command == "count":
         print(f"{len(table)} sequences, {sum(map(count_steps, table))} steps")
+    if args.command == "summary":
+        summary(table, args.on or find_tidemarkd())
+        return 0
     for seq in table:
         if args.command == "list":
             print(f"{count_steps(seq):5}  {seq.module}.{seq.name}  {seq.doc.splitlines()[0] if seq.doc else ''}")

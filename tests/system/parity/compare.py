@@ -55,12 +55,15 @@ def outcome(result):
 
 
 def identity(items):
-    """The member by which a list's members are told apart, None if there is none."""
+    """The names by which a list's members are told apart, None if there are none."""
     for key in NAMES:
         if items and all(isinstance(i, dict) and isinstance(i.get(key), str) for i in items):
             names = [i[key] for i in items]
+            if "drv" in items[0]:       # nodes: those without a name of theirs by what they are
+                names = [f"{n}:{i.get('drv')}:{i.get('file')}" if n == "#block" else n
+                         for n, i in zip(names, items)]
             if len(set(names)) == len(names):
-                return key
+                return names
     return None
 
 
@@ -76,13 +79,12 @@ def compare_values(theirs, ours, path):
             else:
                 yield from compare_values(theirs[key], ours[key], inner)
     elif isinstance(theirs, list) and isinstance(ours, list):
-        key = identity(theirs + ours) if not (theirs and ours) else (
-            identity(theirs) if identity(theirs) == identity(ours) else None)
-        if key:
-            yield from compare_values({i[key]: i for i in theirs}, {i[key]: i for i in ours},
-                                      f"{path}[]")
-            common = [i[key] for i in theirs if i[key] in {o[key] for o in ours}]
-            other = [i[key] for i in ours if i[key] in {o[key] for o in theirs}]
+        a, b = identity(theirs), identity(ours)
+        if (a and b) or (a and not ours) or (b and not theirs):
+            a, b = a or [], b or []
+            yield from compare_values(dict(zip(a, theirs)), dict(zip(b, ours)), f"{path}[]")
+            common = [name for name in a if name in b]
+            other = [name for name in b if name in a]
             if common != other:
                 yield f"{path}[order]", "value", common, other
         else:
