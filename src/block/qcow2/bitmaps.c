@@ -392,9 +392,11 @@ int qcow2_bitmaps_save(struct node *n, const struct qcow2_bitmap_save *list, siz
             struct qcow2_bitmap *b = qcow2_bitmap_find(old, s->name);
             if (!b)
                 continue;
-            b->in_use = s->in_use;
-            b->automatic = s->automatic;
-            raw_set_flags(b);
+            if (!b->quarantined) { /* one that is not understood is kept to the bit */
+                b->in_use = s->in_use;
+                b->automatic = s->automatic;
+                raw_set_flags(b);
+            }
             r = buffer_append(&dir, b->raw, b->raw_length);
         }
         entries++;
