@@ -8,7 +8,10 @@
  *
  * What the ring has no operation for, or would only hand to a thread of the kernel's, goes to
  * our worker threads; they are heard through a poll on their eventfd. Descriptors that are
- * not sockets (pipes, terminals) and those that are non-blocking are polled, then tried. */
+ * not sockets (pipes, terminals) and those that are non-blocking are polled, then tried.
+ *
+ * Sockets go through the ring like files. Trying recv or send at once and only then asking
+ * the ring was measured: 4 to 18 % more processor time with 16 busy sockets. */
 #include "rt/clock.h"
 #include "rt/loop.h"
 #include "rt/workers.h"

@@ -9,11 +9,16 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define MS ((uint64_t)1000000)
@@ -459,6 +464,31 @@ IN_LOOP(shutdown_ends_who_waits_on_the_socket)
     return 0;
 }
 
+enum { CROWD = 6000 }; /* more than the completion queue has room for */
+
+IN_LOOP(thousands_wait_on_one_socket_and_end_at_once)
+{
+    int fds[2];
+    assert_int_equal(io_socketpair(fds), 0);
+    struct waits *w = xcalloc(CROWD, sizeof *w);
+    {
+        SCOPE(s);
+        for (int i = 0; i < CROWD; i++) {
+            w[i] = (struct waits){fds[0], 0, -1};
+            scope_spawn(&s, waits_for_a_peer, &w[i]);
+        }
+        assert_int_equal(sleep_until(clock_after_ns(MS)), 0);
+        io_shutdown(fds[0]);
+        assert_int_equal(scope_join(&s), 0);
+    }
+    for (int i = 0; i < CROWD; i++)
+        assert_int_equal(w[i].result, 0);
+    free(w);
+    io_close(fds[0]);
+    io_close(fds[1]);
+    return 0;
+}
+
 /* A descriptor's number comes back for another file; what is known of the old one must not. */
 IN_LOOP(descriptors_come_and_go)
 {
@@ -636,6 +666,41 @@ static void the_backend_is_the_chosen_one(void **state)
     assert_string_equal(loop_backend_name(), "none");
 }
 
+/* As a container's filter does: the call is refused with EPERM. */
+static int refuse_call(unsigned call)
+{
+    struct sock_filter filter[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {ARRAY_SIZE(filter), filter};
+    return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ||
+           prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
+}
+
+static void the_threads_take_over_where_io_uring_is_refused(void **state)
+{
+    static const unsigned calls[] = {SYS_io_uring_setup, SYS_io_uring_enter};
+    for (size_t i = 0; i < ARRAY_SIZE(calls); i++) {
+        pid_t child = fork();
+        if (child == 0) {
+            unsetenv("TIDEMARK_LOOP");
+            if (refuse_call(calls[i]))
+                _exit(77);
+            if (loop_run(LOOP_IO_URING, compares_backend, (char[]){"io_uring"}) >= 0)
+                _exit(2);
+            _exit(loop_run(LOOP_AUTO, compares_backend, (char[]){"threads"}) ? 3 : 0);
+        }
+        int status;
+        assert_int_equal(waitpid(child, &status, 0), child);
+        assert_true(WIFEXITED(status));
+        if (WEXITSTATUS(status) != 77) /* no filters here */
+            assert_int_equal(WEXITSTATUS(status), 0);
+    }
+}
+
 static void *another_loop(void *arg)
 {
     *(int *)arg = loop_run(LOOP_AUTO, four_megabytes_go_through_a_socket_and_back_task, NULL);
@@ -675,6 +740,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(clients_connect_by_unix_socket),
     cmocka_unit_test(waiting_for_a_peer_can_be_cancelled),
     cmocka_unit_test(shutdown_ends_who_waits_on_the_socket),
+    cmocka_unit_test(thousands_wait_on_one_socket_and_end_at_once),
     cmocka_unit_test(descriptors_come_and_go),
     cmocka_unit_test(poll_tells_events_and_times_out),
     cmocka_unit_test(sleepers_wake_in_the_order_of_their_deadlines),
@@ -683,6 +749,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_worker_is_never_cancelled),
     cmocka_unit_test(a_signal_wakes_its_task),
     cmocka_unit_test(the_backend_is_the_chosen_one),
+    cmocka_unit_test(the_threads_take_over_where_io_uring_is_refused),
     cmocka_unit_test(two_loops_in_one_process),
     cmocka_unit_test_setup_teardown(random_bytes_are_not_all_the_same, NULL, remove_dir),
 };
