@@ -11,7 +11,8 @@ enum {
     PROBE_BYTES = 512,      /* of an image's start, to guess its format */
     BOUNCE_BYTES = 1 << 20, /* the largest temporary buffer of one request */
 };
-#define SIZE_BYTES_MAX ((uint64_t)INT64_MAX & ~(uint64_t)(BLOCK_SECTOR - 1))
+/* As QEMU's, so that any alignment up to 1 GiB can be added without a wrap. */
+#define SIZE_BYTES_MAX ((uint64_t)INT64_MAX & ~(GiB - 1))
 
 struct graph {
     TAILQ_HEAD(, node) nodes; /* named ones, in the order of creation */

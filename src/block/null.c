@@ -23,7 +23,8 @@ static int null_open(struct node *n, struct json_object *options, struct error *
     struct null_state *s = n->state;
     int64_t size = json_get_int(options, "size", (int64_t)GiB);
 
-    if (json_get_int(options, "latency-ns", 0) < 0)
+    if (json_get_int(options, "latency-ns", 0) < 0 ||
+        json_get_uint(options, "latency-ns", 0) > INT64_MAX)
         return error_set(err, EINVAL, "latency-ns is invalid");
     s->latency_ns = json_get_uint(options, "latency-ns", 0);
     s->read_zeroes = json_get_bool(options, "read-zeroes", false);

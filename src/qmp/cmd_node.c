@@ -58,7 +58,7 @@ int cmd_blockdev_reopen(struct qmp_call *call, struct error *err)
 
 static char *resizer_describe(struct user *u)
 {
-    return xstrdup("unnamed block device");
+    return xstrdup("an unnamed block device");
 }
 
 int cmd_block_resize(struct qmp_call *call, struct error *err)
