@@ -35,6 +35,8 @@ struct graph *graph_new(void);
 /* Closes all nodes that the monitor holds; nobody else may hold one any more. */
 void graph_free(struct graph *g);
 DEFINE_CLEANUP(struct graph *, graph_free, graph_freep)
+/* The monitor gives all its nodes back; those that nobody else holds are closed. Waits. */
+void graph_close_all(struct graph *g);
 
 /* Who changes edges, names or drivers' options holds this; recursive for one task, waits
  * for other tasks, shielded. */

@@ -64,12 +64,10 @@ struct graph *graph_new(void)
     return g;
 }
 
-void graph_free(struct graph *g)
+void graph_close_all(struct graph *g)
 {
     struct node *n;
 
-    if (!g)
-        return;
 again:
     TAILQ_FOREACH (n, &g->nodes, in_graph) {
         if (n->monitor_owned) {
@@ -77,6 +75,15 @@ again:
             goto again; /* other nodes may have gone with it */
         }
     }
+}
+
+void graph_free(struct graph *g)
+{
+    struct node *n;
+
+    if (!g)
+        return;
+    graph_close_all(g);
     TAILQ_FOREACH (n, &g->nodes, in_graph)
         log_error("node '%s' is still used at the end", n->name);
     assert(TAILQ_EMPTY(&g->nodes));

@@ -61,14 +61,15 @@ static void end_everything(struct daemon *d)
     mutex_lock_shielded(&d->qmp->in_band); /* for good: no command begins any more */
     exports_close_all(d->exports);
     jobs_cancel_all(d->jobs);
-    exports_free(d->exports);
-    jobs_free(d->jobs);
-    graph_free(d->graph);
+    graph_close_all(d->graph);
     qmp_farewell(d->qmp);
     chardevs_free(d->chardevs);
     scope_fini(&d->monitors);
     mutex_unlock(&d->qmp->in_band);
     qmp_free(d->qmp);
+    exports_free(d->exports);
+    jobs_free(d->jobs);
+    graph_free(d->graph);
     pidfile_remove(d->pidfile);
 }
 
