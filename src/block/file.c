@@ -436,6 +436,18 @@ static int file_flush(struct node *n)
     return r;
 }
 
+/* An empty file that grows gets its first block allocated: by reading from it other programs,
+ * and we, can find out what O_DIRECT wants, which a hole does not tell everywhere. */
+static int resize_file(int fd, uint64_t from, uint64_t to)
+{
+    static const uint8_t zeroes[DIRECT_ALIGN_MAX] __attribute__((aligned(DIRECT_ALIGN_MAX)));
+    int r = io_ftruncate(fd, to);
+
+    if (r == 0 && from == 0 && to >= BLOCK_SECTOR)
+        r = io_pwrite_full(fd, zeroes, to < sizeof zeroes ? BLOCK_SECTOR : sizeof zeroes, 0, 0);
+    return r;
+}
+
 static int file_truncate(struct node *n, uint64_t size_bytes, bool exact, struct error *err)
 {
     struct file_state *s = n->state;
@@ -445,7 +457,7 @@ static int file_truncate(struct node *n, uint64_t size_bytes, bool exact, struct
     (void)exact; /* a file can have any size */
     s->changes++;
     s->known_data.length = s->known_hole.length = 0;
-    r = io_ftruncate(handle->fd, size_bytes);
+    r = resize_file(handle->fd, s->length, size_bytes);
     if (r < 0)
         return error_set_errno(err, -r, "Failed to resize file");
     s->changes++;
@@ -594,7 +606,7 @@ static int make_file(int fd, struct json_object *options, struct error *err)
         }
     }
     if (r == 0)
-        r = io_ftruncate(fd, size);
+        r = resize_file(fd, 0, size);
     if (r < 0)
         return error_set_errno(err, -r, "Failed to resize file");
     return preallocate(fd, json_get_string(options, "preallocation", "off"), size, err);

@@ -490,6 +490,125 @@ TEST(a_size_change_below_reaches_the_top)
     edge_detach(e);
 }
 
+/* ---- changes of the graph under load ---- */
+
+enum { LOAD_WRITERS = 6, LOAD_AREA = 16384 };
+
+struct load {
+    struct edge *e;
+    unsigned id;
+    uint64_t seed;
+    const bool *stop;
+    unsigned rounds;
+};
+
+/* Owns an area (with edges inside others' blocks) and knows what it holds. */
+static int load_writer(void *arg)
+{
+    struct load *l = arg;
+    struct rng rng = {l->seed};
+    uint64_t base = (uint64_t)l->id * LOAD_AREA + 100;
+    uint8_t model[LOAD_AREA] = {0}, buf[LOAD_AREA];
+
+    while (!*l->stop) {
+        uint64_t at = rng_below(&rng, LOAD_AREA), n = rng_below(&rng, LOAD_AREA - at) + 1;
+        struct range r = range_make(base + at, n);
+        switch (rng_below(&rng, 4)) {
+        case 0:
+            memset(buf, (int)rng_below(&rng, 255) + 1, n);
+            CHECK(edge_write(l->e, r, buf, rng_below(&rng, 8) ? 0 : REQ_FUA) == 0);
+            memcpy(model + at, buf, n);
+            break;
+        case 1:
+            CHECK(edge_write_zeroes(l->e, r, 0) == 0);
+            memset(model + at, 0, n);
+            break;
+        case 2:
+            CHECK(edge_read(l->e, r, buf, 0) == 0);
+            CHECK(!memcmp(buf, model + at, n));
+            break;
+        case 3:
+            CHECK(edge_flush(l->e) == 0);
+            break;
+        }
+        l->rounds++;
+    }
+    return 0;
+}
+
+static void check_perms(struct graph *g)
+{
+    for (struct node *n = graph_first(g); n; n = graph_next(n)) {
+        struct edge *a, *b;
+        CHECK(n->gate == 0);
+        TAILQ_FOREACH (a, &n->parents, in_parents) {
+            CHECK(a->node == n);
+            TAILQ_FOREACH (b, &n->parents, in_parents)
+                CHECK(a == b || !(b->perm & ~a->shared));
+        }
+    }
+}
+
+TEST(filters_come_and_go_under_load)
+{
+    struct rng rng = {test_seed()};
+    CLEANUP(node_unrefp)
+    struct node *disk = open_ok(g, "{'driver':'fake','node-name':'disk','size':131072,"
+                                   "'request-alignment':4096,'max-transfer':8192}");
+    CLEANUP(node_unrefp)
+    struct node *raw = open_ok(g, "{'driver':'raw','node-name':'top',"
+                                  "'file':'disk'}");
+    struct test_user u[LOAD_WRITERS];
+    struct load load[LOAD_WRITERS];
+    struct node *filters[8] = {0};
+    unsigned n_filters = 0, made = 0;
+    bool stop = false;
+
+    SCOPE(s);
+    for (unsigned i = 0; i < LOAD_WRITERS; i++) {
+        struct edge *e = attach(&u[i], raw, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+        load[i] = (struct load){e, i, rng_next(&rng) | 1, &stop, 0};
+        scope_spawn(&s, load_writer, &load[i]);
+    }
+    for (unsigned step = 0; step < 400; step++) {
+        unsigned what = (unsigned)rng_below(&rng, 3);
+        if (what == 0 && n_filters < 8) {
+            /* Above any of the nodes that there are. */
+            unsigned below = (unsigned)rng_below(&rng, n_filters + 2);
+            struct node *n = below == 0 ? disk : below == 1 ? raw : filters[below - 2];
+            CLEANUP(memory_freep)
+            char *json = xasprintf("{'driver':'fakefilter','node-name':'f%u','file':'%s'}", made++,
+                                   node_name(n));
+            struct node *f = open_ok(g, json);
+            CHECK(node_insert_filter(f, n, NULL) == 0);
+            filters[n_filters++] = f;
+        } else if (what == 1 && n_filters) {
+            unsigned at = (unsigned)rng_below(&rng, n_filters);
+            CHECK(node_remove_filter(filters[at], NULL) == 0);
+            node_unref(filters[at]);
+            filters[at] = filters[--n_filters];
+        } else {
+            struct node *all[] = {disk, raw};
+            graph_quiesce_begin(g, all, 2);
+            CHECK(disk->inside == 0 && raw->inside == 0);
+            graph_quiesce_end(g, all, 2);
+        }
+        check_perms(g);
+        let_others_run((unsigned)rng_below(&rng, 20));
+    }
+    stop = true;
+    CHECK(scope_join(&s) == 0);
+    for (unsigned i = 0; i < LOAD_WRITERS; i++) {
+        CHECK(load[i].rounds > 20);
+        edge_detach(load[i].e);
+    }
+    while (n_filters) {
+        struct node *f = filters[--n_filters];
+        CHECK(node_remove_filter(f, NULL) == 0);
+        node_unref(f);
+    }
+}
+
 TEST(requests_are_counted_and_cheap)
 {
     CLEANUP(node_unrefp) struct node *n = open_ok(g, "{'driver':'null-co','size':1073741824}");
@@ -519,6 +638,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(observers_are_asked_all_before_any_marks_and_all_mark_before_the_data),
     cmocka_unit_test(a_flush_with_nothing_written_costs_nothing),
     cmocka_unit_test(a_size_change_below_reaches_the_top),
+    cmocka_unit_test(filters_come_and_go_under_load),
     cmocka_unit_test(requests_are_counted_and_cheap),
 };
 
