@@ -19,7 +19,7 @@ enum error_class {
     ERROR_KVM_MISSING_CAP,
 };
 
-enum { ERROR_TEXT_MAX = 2560 }; /* a bitmap's name alone may take 1,023 bytes */
+enum { ERROR_TEXT_MAX = 4608 }; /* the name of an export alone may take 4,096 bytes */
 
 struct error {
     int code; /* positive errno; 0: no error */

@@ -18,6 +18,10 @@ int cmd_nbd_server_start(struct qmp_call *call, struct error *err)
 {
     CLEANUP(json_putp)
     struct json_object *addr = socket_address_flatten(json_get(call->args, "addr"));
+
+    /* A number means something to who starts us, nothing to a client. */
+    if (!strcmp(json_get_string(addr, "type", ""), "fd") && !nbd_server_running(call->qmp->exports))
+        return error_set(err, ENOTSUP, "only QEMU supports file descriptor passing");
     return start(call, addr, err);
 }
 

@@ -16,13 +16,13 @@ int cmd_blockdev_add(struct qmp_call *call, struct error *err)
     return 0;
 }
 
-/* Does anybody but the monitor and other nodes have it? */
-static bool has_user(struct node *n)
+/* Does an export or the like have it? Jobs block operations instead: that is told first. */
+static bool has_device(struct node *n)
 {
     struct edge *e;
 
     TAILQ_FOREACH (e, &n->parents, in_parents)
-        if (!e->parent)
+        if (!e->parent && !strcmp(e->name, "root"))
             return true;
     return false;
 }
@@ -36,7 +36,7 @@ int cmd_blockdev_del(struct qmp_call *call, struct error *err)
     struct node *n = graph_find(g, name);
     if (!n)
         return error_set(err, ENODEV, "Failed to find node with node-name='%s'", name);
-    if (has_user(n))
+    if (has_device(n))
         return error_set(err, EBUSY, "Node %s is in use", name);
     struct op_blocker *b = TAILQ_FIRST(&n->blockers);
     if (b)

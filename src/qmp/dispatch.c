@@ -10,14 +10,20 @@ const struct schema_command *qmp_command_find(const char *name)
     return NULL;
 }
 
+static struct json_object *told(const struct error *err)
+{
+    struct json_object *error = json_object_new_object();
+
+    json_add_string(error, "class", error_class_name(err->class));
+    json_add_string(error, "desc", err->text);
+    return error;
+}
+
 struct json_object *qmp_error_answer(const struct error *err)
 {
     struct json_object *answer = json_object_new_object();
-    struct json_object *told = json_object_new_object();
 
-    json_add_string(told, "class", error_class_name(err->class));
-    json_add_string(told, "desc", err->text);
-    json_add(answer, "error", told);
+    json_add(answer, "error", told(err));
     return answer;
 }
 
@@ -115,21 +121,24 @@ static int dispatch(struct qmp *q, struct monitor *m, struct json_object *reques
 
 struct json_object *qmp_dispatch(struct qmp *q, struct monitor *m, struct json_object *request)
 {
-    struct json_object *answer = NULL, *ret = NULL, *id = NULL;
+    struct json_object *answer = json_object_new_object(), *ret = NULL, *id = NULL;
     struct error err = ERROR_INIT;
+    bool has_id = false;
+    int r;
 
-    if (!json_object_is_type(request, json_type_object)) {
-        error_set(&err, EINVAL, "QMP input must be a JSON object");
-        return qmp_error_answer(&err);
-    }
-    if (dispatch(q, m, request, &ret, &err) < 0) {
-        answer = qmp_error_answer(&err);
+    if (json_object_is_type(request, json_type_object)) {
+        has_id = json_object_object_get_ex(request, "id", &id);
+        r = dispatch(q, m, request, &ret, &err);
     } else {
-        answer = json_object_new_object();
-        json_add(answer, "return", ret ? ret : json_object_new_object());
+        r = error_set(&err, EINVAL, "QMP input must be a JSON object");
     }
-    if (json_object_object_get_ex(request, "id", &id))
+    /* in QEMU's order, for eyes that compare */
+    if (r >= 0)
+        json_add(answer, "return", ret ? ret : json_object_new_object());
+    if (has_id)
         json_add(answer, "id", json_object_get(id));
+    if (r < 0)
+        json_add(answer, "error", told(&err));
     return answer;
 }
 

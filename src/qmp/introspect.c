@@ -2,7 +2,7 @@
  *
  * Commands and events are named; the types behind them have numbers for names, given in the
  * order in which they are met, so that nobody comes to depend on a type's name. All integers
- * are "int". What is marked SCHEMA_LATER or SCHEMA_ALIAS is not there. */
+ * are "int". What is SCHEMA_NOT_SHOWN is not there. */
 #include "qmp/schema.h"
 
 enum { TYPES_MAX = 512 };
@@ -95,7 +95,7 @@ static void tell_enum(struct json_object *one, const struct schema_type *type)
     struct json_object *values = json_object_new_array();
 
     for (const struct schema_value *v = type->values; v->name; v++) {
-        if (v->features & (SCHEMA_LATER | SCHEMA_ALIAS))
+        if (v->features & SCHEMA_NOT_SHOWN)
             continue;
         struct json_object *m = json_object_new_object();
         json_add_string(m, "name", v->name);
@@ -120,7 +120,7 @@ static void tell_object(struct telling *t, struct json_object *one, const struct
     struct json_object *members = json_object_new_array();
 
     for (const struct schema_member *m = type->members; m->name; m++) {
-        if (m->features & SCHEMA_LATER)
+        if (m->features & SCHEMA_NOT_SHOWN)
             continue;
         struct json_object *told = json_object_new_object();
         json_add_string(told, "name", m->name);
@@ -135,7 +135,7 @@ static void tell_object(struct telling *t, struct json_object *one, const struct
         return;
     struct json_object *variants = json_object_new_array();
     for (const struct schema_value *v = tag_type(type)->values; v->name; v++) {
-        if (v->features & (SCHEMA_LATER | SCHEMA_ALIAS))
+        if (v->features & SCHEMA_NOT_SHOWN)
             continue;
         const struct schema_type *branch = schema_branch(type, v->name);
         struct json_object *told = json_object_new_object();

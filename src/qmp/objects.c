@@ -80,6 +80,11 @@ static int check_iothread(struct json_object *options, struct error *err)
     return 0;
 }
 
+static bool is_base64(const char *s)
+{
+    return !s[strspn(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\n")];
+}
+
 static int check_secret(struct json_object *options, struct error *err)
 {
     const char *file = json_get_string(options, "file", NULL);
@@ -91,6 +96,9 @@ static int check_secret(struct json_object *options, struct error *err)
         return error_set(err, EINVAL, "Either 'file' or 'data' must be provided");
     if (json_has(options, "keyid") || json_has(options, "iv"))
         return error_set(err, ENOTSUP, "Parameter 'keyid' is not supported yet");
+    if (data && !strcmp(json_get_string(options, "format", "raw"), "base64") &&
+        !is_base64(json_get_string(options, "data", "")))
+        return error_set(err, EINVAL, "Base64 data contains invalid characters");
     if (file) {
         int fd = io_open(file, O_RDONLY, 0);
         if (fd < 0)

@@ -30,8 +30,10 @@ enum schema_kind {
 enum {
     SCHEMA_DEPRECATED = 1, /* told by introspection */
     SCHEMA_UNSTABLE = 2,
-    SCHEMA_LATER = 4, /* QEMU takes it, we do not yet */
-    SCHEMA_ALIAS = 8, /* an enum value's other word: taken as `means`, not shown */
+    SCHEMA_LATER = 4,   /* QEMU takes it, we do not yet */
+    SCHEMA_ALIAS = 8,   /* an enum value's other word: taken as `means`, not shown */
+    SCHEMA_UNTOLD = 16, /* as LATER, but it is the driver that refuses it: it knows when */
+    SCHEMA_NOT_SHOWN = SCHEMA_LATER | SCHEMA_ALIAS | SCHEMA_UNTOLD,
 };
 
 struct schema_type;

@@ -24,8 +24,8 @@ static SCHEMA_UNION(SocketAddressLegacy, "type", MEMBERS(REQ("type", SocketAddre
                              BRANCH("fd", StringWrapper)));
 
 SCHEMA_OBJECT(NbdServerStartArg, REQ("addr", SocketAddressLegacy),
-              OPT("tls-creds", any, .features = SCHEMA_LATER),
-              OPT("tls-authz", any, .features = SCHEMA_LATER), OPT("max-connections", uint32));
+              OPT("tls-creds", str, .features = SCHEMA_LATER),
+              OPT("tls-authz", str, .features = SCHEMA_LATER), OPT("max-connections", uint32));
 
 SCHEMA_OBJECT(NbdServerAddOptions, OPT("name", str), OPT("description", str), REQ("device", str),
               OPT("writable", bool), OPT("bitmap", str));
@@ -58,5 +58,5 @@ static SCHEMA_UNION(SocketAddress, "type", MEMBERS(REQ("type", SocketAddressType
                              BRANCH("fd", String)));
 
 SCHEMA_OBJECT(NbdServerOptions, REQ("addr", SocketAddress),
-              OPT("tls-creds", any, .features = SCHEMA_LATER),
-              OPT("tls-authz", any, .features = SCHEMA_LATER), OPT("max-connections", uint32));
+              OPT("tls-creds", str, .features = SCHEMA_LATER),
+              OPT("tls-authz", str, .features = SCHEMA_LATER), OPT("max-connections", uint32));

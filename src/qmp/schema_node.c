@@ -37,13 +37,13 @@ static SCHEMA_ENUM(OnOffAuto, VALUE("auto"), VALUE("on"), VALUE("off"));
 
 static SCHEMA_ENUM(BlockdevAioOptions, VALUE("threads"), VALUE("native"), VALUE("io_uring"));
 
-static SCHEMA_DEFINE(BlockdevOptionsFile, OBJECT,
-                     MEMBERS(REQ("filename", str), OPT("pr-manager", any, .features = SCHEMA_LATER),
-                             OPT("locking", OnOffAuto), OPT("aio", BlockdevAioOptions),
-                             OPT("aio-max-batch", int), OPT("drop-cache", bool),
-                             OPT("x-check-cache-dropped", bool,
-                                 .features = SCHEMA_UNSTABLE | SCHEMA_LATER)),
-                     FEATURES("dynamic-auto-read-only"));
+static SCHEMA_DEFINE(
+    BlockdevOptionsFile, OBJECT,
+    MEMBERS(REQ("filename", str), OPT("pr-manager", str, .features = SCHEMA_UNTOLD),
+            OPT("locking", OnOffAuto), OPT("aio", BlockdevAioOptions), OPT("aio-max-batch", int),
+            OPT("drop-cache", bool),
+            OPT("x-check-cache-dropped", bool, .features = SCHEMA_UNSTABLE | SCHEMA_LATER)),
+    FEATURES("dynamic-auto-read-only"));
 
 static SCHEMA_OBJECT(BlockdevOptionsNull, OPT("size", int), OPT("latency-ns", uint64),
                      OPT("read-zeroes", bool));
@@ -63,6 +63,15 @@ static SCHEMA_OBJECT(Qcow2OverlapCheckFlags, OPT("template", Qcow2OverlapCheckMo
 static SCHEMA_ALTERNATE(Qcow2OverlapChecks, BRANCH("flags", Qcow2OverlapCheckFlags),
                         BRANCH("mode", Qcow2OverlapCheckMode));
 
+static SCHEMA_ENUM(BlockdevQcow2EncryptionFormat, VALUE("aes"), VALUE("luks"));
+
+static SCHEMA_OBJECT(QCryptoBlockOptions, OPT("key-secret", str));
+
+static SCHEMA_UNION(BlockdevQcow2Encryption, "format",
+                    MEMBERS(REQ("format", BlockdevQcow2EncryptionFormat)),
+                    BRANCHES(BRANCH("aes", QCryptoBlockOptions),
+                             BRANCH("luks", QCryptoBlockOptions)));
+
 static SCHEMA_OBJECT(BlockdevOptionsQcow2, REQ("file", BlockdevRef),
                      OPT("backing", BlockdevRefOrNull), OPT("lazy-refcounts", bool),
                      OPT("pass-discard-request", bool), OPT("pass-discard-snapshot", bool),
@@ -70,8 +79,8 @@ static SCHEMA_OBJECT(BlockdevOptionsQcow2, REQ("file", BlockdevRef),
                      OPT("cache-size", int), OPT("l2-cache-size", int),
                      OPT("l2-cache-entry-size", int), OPT("refcount-cache-size", int),
                      OPT("cache-clean-interval", int),
-                     OPT("encrypt", any, .features = SCHEMA_LATER),
-                     OPT("data-file", any, .features = SCHEMA_LATER));
+                     OPT("encrypt", BlockdevQcow2Encryption, .features = SCHEMA_UNTOLD),
+                     OPT("data-file", BlockdevRef, .features = SCHEMA_UNTOLD));
 
 static SCHEMA_OBJECT(BlockdevOptionsRaw, REQ("file", BlockdevRef), OPT("offset", int),
                      OPT("size", int));
@@ -102,15 +111,26 @@ static SCHEMA_OBJECT(BlockdevCreateOptionsFile, REQ("filename", str), REQ("size"
 
 static SCHEMA_ENUM(BlockdevQcow2Version, VALUE("v2"), VALUE("v3"));
 
+static SCHEMA_ENUM(QCryptoBlockFormat, VALUE("qcow"), VALUE("luks"));
+
+static SCHEMA_OBJECT(QCryptoBlockCreateOptionsLUKS, OPT("key-secret", str), OPT("cipher-alg", str),
+                     OPT("cipher-mode", str), OPT("ivgen-alg", str), OPT("ivgen-hash-alg", str),
+                     OPT("hash-alg", str), OPT("iter-time", int));
+
+static SCHEMA_UNION(QCryptoBlockCreateOptions, "format", MEMBERS(REQ("format", QCryptoBlockFormat)),
+                    BRANCHES(BRANCH("qcow", QCryptoBlockOptions),
+                             BRANCH("luks", QCryptoBlockCreateOptionsLUKS)));
+
 static SCHEMA_OBJECT(BlockdevCreateOptionsQcow2, REQ("file", BlockdevRef),
-                     OPT("data-file", any, .features = SCHEMA_LATER),
-                     OPT("data-file-raw", bool, .features = SCHEMA_LATER),
-                     OPT("extended-l2", bool, .features = SCHEMA_LATER), REQ("size", size),
+                     OPT("data-file", BlockdevRef, .features = SCHEMA_UNTOLD),
+                     OPT("data-file-raw", bool, .features = SCHEMA_UNTOLD),
+                     OPT("extended-l2", bool, .features = SCHEMA_UNTOLD), REQ("size", size),
                      OPT("version", BlockdevQcow2Version), OPT("backing-file", str),
                      OPT("backing-fmt", BlockdevDriver),
-                     OPT("encrypt", any, .features = SCHEMA_LATER), OPT("cluster-size", size),
-                     OPT("preallocation", PreallocMode), OPT("lazy-refcounts", bool),
-                     OPT("refcount-bits", int), OPT("compression-type", Qcow2CompressionType));
+                     OPT("encrypt", QCryptoBlockCreateOptions, .features = SCHEMA_UNTOLD),
+                     OPT("cluster-size", size), OPT("preallocation", PreallocMode),
+                     OPT("lazy-refcounts", bool), OPT("refcount-bits", int),
+                     OPT("compression-type", Qcow2CompressionType));
 
 static SCHEMA_UNION(BlockdevCreateOptions, "driver", MEMBERS(REQ("driver", BlockdevDriver)),
                     BRANCHES(BRANCH("file", BlockdevCreateOptionsFile),

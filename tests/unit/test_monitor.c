@@ -142,8 +142,9 @@ static void answers(void)
                     "[]{'execute':5}{'execute':'quit','x':1}{}{'execute':'quit','arguments':[]}"
                     "{'exec-oob':'quit'}{\"a\" 1}{'execute':'query-jobs','arguments':{'b':1}}");
     client_expect(&c, "{\"return\":[],\"id\":[1,{\"a\":null}]}");
-    client_expect(&c, "{\"error\":{\"class\":\"CommandNotFound\",\"desc\":\"The command nosuch has "
-                      "not been found\"},\"id\":null}");
+    client_expect(&c,
+                  "{\"id\":null,\"error\":{\"class\":\"CommandNotFound\",\"desc\":\"The command "
+                  "nosuch has not been found\"}}");
     client_expect(&c, "{\"error\":{\"class\":\"GenericError\",\"desc\":\"QMP input must be a JSON "
                       "object\"}}");
     client_expect(&c,
@@ -178,8 +179,8 @@ static void out_of_band(void)
     client_open(&c);
     client_negotiate(&c, CAPABILITIES_OOB);
     client_send(&c, "{'exec-oob':'quit','id':1}");
-    client_expect(&c, "{\"error\":{\"class\":\"GenericError\",\"desc\":\"The command quit does not "
-                      "support OOB\"},\"id\":1}");
+    client_expect(&c, "{\"id\":1,\"error\":{\"class\":\"GenericError\",\"desc\":\"The command quit "
+                      "does not support OOB\"}}");
     /* more at once than the queue has room for: none is lost, and the order is kept */
     for (int i = 0; i < 5 * MONITOR_QUEUE_MAX; i++) {
         char text[64];
