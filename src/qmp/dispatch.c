@@ -166,6 +166,8 @@ struct qmp *qmp_new(struct graph *g, struct jobs *js, struct exports *x)
 void qmp_free(struct qmp *q)
 {
     assert(TAILQ_EMPTY(&q->monitors));
+    jobs_set_listener(q->jobs, NULL, NULL);
+    graph_set_event_listener(q->graph, NULL, NULL);
     objects_free(q->objects);
     free(q);
 }

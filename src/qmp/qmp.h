@@ -25,7 +25,7 @@ enum {
 
 struct monitor;
 
-/* What commands are done to. The three are lent. */
+/* What commands are done to. The three are lent and outlive it. */
 struct qmp {
     struct graph *graph;
     struct jobs *jobs;
@@ -37,7 +37,7 @@ struct qmp {
 };
 
 struct qmp *qmp_new(struct graph *g, struct jobs *js, struct exports *x);
-/* Every monitor has ended; jobs and graph are gone, or raise no events any more. */
+/* Every monitor has ended. */
 void qmp_free(struct qmp *q);
 DEFINE_CLEANUP(struct qmp *, qmp_free, qmp_freep)
 

@@ -93,10 +93,10 @@ static int in_world(void *arg)
     q = qmp_new(g, js, x);
     test();
     scope_fini(&s);
+    qmp_free(q);
     exports_free(x);
     jobs_free(js);
     graph_free(g);
-    qmp_free(q);
     return 0;
 }
 
