@@ -31,6 +31,7 @@ enum {
     STATUS_AHEAD = 128 * 1024 * 1024, /* asked about at once */
     MEMORY_MAX = 128 * 1024 * 1024,   /* of buffers, the job's */
     WORKERS = 64,
+    BUFFERS_KEPT = 16,
 };
 
 struct copy {
@@ -47,6 +48,10 @@ struct copy {
     struct event nudge; /* ends the job's waiting for its rate */
     struct semaphore memory;
     uint64_t done; /* bytes, whole chunks */
+
+    uint64_t buffer_bytes; /* of a kept buffer: the longest run */
+    void *kept[BUFFERS_KEPT];
+    unsigned kept_count;
 
     struct range known; /* what block status said last; true for chunks that remain */
     bool known_zero;
@@ -73,6 +78,7 @@ int copy_new(struct edge *source, struct edge *target, const struct bitmap *what
     c->target = target;
     c->size = node_size(source->node);
     c->chunk = max_u64(CHUNK_MIN, node_cluster_size(node_skip_filters(target->node)));
+    c->buffer_bytes = max_u64(RUN_MAX, c->chunk);
     /* Somebody may read the target while it is made from its own backing image (fleecing): what he
      * reads from there must not be what a guest has written since. */
     if (reaches(target->node, source->node))
@@ -105,6 +111,8 @@ void copy_free(struct copy *c)
     graph_quiesce_begin(node_graph(n), &n, 1);
     dirty_release(c->shown);
     graph_quiesce_end(node_graph(n), &n, 1);
+    while (c->kept_count)
+        free(c->kept[--c->kept_count]);
     free(c);
 }
 
@@ -128,6 +136,27 @@ struct copy_progress copy_progress(const struct copy *c)
     return (struct copy_progress){c->done, c->done + bitmap_count(c->remaining)};
 }
 
+/* ---- buffers ---- */
+
+/* Fresh memory of a megabyte costs as much as reading it from a fast disk; so they are kept. */
+static void *take_buffer(struct copy *c, uint64_t bytes)
+{
+    if (bytes <= c->buffer_bytes) {
+        if (c->kept_count)
+            return c->kept[--c->kept_count];
+        bytes = c->buffer_bytes;
+    }
+    return block_buffer(bytes);
+}
+
+static void give_buffer(struct copy *c, void *buf, uint64_t bytes)
+{
+    if (bytes <= c->buffer_bytes && c->kept_count < BUFFERS_KEPT)
+        c->kept[c->kept_count++] = buf;
+    else
+        free(buf);
+}
+
 /* ---- one piece ---- */
 
 static int write_run(struct copy *c, struct range r, bool zero, bool *read_failed)
@@ -137,17 +166,18 @@ static int write_run(struct copy *c, struct range r, bool zero, bool *read_faile
     if (zero)
         return edge_write_zeroes(c->target, r, flags | REQ_MAY_UNMAP);
 
-    CLEANUP(memory_freep) uint8_t *buf = block_buffer(r.length);
+    void *buf = take_buffer(c, r.length);
     if (!buf)
         return -ENOMEM;
     int ret = edge_read(c->source, r, buf, 0);
-    if (ret < 0) {
+    if (ret < 0)
         *read_failed = true;
-        return ret;
-    }
-    if (isal_zero_detect(buf, r.length) == 0)
-        return edge_write_zeroes(c->target, r, flags | REQ_MAY_UNMAP);
-    return edge_write(c->target, r, buf, flags | REQ_REGISTERED_BUF);
+    else if (isal_zero_detect(buf, r.length) == 0)
+        ret = edge_write_zeroes(c->target, r, flags | REQ_MAY_UNMAP);
+    else
+        ret = edge_write(c->target, r, buf, flags | REQ_REGISTERED_BUF);
+    give_buffer(c, buf, r.length);
+    return ret;
 }
 
 /* Copies what remains in PIECE (chunks, cut by the size), under its lock. */
