@@ -213,6 +213,11 @@ int io_peername(int fd, struct sockaddr_storage *ret, socklen_t *length)
     return (int)AT_ONCE(.kind = IO_PEERNAME, .fd = fd, .ret = ret, .ret2 = length);
 }
 
+int io_unlink_socket(const char *path)
+{
+    return (int)AT_ONCE(.kind = IO_UNLINK_SOCKET, .path = path);
+}
+
 void io_shutdown(int fd)
 {
     AT_ONCE(.kind = IO_SHUTDOWN, .fd = fd);

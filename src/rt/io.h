@@ -45,14 +45,16 @@ int io_ioctl(int fd, unsigned long request, void *arg); /* on a worker thread */
 int io_realpath(const char *path, char **ret);
 
 /* ---- sockets, pipes, terminals ---- */
-int io_socket(int domain, int type, int protocol); /* at once; so are those up to io_peername */
-int io_socketpair(int ret[2]);                     /* AF_UNIX, SOCK_STREAM */
+int io_socket(int domain, int type,
+              int protocol);   /* at once; so are those up to io_unlink_socket */
+int io_socketpair(int ret[2]); /* AF_UNIX, SOCK_STREAM */
 int io_bind(int fd, const struct sockaddr *addr, socklen_t length);
 int io_listen(int fd, int backlog);
 int io_setsockopt(int fd, int level, int name, const void *value, socklen_t length);
 int io_getsockopt(int fd, int level, int name, void *value, socklen_t *length);
 int io_sockname(int fd, struct sockaddr_storage *ret, socklen_t *length); /* our end */
 int io_peername(int fd, struct sockaddr_storage *ret, socklen_t *length); /* the other */
+int io_unlink_socket(const char *path); /* its file, for bind and after close */
 int io_connect(int fd, const struct sockaddr *addr, socklen_t length);
 int io_accept(int fd);
 ssize_t io_recv(int fd, void *buf, size_t n); /* 0: end of stream; also for pipes and ttys */

@@ -153,6 +153,7 @@ int64_t posix_do(const struct io_op *op)
     case IO_LOCK_TEST:
         return do_lock(op);
     case IO_UNLINK:
+    case IO_UNLINK_SOCKET:
         return RETRY(unlink(op->path));
     case IO_RENAME:
         return RETRY(rename(op->path, op->path2));

@@ -4,14 +4,11 @@
  * worker thread. */
 #include "rt/socket.h"
 
-#include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <stdio.h>
 #include <sys/un.h>
-#include <unistd.h>
 
 struct json_object *socket_address_flatten(struct json_object *legacy)
 {
@@ -25,7 +22,7 @@ struct json_object *socket_address_flatten(struct json_object *legacy)
 void socket_set_nodelay(int fd)
 {
     int on = 1;
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    (void)io_setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
 }
 
 /* ---- Unix ---- */
@@ -57,17 +54,24 @@ static int listen_unix(struct listener *l, struct json_object *addr, int backlog
     int r = unix_address(addr, &un, &length, err);
     if (r < 0)
         return r;
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    int fd = io_socket(AF_UNIX, SOCK_STREAM, 0);
     if (fd < 0)
-        return error_set_errno(err, errno, "Failed to create Unix socket");
-    if (!abstract && unlink(path) < 0 && errno != ENOENT)
-        r = error_set_errno(err, errno, "Failed to unlink socket %s", path);
-    else if (bind(fd, (struct sockaddr *)&un, length) < 0)
-        r = error_set_errno(err, errno, "Failed to bind socket to %s", path);
-    else if (listen(fd, backlog) < 0)
-        r = error_set_errno(err, errno, "Failed to listen on socket");
+        return error_set_errno(err, -fd, "Failed to create Unix socket");
+    const char *failed = "Failed to unlink socket %s";
+    r = abstract ? 0 : io_unlink_socket(path);
+    if (r == 0 || r == -ENOENT) {
+        failed = "Failed to bind socket to %s";
+        r = io_bind(fd, (struct sockaddr *)&un, length);
+    }
     if (r < 0) {
-        close(fd);
+        error_set_errno(err, -r, failed, path);
+    } else {
+        r = io_listen(fd, backlog);
+        if (r < 0)
+            error_set_errno(err, -r, "Failed to listen on socket");
+    }
+    if (r < 0) {
+        io_close(fd);
         return r;
     }
     l->fds[l->count++] = fd;
@@ -137,17 +141,20 @@ static int listen_inet_one(const struct addrinfo *ai, unsigned from, unsigned to
 
     for (unsigned port = from; port <= to; port++) {
         int on = 1;
-        int fd = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        int fd = io_socket(ai->ai_family, SOCK_STREAM, 0);
         if (fd < 0)
-            return error_set_errno(err, errno, "Failed to create a socket");
+            return error_set_errno(err, -fd, "Failed to create a socket");
         set_port(ai->ai_addr, port);
-        (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+        (void)io_setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
         if (ai->ai_family == AF_INET6)
-            (void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
-        if (!bind(fd, ai->ai_addr, ai->ai_addrlen) && !listen(fd, backlog))
+            (void)io_setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+        int r = io_bind(fd, ai->ai_addr, ai->ai_addrlen);
+        if (r == 0)
+            r = io_listen(fd, backlog);
+        if (r == 0)
             return fd;
-        last = errno;
-        close(fd);
+        last = -r;
+        io_close(fd);
         if (last != EADDRINUSE)
             return error_set_errno(err, last, "Failed to bind socket");
     }
@@ -195,9 +202,8 @@ static int given_fd(struct json_object *addr, struct error *err)
     long fd = strtol(word, &end, 10);
     if (errno || end == word || *end || fd < 0 || fd > INT32_MAX)
         return error_set(err, EINVAL, "Unable to parse FD number %s", word);
-    if (getsockopt((int)fd, SOL_SOCKET, SO_TYPE, &type, &n) < 0)
+    if (io_getsockopt((int)fd, SOL_SOCKET, SO_TYPE, &type, &n) < 0)
         return error_set(err, EINVAL, "File descriptor '%s' is not a socket", word);
-    fcntl((int)fd, F_SETFL, fcntl((int)fd, F_GETFL) | O_NONBLOCK);
     return (int)fd;
 }
 
@@ -206,8 +212,9 @@ static int listen_fd(struct listener *l, struct json_object *addr, int backlog, 
     int fd = given_fd(addr, err);
     if (fd < 0)
         return fd;
-    if (listen(fd, backlog) < 0)
-        return error_set_errno(err, errno, "Failed to listen on fd socket");
+    int r = io_listen(fd, backlog);
+    if (r < 0)
+        return error_set_errno(err, -r, "Failed to listen on fd socket");
     l->fds[l->count++] = fd;
     return 0;
 }
@@ -235,7 +242,7 @@ void listener_close(struct listener *l)
         io_close(l->fds[i]);
     }
     if (l->unlink_path)
-        unlink(l->unlink_path);
+        (void)io_unlink_socket(l->unlink_path);
     free(l->unlink_path);
     *l = (struct listener){0};
 }

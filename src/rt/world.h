@@ -41,17 +41,18 @@ enum io_kind {
     /* worker threads */
     IO_WORKER, /* fn, ret: its argument */
     /* at once */
-    IO_CLOSE,      /* fd */
-    IO_SOCKET,     /* flags, flags2, flags3: domain, type, protocol */
-    IO_SOCKETPAIR, /* ret: int[2] */
-    IO_BIND,       /* fd, buf: struct sockaddr *, length */
-    IO_LISTEN,     /* fd, flags: backlog */
-    IO_SHUTDOWN,   /* fd */
-    IO_SETSOCKOPT, /* fd, flags: level, flags2: name, buf, length */
-    IO_GETSOCKOPT, /* fd, flags: level, flags2: name, ret, ret2: socklen_t * */
-    IO_SOCKNAME,   /* fd, ret: struct sockaddr_storage *, ret2: socklen_t * */
-    IO_PEERNAME,   /* the same */
-    IO_SIGNALS,    /* buf: const int *, length: how many */
+    IO_CLOSE,         /* fd */
+    IO_SOCKET,        /* flags, flags2, flags3: domain, type, protocol */
+    IO_SOCKETPAIR,    /* ret: int[2] */
+    IO_BIND,          /* fd, buf: struct sockaddr *, length */
+    IO_LISTEN,        /* fd, flags: backlog */
+    IO_SHUTDOWN,      /* fd */
+    IO_SETSOCKOPT,    /* fd, flags: level, flags2: name, buf, length */
+    IO_GETSOCKOPT,    /* fd, flags: level, flags2: name, ret, ret2: socklen_t * */
+    IO_SOCKNAME,      /* fd, ret: struct sockaddr_storage *, ret2: socklen_t * */
+    IO_PEERNAME,      /* the same */
+    IO_UNLINK_SOCKET, /* path */
+    IO_SIGNALS,       /* buf: const int *, length: how many */
 };
 
 struct io_op {

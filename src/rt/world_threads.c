@@ -194,6 +194,20 @@ static int64_t connect_to(struct world_threads *t, const struct io_op *op)
     return r;
 }
 
+/* epoll forgets what is closed, and nobody would hear from it again. */
+static int64_t close_fd(struct world_threads *t, const struct io_op *op)
+{
+    if ((size_t)op->fd < t->watches && t->watch[op->fd]) {
+        struct watch *watch = t->watch[op->fd];
+        struct ready_wait *r;
+        while ((r = TAILQ_FIRST(&watch->waits))) {
+            end_wait(t, watch, r, -EBADF);
+            task_wake(r->task);
+        }
+    }
+    return posix_do(op);
+}
+
 /* ---- the table ---- */
 
 static int64_t read_file(struct world_threads *t, struct io_op *op)
@@ -224,6 +238,8 @@ static int64_t threads_perform(struct world *w, struct io_op *op)
         return connect_to(t, op);
     case IO_POLL:
         return wait_ready(t, op->fd, op->flags, op->deadline_ns);
+    case IO_CLOSE:
+        return close_fd(t, op);
     default:
         return posix_at_once(op->kind) ? posix_do(op) : workers_perform(t->workers, op);
     }

@@ -489,6 +489,31 @@ IN_LOOP(thousands_wait_on_one_socket_and_end_at_once)
     return 0;
 }
 
+/* As a server ends: shut down, and closed before those who wait for a client have noticed. */
+IN_LOOP(a_listener_that_is_closed_ends_its_accepts)
+{
+    for (int i = 0; i < 2; i++) {
+        struct sockaddr_un addr = {.sun_family = AF_UNIX};
+        in_dir(addr.sun_path, sizeof addr.sun_path, "socket");
+        int fd = i ? io_socket(AF_UNIX, SOCK_STREAM, 0) : listening();
+        if (i) {
+            assert_int_equal(io_bind(fd, (struct sockaddr *)&addr, sizeof addr), 0);
+            assert_int_equal(io_listen(fd, 1), 0);
+            assert_int_equal(io_unlink_socket(addr.sun_path), 0);
+            assert_int_equal(io_unlink_socket(addr.sun_path), -ENOENT);
+        }
+        struct waits w = {fd, 1};
+        SCOPE(s);
+        scope_spawn(&s, waits_for_a_peer, &w);
+        assert_int_equal(sleep_until(clock_after_ns(MS)), 0);
+        io_shutdown(fd);
+        io_close(fd);
+        int r = scope_join(&s);
+        assert_true(r == -EINVAL || r == -EBADF);
+    }
+    return 0;
+}
+
 /* A descriptor's number comes back for another file; what is known of the old one must not. */
 IN_LOOP(descriptors_come_and_go)
 {
@@ -741,6 +766,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(waiting_for_a_peer_can_be_cancelled),
     cmocka_unit_test(shutdown_ends_who_waits_on_the_socket),
     cmocka_unit_test(thousands_wait_on_one_socket_and_end_at_once),
+    cmocka_unit_test(a_listener_that_is_closed_ends_its_accepts),
     cmocka_unit_test(descriptors_come_and_go),
     cmocka_unit_test(poll_tells_events_and_times_out),
     cmocka_unit_test(sleepers_wake_in_the_order_of_their_deadlines),
