@@ -57,12 +57,14 @@ class Side:
         handle.flush()
         handle.shutdown()
 
-    def fio(self, rw, block, depth):
-        """Bytes a second."""
+    def fio(self, rw, block, depth, requests=None):
+        """Bytes a second, for args.seconds or for so many requests."""
+        until = ([f"--number_ios={requests}"] if requests else
+                 ["--time_based", "--ramp_time=0.5", f"--runtime={args.seconds}"])
         done = subprocess.run(
             ["fio", "--name=x", "--ioengine=nbd", f"--uri={self.uri}", f"--rw={rw}", f"--bs={block}",
-             f"--iodepth={depth}", f"--size={args.size}M", "--time_based", "--ramp_time=0.5",
-             f"--runtime={args.seconds}", "--randrepeat=1", "--norandommap", "--output-format=json"],
+             f"--iodepth={depth}", f"--size={args.size}M", *until, "--randrepeat=1", "--norandommap",
+             "--output-format=json"],
             capture_output=True, check=True, stdin=subprocess.DEVNULL)
         text = done.stdout.decode()
         job = json.loads(text[text.index("{"):])["jobs"][0]
@@ -110,10 +112,9 @@ class Side:
         return 1 / statistics.median(spent)
 
     def writes_under_backup(self):
-        """Bytes a second of 4k random writes while a full backup (slowed down) copies the disk."""
-        name, path, _ = self.start_backup(
-            sync="full", speed=int(args.size * MIB / (args.seconds + 2)))
-        rate = self.fio("randwrite", "4k", 16)
+        """Bytes a second of 4k random writes, most into chunks that a backup has yet to copy."""
+        name, path, _ = self.start_backup(sync="full", speed=MIB)
+        rate = self.fio("randwrite", "4k", 16, requests=args.size * MIB // GRANULARITY // 2)
         self.qmp.execute("block-job-set-speed", device=name, speed=0)
         self.end_backup(name, path)
         return rate
