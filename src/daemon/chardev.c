@@ -78,7 +78,7 @@ static const struct {
     {"ipv4", true, true},        {"ipv6", true, true},        {"server", true, true},
     {"wait", true, true},        {"abstract", true, true},    {"tight", true, true},
     {"delay", true, true},       {"nodelay", true, true},     {"input-path", false, false},
-    {"localaddr", false, false}, {"localport", false, false}, {"reconnect", false, false},
+    {"localaddr", false, false}, {"localport", false, false}, {"reconnect", true, false},
     {"telnet", false, true},     {"tn3270", false, true},     {"tls-creds", false, false},
     {"tls-authz", false, false}, {"websocket", false, true},  {"width", false, false},
     {"height", false, false},    {"cols", false, false},      {"rows", false, false},
@@ -170,8 +170,6 @@ static int parse(struct chardevs *all, const char *text, bool *help, struct json
                 json_add_string(options, "id", value);
                 if (!well_formed(value))
                     return error_set(err, EINVAL, "Parameter 'id' expects an identifier");
-                if (find(all, value))
-                    return error_set(err, EEXIST, "Duplicate ID '%s' for chardev", value);
             }
             if (pass == 0 || is_id)
                 continue;
@@ -187,7 +185,7 @@ static int parse(struct chardevs *all, const char *text, bool *help, struct json
             int r = 0;
             if (known[k].is_bool)
                 r = check_bool(name, value, err);
-            else if (!strcmp(name, "to"))
+            else if (!strcmp(name, "to") || !strcmp(name, "reconnect"))
                 r = check_number(name, value, err);
             if (r < 0)
                 return r;
@@ -246,6 +244,11 @@ static int open_socket(struct chardev *c, struct json_object *options, struct er
     int r = socket_address(options, &addr, err);
     if (r < 0)
         return r;
+    if (server && json_has(options, "reconnect"))
+        return error_set(err, EINVAL,
+                         "'reconnect' option is incompatible with socket in server listen mode");
+    if (json_get_uint(options, "reconnect", 0))
+        return error_set(err, ENOTSUP, "chardev option 'reconnect' is not supported");
     if (!server) {
         if (json_has(options, "wait"))
             return error_set(err, EINVAL,
@@ -289,6 +292,9 @@ int chardev_add(struct chardevs *all, const char *text, bool *help, struct error
         return error_set(err, EINVAL, "chardev: no id specified");
     if (!backend)
         return error_set(err, EINVAL, "chardev: \"%s\" missing backend", id);
+    if (find(all, id))
+        return error_set(err, EEXIST,
+                         "attempt to add duplicate property '%s' to object (type 'container')", id);
     c->id = xstrdup(id);
     if (!strcmp(backend, "socket"))
         r = open_socket(c, options, err);

@@ -173,11 +173,27 @@ static int apply(struct daemon *d, int option, const char *text, bool *exit, str
     }
     case OPTION_MONITOR:
         return add_monitor(d, text, err);
+    case 1:
+        if (!strcmp(text, "-"))
+            return error_set(err, EINVAL, "Unexpected argument");
+        return 0; /* an image: served when all options are done */
     case OPTION_TRACE:
         return error_set(err, ENOTSUP, "tracing is not supported");
     default:
         return 0;
     }
+}
+
+/* What QEMU adds for people, on a line of its own. */
+static void add_hint(struct error *err)
+{
+    static const char mistake[] = "'id' expects an identifier";
+    size_t n = strlen(err->text);
+
+    if (n >= sizeof mistake && !strcmp(err->text + n + 1 - sizeof mistake, mistake))
+        snprintf(
+            err->text + n, sizeof err->text - n,
+            "\nIdentifiers consist of letters, digits, '-', '.', '_', starting with a letter.");
 }
 
 int options_apply(struct options *o, struct daemon *d, bool *exit, struct error *err)
@@ -197,6 +213,7 @@ int options_apply(struct options *o, struct daemon *d, bool *exit, struct error 
         if (r >= 0)
             continue;
         bool joined = optind - first < 2;
+        add_hint(err);
         return error_wrap(err, "%s%s%s", o->argv[first], joined ? "" : " ",
                           joined ? "" : o->argv[first + 1]);
     }

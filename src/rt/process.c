@@ -91,7 +91,7 @@ static int open_locked(const char *path, struct error *err)
         struct stat mine, named;
         int fd = open(path, O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
         if (fd < 0)
-            return error_set_errno(err, errno, "Cannot open pid file");
+            return error_set_errno(err, errno, "Could not create '%s'", path);
         int r = fstat(fd, &mine) < 0 ? -errno : 0;
         if (r < 0) {
             close(fd);
