@@ -271,6 +271,10 @@ const char *node_filename(const struct node *const_n)
         json_object_put(options);
         return node_filename(node_filtered(n)->node);
     }
+    if (n->driver->named_as_file && primary) {
+        json_object_put(options);
+        return node_filename(primary->node);
+    }
     bool json = full_options(n, options);
     if (n->driver->protocol) {
         if (n->filename[0])

@@ -335,7 +335,7 @@ int cbw_insert(struct node *source, struct node *target, const char *name, struc
     json_add_string(options, "discard", "unmap"); /* the source decides */
     int r = graph_open(g, options, &n, err);
     if (r < 0)
-        return r;
+        return error_wrap(err, "Could not create node");
 
     /* Guests must not come in before the instant: the source's gate would hold them inside. */
     graph_quiesce_begin(g, &n, 1);
@@ -383,6 +383,7 @@ const struct driver cbw_driver = {
     .name = "copy-before-write",
     .state_size = sizeof(struct cbw),
     .is_filter = true,
+    .named_as_file = true,
     .flushes_primary_only = true, /* a slow target is not in a guest's way */
     .known_options = (const char *const[]){"bitmap", "on-cbw-error", "cbw-timeout", NULL},
     .open = cbw_open,

@@ -49,6 +49,7 @@ static void access_child_perm(struct node *n, struct edge *e, unsigned perm, uns
 const struct driver snapshot_access_driver = {
     .name = "snapshot-access",
     .known_options = (const char *const[]){NULL},
+    .named_as_file = true,
     .open = access_open,
     .read = access_read,
     .write = access_write,

@@ -389,7 +389,7 @@ JOB_TEST(a_backup_keeps_others_away_from_its_nodes)
     refused(g, "Node 'f' is busy: block device is in use by block job: backup",
             parse("{'device':'f','target':'u','job-id':'k','sync':'none'}"));
     refused(g, "Job ID 's' already in use", parse("{'device':'s','target':'u','sync':'none'}"));
-    refused(g, "Duplicate nodes with node-name='f'",
+    refused(g, "Could not create node: Duplicate nodes with node-name='f'",
             parse("{'device':'s','target':'u','job-id':'k','sync':'none','filter-node-name':'f'}"));
     struct error err = ERROR_INIT;
     CHECK(jobs_do(js, "s", JOB_VERB_COMPLETE, &err) < 0);
