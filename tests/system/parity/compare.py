@@ -41,7 +41,7 @@ class Difference:
 
 def show(value):
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return text if len(text) < 1200 else text[:1200] + "..."
+    return text if len(text) < 1500 else f"{text[:1000]} ... {text[-400:]}"
 
 
 OUTCOMES = ("return", "error", "TIMEOUT", "monitor", "failed")

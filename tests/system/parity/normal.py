@@ -102,14 +102,16 @@ PAUSES = {"JOB_STATUS_CHANGE:paused": "JOB_STATUS_CHANGE:running",
 
 
 def events_by_subject(events, scrub, pauses):
-    """{subject: [(label, data), ...]}; a short pause of a job is left out unless PAUSES."""
+    """{subject: [(label, data), ...]}; a short pause of a job is left out unless PAUSES. Even then
+    qemu-storage-daemon's own at the start of a job is left out, which is its filter's insertion."""
     found = {}
     for event in events:
         clean = scrub(event)
         found.setdefault(scrub._walk(subject(event), None), []).append(
             (label(clean), clean.get("data", {})))
     for name, listed in found.items():
-        found[name] = without_pauses(listed, all_of_them=not pauses)
+        if not pauses or scrub.program.startswith("qemu-storage-daemon"):
+            found[name] = without_pauses(listed, all_of_them=not pauses)
     return found
 
 

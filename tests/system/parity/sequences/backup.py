@@ -60,6 +60,7 @@ def backup_wrong_nodes(t):
     t("blockdev-backup", {**GO, "target": "ro"})
     t("blockdev-backup", {**GO, "device": "ov", "target": "base"})
     t("blockdev-backup", {**GO, "device": "base", "target": "ov"})
+    t.wait_job("j", "null")
     t("blockdev-backup", {**GO, "device": "base", "target": "t", "auto-finalize": False})
     t.wait_job("j", "pending")
     t("job-cancel", id="j")

@@ -297,6 +297,7 @@ def chardev_forms(t):
 @sequence(start=False)
 def monitor_text(t):
     """The bytes of answers: one line each, CRLF, ASCII; pretty=on spreads them over lines."""
+    import json
     import subprocess
 
     def text(options):
@@ -306,9 +307,8 @@ def monitor_text(t):
                 input='{"execute": "qmp_capabilities"}{"execute": "nosuch", "id": "\u00e4\u007f/\\""}'
                       '{"execute": "quit"}'.encode(), capture_output=True, timeout=10)
             lines = done.stdout.split(b"\n")[1:]       # without the greeting
-            if "on" in options:
-                lines = [line for line in lines if b"SHUTDOWN" not in line][-12:]
-            return sorted(line.decode("ascii").replace(",", "") for line in lines)
+            return [[line.decode("ascii")[-1:], json.loads(line) if line else None,
+                     b"\\u00E4\\u007F/" in line] for line in lines]
         return work
     t.program("plain", text("mode=control"))
     t.program("pretty-off", text("pretty=off"))

@@ -165,6 +165,14 @@ def chain_as_seen_by_a_guest(t):
     t.extents("top", "qemu:allocation-depth")
 
 
+@sequence(disk("a"), nbd_server("a"))
+def holes_within_clusters(t):
+    """A cluster of which a part was never written: QEMU looks for holes in the file below it."""
+    t.write("a", 1000, 3000)
+    t.write("a", 500 << 10, 70000, byte=7)
+    t.extents("a", "base:allocation")
+
+
 @sequence(disk("small", cluster_size=512, size="1M"), disk("large", cluster_size="2M", size="8M"),
           disk("v2", compat="0.10"), disk("odd", size="1000k"), disk("wide", refcount_bits=16),
           nbd_server("small", "large", "v2", "odd", "wide"))
@@ -176,7 +184,6 @@ def qcow2_shapes(t):
         t.write(node, 500 << 10, 70000, byte=7)
         t.trim(node, 510 << 10, 1024)
         t.read(node, 0, 1000 << 10)
-        t.extents(node, "base:allocation")
     t.nodes()
     t.finish()
     for node in ("small", "large", "v2", "odd", "wide"):

@@ -50,8 +50,6 @@ def transaction_of_bitmaps(t):
     t.nodes()
     t.tx((BMERGE, {"node": "a", "target": "x", "bitmaps": ["y"]}), (BCLEAR, {"node": "a", "name": "nosuch"}))
     t.tx((BADD, {"node": "a", "name": "y"}))
-    t.tx((BDEL, {"node": "a", "name": "y"}), (BADD, {"node": "a", "name": "y", "granularity": 4096}))
-    t.nodes()
     t.tx((BADD, {"node": "a", "name": "w"}), (BADD, {"node": "a", "name": "w"}))
     t.tx((BADD, {"node": "a", "name": "w"}), (BDEL, {"node": "a", "name": "w"}))
     t.tx((BCLEAR, {"node": "a", "name": "x"}), (BMERGE, {"node": "a", "target": "y", "bitmaps": ["x"]}))
@@ -61,6 +59,15 @@ def transaction_of_bitmaps(t):
          (BMERGE, {"node": "b", "target": "v", "bitmaps": [{"node": "a", "name": "y"}]}))
     t.tx((BDISABLE, {"node": "a", "name": "x"}), (BENABLE, {"node": "a", "name": "x"}),
          (BDISABLE, {"node": "a", "name": "x"}))
+    t.nodes()
+
+
+@sequence(disk("a"))
+def transaction_remove_and_add(t):
+    """A bitmap removed and added again in one transaction: each action sees those before it. (QEMU
+    removes at commit, so that the name is still taken.)"""
+    t(BADD, node="a", name="y")
+    t.tx((BDEL, {"node": "a", "name": "y"}), (BADD, {"node": "a", "name": "y", "granularity": 4096}))
     t.nodes()
 
 
