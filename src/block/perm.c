@@ -55,7 +55,6 @@ static void perm_of_backing(unsigned *perm, unsigned *shared)
 
 static void perm_of_storage(const struct node *n, unsigned role, unsigned *perm, unsigned *shared)
 {
-    *shared |= PERM_WRITE_UNCHANGED;
     if (role & ROLE_METADATA) {
         /* A format touches its metadata also when no guest writes, and cannot have
          * anybody else write to it. */
@@ -78,9 +77,7 @@ void node_default_child_perm(struct node *n, struct edge *e, unsigned perm, unsi
 {
     if (e->role & ROLE_COW)
         perm_of_backing(&perm, &shared);
-    else if (e->role & ROLE_FILTERED)
-        shared |= PERM_WRITE_UNCHANGED;
-    else
+    else if (!(e->role & ROLE_FILTERED)) /* a filter passes on what it is asked for */
         perm_of_storage(n, e->role, &perm, &shared);
     *need = perm;
     *share = shared;
