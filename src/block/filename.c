@@ -11,6 +11,8 @@
 
 #include <stdio.h>
 
+enum { JSON_DEPTH_MAX = 64, JSON_DOTS_MAX = 32 };
+
 bool path_has_protocol(const char *path)
 {
     return path[strcspn(path, ":/")] == ':';
@@ -98,11 +100,26 @@ void json_unflatten(struct json_object *obj)
     } while (again);
 }
 
+/* "a.a.a..." from an image's header must not become a tree of any depth. */
+static bool too_deep(struct json_object *obj)
+{
+    json_object_object_foreach(obj, key, value)
+    {
+        unsigned dots = 0;
+        for (const char *p = key; *p; p++)
+            dots += *p == '.';
+        if (dots > JSON_DOTS_MAX ||
+            (json_object_is_type(value, json_type_object) && too_deep(value)))
+            return true;
+    }
+    return false;
+}
+
 int json_filename_parse(const char *filename, struct json_object **ret, struct error *err)
 {
     const char *text = filename + strlen("json:");
     size_t length = strlen(text);
-    struct json_tokener *tok = json_tokener_new_ex(64);
+    struct json_tokener *tok = json_tokener_new_ex(JSON_DEPTH_MAX);
     struct json_object *obj;
     enum json_tokener_error jerr;
 
@@ -122,6 +139,11 @@ int json_filename_parse(const char *filename, struct json_object **ret, struct e
     if (!json_object_is_type(obj, json_type_object)) {
         json_object_put(obj);
         return error_set(err, EINVAL, "Invalid JSON object given");
+    }
+    if (too_deep(obj)) {
+        json_object_put(obj);
+        return error_set(err, EINVAL, "A name in the JSON options has more than %d dots",
+                         JSON_DOTS_MAX);
     }
     json_unflatten(obj);
     *ret = obj;

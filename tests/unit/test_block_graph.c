@@ -243,6 +243,11 @@ TEST(json_file_names)
     CHECK(graph_open_filename(g, "json:{", NULL, NULL, true, &n, &err) == -EINVAL);
     CHECK(!strncmp(err.text, "Could not parse the JSON options: ", 34));
     error_clear(&err);
+    CHECK(graph_open_filename(
+              g, "json:{\"a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a\":1}",
+              NULL, NULL, true, &n, &err) == -EINVAL);
+    CHECK_TEXT(err, "A name in the JSON options has more than 32 dots");
+    error_clear(&err);
     CHECK(graph_open_filename(g, "gopher:x", NULL, NULL, true, &n, &err) == -EINVAL);
     CHECK_TEXT(err, "Unknown protocol 'gopher'");
     error_clear(&err);
