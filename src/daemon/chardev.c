@@ -258,7 +258,7 @@ static int open_socket(struct chardev *c, struct json_object *options, struct er
         return c->connected < 0 ? c->connected : 0;
     }
     c->kind = CHARDEV_SERVER;
-    r = listener_open(&c->listener, addr, 16, err);
+    r = listener_open(&c->listener, addr, 128, err);
     if (r < 0 || !json_get_bool(options, "wait", true))
         return r;
     log_info("waiting for a connection on chardev '%s'", c->id);
