@@ -68,15 +68,17 @@ int qcow2_persist_load(struct node *n, struct error *err)
 
 /* ---- saving ---- */
 
-static struct qcow2_bitmap_save to_save(struct dirty_bitmap *bm, bool stored)
+static struct qcow2_bitmap_save to_save(struct dirty_bitmap *bm, const struct qcow2_bitmap *stored)
 {
     struct qcow2_bitmap_save s = {
         .name = dirty_name(bm), .bits = dirty_bits(bm), .automatic = dirty_enabled(bm)};
 
     if (dirty_inconsistent(bm)) {
         s.in_use = true;
-        if (stored)
-            s.bits = NULL; /* as the image has it */
+        if (stored) { /* as the image has it */
+            s.bits = NULL;
+            s.automatic = stored->automatic;
+        }
     } else if (dirty_busy(bm)) {
         /* A job that nobody ended: what it has not folded back is not in the bits. */
         log_warning("bitmap '%s' is busy and is stored as inconsistent", s.name);
@@ -105,11 +107,11 @@ int qcow2_persist_save(struct node *n, struct error *err)
     for (size_t i = 0; i < old->n; i++) {
         bm = old->items[i].unfit ? NULL : dirty_find(n, old->items[i].name);
         if (bm && dirty_persistent(bm) && !old->items[i].quarantined)
-            list[count++] = to_save(bm, true);
+            list[count++] = to_save(bm, &old->items[i]);
     }
     for (bm = dirty_first(n); bm; bm = dirty_next(bm))
         if (dirty_persistent(bm) && dirty_name(bm) && !qcow2_bitmap_find(old, dirty_name(bm)))
-            list[count++] = to_save(bm, false);
+            list[count++] = to_save(bm, NULL);
     r = qcow2_bitmaps_save(n, list, count, err);
     if (r < 0)
         return r;

@@ -284,6 +284,7 @@ TEST(a_power_cut_leaves_leaks_at_most)
         power_cuts(g, bits, false, false, "");
         power_cuts(g, bits, true, false, "");
     }
+    power_cuts(g, 19, true, false, ""); /* space is taken ahead */
     power_cuts(g, 9, true, false, ",'l2-cache-size':1,'refcount-cache-size':1");
     power_cuts(g, 12, true, false, ",'l2-cache-size':1,'refcount-cache-size':1");
 }

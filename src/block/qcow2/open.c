@@ -242,7 +242,7 @@ static int open_image(struct qcow2 *q, struct json_object *options, struct error
     q->cluster_size = qcow2_header_cluster_size(h);
     q->l2_bits = q->cluster_bits - 3;
     q->refblock_bits = q->cluster_bits - 1;
-    q->fresh_from = align_up(file_size(q), q->cluster_size);
+    q->space_end = q->fresh_from = align_up(file_size(q), q->cluster_size);
 
     r = read_table(q, &q->l1, h->l1_offset, h->l1_size, "L1 table", err);
     if (r < 0)
@@ -330,6 +330,8 @@ static void close_node(struct node *n)
     struct qcow2 *q = n->state;
     if (!n->read_only && !q->unusable) {
         int r = write_all(q);
+        if (r == 0)
+            refcount_trim_space(q);
         if (r < 0)
             log_error("qcow2: closing '%s': metadata could not be written: %s", node_name(n),
                       strerror(-r));
@@ -364,6 +366,8 @@ static int reopen_prepare(struct node *n, struct json_object *options, bool read
     }
     if (r == 0 && read_only && !n->read_only && !q->unusable) {
         r = write_all(q);
+        if (r == 0)
+            refcount_trim_space(q);
         if (r < 0)
             error_set_errno(err, -r, "Failed to flush the L2 table cache");
     }

@@ -155,10 +155,13 @@ struct qcow2 {
 
     struct rangelock allocations; /* guest clusters whose entries somebody is changing */
     struct mutex alloc_lock, l1_lock, header_lock;
-    uint64_t free_hint;  /* cluster: all before it are in use, or so we believe */
-    uint64_t fresh_from; /* byte: the file has never held anything from here on; what an entry
-                          * names beyond it is nowhere */
-    uint16_t *repairing; /* references counted while refcounts are being rebuilt */
+    uint64_t free_hint;   /* cluster: all before it are in use, or so we believe */
+    uint64_t fresh_from;  /* byte: the file has never held anything from here on; what an entry
+                           * names beyond it is nowhere */
+    uint64_t space_end;   /* byte: to here the file has blocks, or will get them one by one */
+    uint64_t space_taken; /* bytes allocated since the image was opened */
+    bool no_space_ahead;  /* the file below cannot do it */
+    uint16_t *repairing;  /* references counted while refcounts are being rebuilt */
     uint64_t repairing_n;
 
     /* Requests that use clusters found in an entry, see step 5. */
@@ -248,6 +251,9 @@ int refcount_get(struct qcow2 *q, uint64_t cluster, uint16_t *ret);
 int refcount_add(struct qcow2 *q, uint64_t cluster, uint64_t n, int delta);
 int refcount_set(struct qcow2 *q, uint64_t cluster,
                  uint16_t value); /* makes the block if need be */
+
+/* Gives back the space that was taken ahead, before the image is closed. */
+void refcount_trim_space(struct qcow2 *q);
 
 /* ---- cluster.c: from guest to host ---- */
 

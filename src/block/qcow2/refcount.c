@@ -15,6 +15,9 @@
  */
 #include "block/qcow2/qcow2.h"
 
+#define SPACE_AHEAD_MIN (1 * MiB)
+#define SPACE_AHEAD_MAX (16 * MiB)
+
 static uint64_t refblock_entries(const struct qcow2 *q)
 {
     return (uint64_t)1 << q->refblock_bits;
@@ -319,6 +322,32 @@ static bool is_free(const struct qcow2 *q, const struct cache_slot *s, uint32_t 
            !(q->repairing && cluster < q->repairing_n && q->repairing[cluster]);
 }
 
+/* The file gets its blocks ahead of the clusters that will want them, in larger pieces the more
+ * has been written: a flush then has no new extents to record for each cluster, and they lie
+ * together. (ext4, 32 scattered clusters a flush: five times the flushes.) Blocks are zero until
+ * they are written, so what is fresh stays fresh. A file system that cannot is asked once. */
+static void take_space(struct qcow2 *q, uint64_t need)
+{
+    if (need <= q->space_end || q->no_space_ahead || q->space_taken < SPACE_AHEAD_MIN)
+        return;
+    uint64_t start = max_u64(q->space_end, q->fresh_from);
+    uint64_t end = need + align_up(min_u64(q->space_taken, SPACE_AHEAD_MAX), q->cluster_size);
+    q->space_end = end;
+    int r = edge_write_zeroes(q->file, range_between(start, end), REQ_NO_FALLBACK);
+    if (r < 0)
+        q->no_space_ahead = true;
+}
+
+void refcount_trim_space(struct qcow2 *q)
+{
+    if (q->space_end <= q->fresh_from || file_size(q) <= q->fresh_from)
+        return;
+    struct error ignored = ERROR_INIT;
+    int r = edge_truncate(q->file, q->fresh_from, false, &ignored);
+    (void)r; /* it is only space */
+    q->space_end = 0;
+}
+
 int refcount_alloc(struct qcow2 *q, uint64_t wanted, uint64_t *offset, uint64_t *got, bool *fresh)
 {
     LOCKED(&q->alloc_lock);
@@ -327,6 +356,7 @@ int refcount_alloc(struct qcow2 *q, uint64_t wanted, uint64_t *offset, uint64_t 
         uint64_t from = q->free_hint, cluster = from;
         if (cluster > ENTRY_OFFSET_MASK >> q->cluster_bits)
             return -EFBIG;
+        take_space(q, (cluster + min_u64(wanted, per_slice)) << q->cluster_bits);
         struct cache_slot *s;
         int r = slice_get(q, cluster, &s);
         if (r < 0)
@@ -362,6 +392,7 @@ int refcount_alloc(struct qcow2 *q, uint64_t wanted, uint64_t *offset, uint64_t 
         *got = n;
         *fresh = *offset >= q->fresh_from;
         note_used(q, cluster + n);
+        q->space_taken += n << q->cluster_bits;
         return 0;
     }
 }

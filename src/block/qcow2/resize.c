@@ -126,7 +126,7 @@ static int shrink(struct qcow2 *q, uint64_t from, uint64_t size, struct error *e
         struct error ignored = ERROR_INIT;
         r = edge_truncate(q->file, n << q->cluster_bits, false, &ignored);
         if (r == 0)
-            q->fresh_from = n << q->cluster_bits;
+            q->space_end = q->fresh_from = n << q->cluster_bits;
     }
     return 0;
 }
