@@ -433,6 +433,8 @@ static struct world *open_world(enum loop_backend backend, void (**close)(struct
         backend = LOOP_THREADS;
     else if (backend == LOOP_AUTO && want && !strcmp(want, "io_uring"))
         backend = LOOP_IO_URING;
+    else if (backend == LOOP_AUTO && want && *want)
+        log_warning("TIDEMARK_LOOP is '%s', neither io_uring nor threads", want);
     if (backend != LOOP_THREADS) {
         w = world_uring_open(error);
         *close = world_uring_close;
