@@ -82,16 +82,15 @@ static int save_before(struct node *n, struct range r, unsigned flags)
     if ((flags & REQ_WRITE_UNCHANGED) || st->broken || st->idle)
         return 0;
 
+    if (!copy_holds_guest_writes())
+        return 0;
+
     SHIELD();
     int ret;
-    if (!copy_holds_guest_writes())
-        ret = save_until(st, r, 0);
-    else if (st->timeout_ns)
+    if (st->timeout_ns)
         ret = save_until(st, r, clock_after_ns(st->timeout_ns));
     else
         ret = copy_hold(st->copy, r);
-    if (!copy_holds_guest_writes())
-        return 0;
     if (ret < 0 && !st->break_snapshot)
         return ret;
 

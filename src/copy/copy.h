@@ -83,6 +83,6 @@ struct copy *cbw_copy(struct node *filter); /* lent; NULL when the node is none 
 int cbw_flush_target(struct node *filter) MUST_CHECK;
 int cbw_flush_source(struct node *filter) MUST_CHECK;
 
-/* True in the product. A test program may define its own that says false: then guest writes do
- * not wait for the save of what they overwrite, and the instant test must fail (tests/system). */
+/* True in the product. A test program may define its own that says false: then guest writes do not
+ * wait for the save of what they overwrite, and the instant tests must fail. */
 bool copy_holds_guest_writes(void);
