@@ -616,10 +616,12 @@ void dirty_advance(struct dirty_bitmap *bm)
 
 int dirty_roll_back(struct dirty_bitmap *bm, const struct bitmap *remaining)
 {
+    bool new_base = remaining; /* a part of it was achieved: for queries it is a new one */
+
     if (!remaining)
         remaining = bm->bits;
     bitmap_merge_range(bm->successor->bits, remaining, range_make(0, bitmap_size(remaining)));
-    succeed(bm, false);
+    succeed(bm, new_base);
     return 0;
 }
 
