@@ -554,34 +554,25 @@ IN_LOOP(poll_tells_events_and_times_out)
 
 /* ---- timers ---- */
 
-struct nap {
-    uint64_t deadline_ns;
-    int *turn, seen;
-};
-
 static int naps(void *arg)
 {
-    struct nap *n = arg;
-    int r = sleep_until(n->deadline_ns);
-    assert_true(clock_now_ns() >= n->deadline_ns);
-    n->seen = (*n->turn)++;
+    uint64_t deadline_ns = *(uint64_t *)arg;
+    int r = sleep_until(deadline_ns);
+    assert_true(clock_now_ns() >= deadline_ns);
     return r;
 }
 
-IN_LOOP(sleepers_wake_in_the_order_of_their_deadlines)
+/* (In which order, test_world knows: there nothing but the clock counts.) */
+IN_LOOP(nobody_wakes_before_its_deadline)
 {
-    struct nap n[20];
-    int turn = 0;
+    uint64_t deadline_ns[20];
     uint64_t start = clock_now_ns() + 2 * MS;
     SCOPE(s);
     for (int i = 0; i < 20; i++) {
-        n[i] = (struct nap){start + (uint64_t)(i * 7 % 20) * MS / 4, &turn, -1};
-        scope_spawn(&s, naps, &n[i]);
+        deadline_ns[i] = start + (uint64_t)(i * 7 % 20) * MS / 4;
+        scope_spawn(&s, naps, &deadline_ns[i]);
     }
-    assert_int_equal(scope_join(&s), 0);
-    for (int i = 0; i < 20; i++)
-        assert_int_equal(n[i].seen, i * 7 % 20);
-    return 0;
+    return scope_join(&s);
 }
 
 IN_LOOP(an_event_can_be_awaited_until_a_moment)
@@ -601,48 +592,80 @@ IN_LOOP(an_event_can_be_awaited_until_a_moment)
 
 /* ---- worker threads ---- */
 
-static int blocks_a_while(void *arg)
+struct crew {
+    int inside; /* atomic: how many threads are in there now */
+    bool go;    /* atomic: let them out */
+    pthread_t ran;
+};
+
+static int waits_to_be_let_out(void *arg)
 {
-    usleep(2000);
-    *(pthread_t *)arg = pthread_self();
+    struct crew *c = arg;
+    c->ran = pthread_self();
+    __atomic_add_fetch(&c->inside, 1, __ATOMIC_SEQ_CST);
+    while (!__atomic_load_n(&c->go, __ATOMIC_SEQ_CST))
+        usleep(200);
     return 17;
 }
 
 static int works(void *arg)
 {
-    return worker_run(blocks_a_while, arg) == 17 ? 0 : -EIO;
+    return worker_run(waits_to_be_let_out, arg) == 17 ? 0 : -EIO;
 }
 
-IN_LOOP(workers_run_beside_the_loop)
+/* None of them ends before all are there, and the loop sees that they are. */
+IN_LOOP(workers_run_beside_the_loop_and_each_other)
 {
-    pthread_t ran[100];
-    uint64_t start = clock_now_ns();
+    struct crew c = {0};
     SCOPE(s);
-    for (int i = 0; i < 100; i++)
-        scope_spawn(&s, works, &ran[i]);
-    assert_int_equal(task_yield(), 0);
-    assert_true(clock_now_ns() - start < 150 * MS); /* nobody blocks the loop */
+    for (int i = 0; i < 4; i++)
+        scope_spawn(&s, works, &c);
+    while (__atomic_load_n(&c.inside, __ATOMIC_SEQ_CST) < 4)
+        assert_int_equal(sleep_until(clock_after_ns(MS / 2)), 0);
+    __atomic_store_n(&c.go, true, __ATOMIC_SEQ_CST);
     assert_int_equal(scope_join(&s), 0);
-    assert_true(clock_now_ns() - start < 190 * MS); /* and they run beside each other */
-    for (int i = 0; i < 100; i++)
-        assert_false(pthread_equal(ran[i], pthread_self()));
+    assert_false(pthread_equal(c.ran, pthread_self()));
+    return 0;
+}
+
+static int adds_one(void *arg)
+{
+    __atomic_add_fetch((int *)arg, 1, __ATOMIC_SEQ_CST);
+    return 0;
+}
+
+static int adds_one_on_a_worker(void *arg)
+{
+    return worker_run(adds_one, arg);
+}
+
+IN_LOOP(more_work_than_workers)
+{
+    int sum = 0;
+    SCOPE(s);
+    for (int i = 0; i < 500; i++)
+        scope_spawn(&s, adds_one_on_a_worker, &sum);
+    assert_int_equal(scope_join(&s), 0);
+    assert_int_equal(sum, 500);
     return 0;
 }
 
 static int works_though_cancelled(void *arg)
 {
     assert_int_equal(task_yield(), -ECANCELED);
-    assert_int_equal(works(arg), 0);
+    assert_int_equal(adds_one_on_a_worker(arg), 0);
     return 0;
 }
 
 IN_LOOP(a_worker_is_never_cancelled)
 {
-    pthread_t ran;
+    int sum = 0;
     SCOPE(s);
     scope_cancel(&s);
-    scope_spawn(&s, works_though_cancelled, &ran);
-    return scope_join(&s);
+    scope_spawn(&s, works_though_cancelled, &sum);
+    assert_int_equal(scope_join(&s), 0);
+    assert_int_equal(sum, 1);
+    return 0;
 }
 
 /* ---- signals ---- */
@@ -769,9 +792,10 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_listener_that_is_closed_ends_its_accepts),
     cmocka_unit_test(descriptors_come_and_go),
     cmocka_unit_test(poll_tells_events_and_times_out),
-    cmocka_unit_test(sleepers_wake_in_the_order_of_their_deadlines),
+    cmocka_unit_test(nobody_wakes_before_its_deadline),
     cmocka_unit_test(an_event_can_be_awaited_until_a_moment),
-    cmocka_unit_test(workers_run_beside_the_loop),
+    cmocka_unit_test(workers_run_beside_the_loop_and_each_other),
+    cmocka_unit_test(more_work_than_workers),
     cmocka_unit_test(a_worker_is_never_cancelled),
     cmocka_unit_test(a_signal_wakes_its_task),
     cmocka_unit_test(the_backend_is_the_chosen_one),

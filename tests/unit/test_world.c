@@ -113,6 +113,49 @@ static void a_day_passes_in_no_time(void **state)
     assert_true(f.turns >= 25);
 }
 
+struct nap {
+    uint64_t deadline_ns;
+    int *turn, seen;
+};
+
+static int naps(void *arg)
+{
+    struct nap *n = arg;
+    int r = sleep_until(n->deadline_ns);
+    assert_int_equal(clock_now_ns(), n->deadline_ns);
+    n->seen = (*n->turn)++;
+    return r;
+}
+
+static int many_nap(void *arg)
+{
+    struct nap n[200];
+    int turn = 0;
+    SCOPE(s);
+    for (int i = 0; i < 200; i++) {
+        n[i] = (struct nap){1000 + (uint64_t)(i * 77 % 200), &turn, -1};
+        scope_spawn(&s, naps, &n[i]);
+    }
+    assert_int_equal(scope_join(&s), 0);
+    for (int i = 0; i < 200; i++)
+        assert_int_equal(n[i].seen, i * 77 % 200);
+    for (int i = 0; i < 200; i++) { /* at one moment: in the order in which they went to sleep */
+        n[i].deadline_ns = 5000;
+        scope_spawn(&s, naps, &n[i]);
+    }
+    turn = 0;
+    assert_int_equal(scope_join(&s), 0);
+    for (int i = 0; i < 200; i++)
+        assert_int_equal(n[i].seen, i);
+    return 0;
+}
+
+static void sleepers_wake_in_the_order_of_their_deadlines(void **state)
+{
+    struct fake f = fake_world(1);
+    assert_int_equal(loop_run_in(&f.world, many_nap, NULL), 0);
+}
+
 struct story {
     char text[4096];
     size_t length;
@@ -171,6 +214,7 @@ static void one_seed_is_one_history(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_day_passes_in_no_time),
+    cmocka_unit_test(sleepers_wake_in_the_order_of_their_deadlines),
     cmocka_unit_test(one_seed_is_one_history),
 };
 UNIT_MAIN(tests)
