@@ -36,12 +36,17 @@ struct dirty_graph {
 };
 
 TAILQ_HEAD(dirty_list, dirty_bitmap);
+LIST_HEAD(dirty_bucket, dirty_bitmap);
+enum { BUCKETS_MIN = 16 }; /* a power of two */
 
 /* What a node has of this room, from its opening to its closing. */
 struct dirty_node {
     struct node *node;
     struct write_observer observer;
     struct dirty_list list; /* newest first, hidden ones too */
+    /* Those with names once more, by the hash of the name: an image may bring 65,535. */
+    struct dirty_bucket *buckets;
+    size_t n_buckets, n_named;
 };
 
 struct dirty_bitmap {
@@ -54,6 +59,7 @@ struct dirty_bitmap {
     uint64_t peak_bytes;
     uint64_t peak_before; /* the peak that undoing a clear brings back */
     TAILQ_ENTRY(dirty_bitmap) link;
+    LIST_ENTRY(dirty_bitmap) in_bucket;
 };
 
 static const char graph_key[1], node_key[1];
@@ -72,6 +78,29 @@ static void assert_quiet(const struct node *n)
 static const char *title(const char *name)
 {
     return name ? name : "(without name)";
+}
+
+/* ---- by name ---- */
+
+static struct dirty_bucket *bucket_of(const struct dirty_node *home, const char *name)
+{
+    uint64_t hash = 0xcbf29ce484222325;
+
+    for (; *name; name++)
+        hash = (hash ^ (uint8_t)*name) * 0x100000001b3;
+    return &home->buckets[(hash ^ hash >> 32) & (home->n_buckets - 1)];
+}
+
+static void index_grow(struct dirty_node *home)
+{
+    struct dirty_bitmap *bm;
+
+    free(home->buckets);
+    home->n_buckets = home->n_buckets ? home->n_buckets * 4 : BUCKETS_MIN;
+    home->buckets = xcalloc(home->n_buckets, sizeof *home->buckets);
+    TAILQ_FOREACH_REVERSE(bm, &home->list, dirty_list, link)
+    if (bm->name)
+        LIST_INSERT_HEAD(bucket_of(home, bm->name), bm, in_bucket);
 }
 
 /* ---- the observer ---- */
@@ -172,6 +201,7 @@ static void hook_closing(struct graph_hook *h, struct node *n)
     }
     node_unobserve(n, &home->observer);
     node_set_data(n, node_key, NULL);
+    free(home->buckets);
     free(home);
 }
 
@@ -228,8 +258,13 @@ struct dirty_bitmap *dirty_next(struct dirty_bitmap *bm)
 
 struct dirty_bitmap *dirty_find(struct node *n, const char *name)
 {
-    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm))
-        if (bm->name && !strcmp(bm->name, name))
+    struct dirty_node *home = node_of(n);
+    struct dirty_bitmap *bm;
+
+    if (!home || !home->n_buckets)
+        return NULL;
+    LIST_FOREACH (bm, bucket_of(home, name), in_bucket)
+        if (!bm->hidden && !strcmp(bm->name, name))
             return bm;
     return NULL;
 }
@@ -409,6 +444,12 @@ static struct dirty_bitmap *enlist(struct dirty_node *home, const char *name, st
     bm->bits = bits;
     bm->peak_bytes = bitmap_size(bits);
     TAILQ_INSERT_HEAD(&home->list, bm, link);
+    if (!name)
+        return bm;
+    if (++home->n_named > home->n_buckets)
+        index_grow(home);
+    else
+        LIST_INSERT_HEAD(bucket_of(home, name), bm, in_bucket);
     return bm;
 }
 
@@ -451,6 +492,10 @@ void dirty_release(struct dirty_bitmap *bm)
 
     assert(!bm->busy && !bm->successor);
     TAILQ_REMOVE(&home->list, bm, link);
+    if (bm->name) {
+        LIST_REMOVE(bm, in_bucket);
+        home->n_named--;
+    }
     bitmap_free(bm->bits);
     free(bm->name);
     free(bm);

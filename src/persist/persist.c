@@ -1,49 +1,347 @@
-/* See persist.h. */
+/* Persistent bitmaps of qcow2 nodes: when they are read, marked as in use, and saved.
+ *
+ *                        in the image        in memory
+ *     read-only          as found            readonly: can be read, exported, backed up from
+ *     read-write         in_use, durably     recording as `auto` says
+ *     saved              in_use 0            until the node is gone, or read-only
+ *
+ * in_use is made durable before the node is handed out (as QEMU does it), so no write can come
+ * before it. Two ways lead to a writable node whose image does not say in_use: setting it failed
+ * after a reopen to read-write, or a save failed so that nobody knows which directory the disk has.
+ * Then writes are refused (-EPERM as QEMU while bitmaps are read-only; -EIO while the header cannot
+ * be written) until that is put right.
+ *
+ * A bitmap that cannot be used is shown as inconsistent and stays in the image, in use, until
+ * somebody removes it. What goes wrong while saving at a close is told in the log: nobody is there
+ * any more to get an error. The image then still says in_use, and the next open knows. */
 #include "persist/persist.h"
 
 #include "base/log.h"
 #include "block/driver.h"
 #include "block/qcow2/bitmaps.h"
 #include "dirty/dirty.h"
-#include "persist/qcow2_bitmaps.h"
+
+#include <stdio.h>
 
 struct persist {
     struct graph_hook hook;
     struct dirty_store store;
 };
 
-static int store_can_add(struct dirty_store *s, struct node *n, const char *name,
-                         uint64_t granularity_bytes, struct error *err)
+/* Of one qcow2 node, from its opening to its closing. */
+struct persist_node {
+    struct node *node;
+    struct write_observer observer;
+    bool heal;    /* the directory has entries that no program takes: written anew at the close */
+    bool blocked; /* bitmaps may be read-only on a node that may be written */
+    char **leaky; /* bitmaps whose clusters are not freed with them; sorted */
+    size_t n_leaky;
+};
+
+static const char node_key[1];
+
+static struct persist_node *node_of(const struct node *n)
 {
-    if (node_is_qcow2(n))
-        return qcow2_persist_can_add(n, name, granularity_bytes, err);
-    return error_set_errno(err, ENOTSUP, "Can't store persistent bitmaps to %s", node_name(n));
+    return node_get_data(n, node_key);
 }
 
-static int store_remove(struct dirty_store *s, struct node *n, const char *name, struct error *err)
+static bool is_stored(const struct dirty_bitmap *bm)
 {
-    return node_is_qcow2(n) ? qcow2_bitmap_remove(n, name, err) : 0;
+    return dirty_persistent(bm) && dirty_name(bm);
+}
+
+/* ---- before writes and changes of size ---- */
+
+static void observer_mark(struct write_observer *o, struct range r)
+{
+}
+
+static int observer_before_write(struct write_observer *o, struct range r)
+{
+    struct persist_node *pn = container_of(o, struct persist_node, observer);
+
+    if (pn->blocked) {
+        struct dirty_bitmap *bm = dirty_first(pn->node);
+        while (bm && !dirty_readonly(bm))
+            bm = dirty_next(bm);
+        if (bm)
+            return -EPERM;
+        pn->blocked = false; /* the last of them was removed */
+    }
+    return qcow2_bitmaps_settle(pn->node) < 0 ? -EIO : 0;
+}
+
+static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t to,
+                             struct error *err)
+{
+    struct persist_node *pn = container_of(o, struct persist_node, observer);
+
+    for (struct dirty_bitmap *bm = dirty_first(pn->node); bm; bm = dirty_next(bm)) {
+        if (!is_stored(bm))
+            continue;
+        int r = dirty_check(bm, DIRTY_CHECK_DEFAULT, err);
+        /* QEMU lets it grow, and loses the bitmap when it is to be saved. */
+        if (r == 0 && to > from &&
+            (r = qcow2_bitmap_check_size(pn->node, dirty_granularity(bm), to, err)) < 0)
+            error_wrap(err, "Bitmap '%s'", dirty_name(bm));
+        if (r < 0)
+            return r;
+    }
+    return qcow2_bitmaps_settle(pn->node) < 0
+               ? error_set_errno(err, EIO, "Failed to update bitmap extension")
+               : 0;
+}
+
+/* ---- clusters that must not be freed ---- */
+
+static int by_text(const void *a, const void *b)
+{
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+static bool is_leaky(const struct persist_node *pn, const char *name)
+{
+    return bsearch(&name, pn->leaky, pn->n_leaky, sizeof *pn->leaky, by_text);
+}
+
+static void remember_leaky(struct persist_node *pn, const struct qcow2_bitmap_list *l)
+{
+    assert(!pn->leaky);
+    pn->leaky = xcalloc(l->n + 1, sizeof *pn->leaky);
+    for (size_t i = 0; i < l->n; i++)
+        if (l->items[i].leak && !l->items[i].unfit)
+            pn->leaky[pn->n_leaky++] = xstrdup(l->items[i].name);
+    qsort(pn->leaky, pn->n_leaky, sizeof *pn->leaky, by_text);
+}
+
+/* ---- loading ---- */
+
+/* B becomes a dirty bitmap. An error only for one that could be used and is not to be lost because
+ * memory is short now. */
+static int make_dirty(struct node *n, struct qcow2_bitmap *b, struct error *err)
+{
+    const unsigned flags = DIRTY_PERSISTENT | DIRTY_LOADED | (b->automatic ? 0 : DIRTY_DISABLED);
+    bool usable = !b->in_use && !b->quarantined;
+    struct error why = ERROR_INIT;
+    struct dirty_bitmap *bm;
+
+    int r = dirty_add(n, b->name, (uint64_t)1 << b->granularity_bits, flags, &bm, &why);
+    if (r < 0 && !usable) {
+        log_warning("Node '%s': stored bitmap '%s' is not shown: %s", node_name(n), b->name,
+                    why.text);
+        return 0;
+    }
+    if (r == 0 && usable) {
+        r = qcow2_bitmap_load(n, b, dirty_bits(bm), &why);
+        if (r < 0 && r != -ENOMEM) {
+            log_warning("Node '%s': stored bitmap '%s' is inconsistent: %s", node_name(n), b->name,
+                        why.text);
+            b->quarantined = true;
+            usable = false;
+            r = 0;
+        }
+    }
+    if (r < 0) {
+        if (err)
+            *err = why;
+        return r;
+    }
+    if (!usable)
+        dirty_set_inconsistent(bm);
+    return 0;
+}
+
+static void report(const struct node *n, const struct qcow2_bitmap_list *l)
+{
+    if (l->broken[0])
+        log_warning("Node '%s': %s", node_name(n), l->broken);
+    for (size_t i = 0; i < l->n; i++) {
+        const struct qcow2_bitmap *b = &l->items[i];
+        if (b->quarantined)
+            log_warning("Node '%s': stored bitmap '%s' %s: %s", node_name(n), b->name,
+                        b->unfit ? "is left out" : "cannot be used", b->reason);
+    }
+}
+
+static void set_readonly(struct node *n, bool readonly)
+{
+    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm))
+        if (is_stored(bm))
+            dirty_set_readonly(bm, readonly);
+}
+
+static int load(struct persist_node *pn, struct error *err)
+{
+    struct node *n = pn->node;
+    CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *l = NULL;
+
+    int r = qcow2_bitmaps_read(n, &l, err);
+    if (r < 0)
+        return r;
+    r = qcow2_bitmaps_check(n, l);
+    if (r < 0)
+        return error_set_errno(err, -r, "Failed to read bitmap directory");
+    report(n, l);
+    remember_leaky(pn, l);
+    pn->heal = l->broken[0];
+    for (size_t i = 0; i < l->n; i++) {
+        if (l->items[i].unfit)
+            pn->heal = true;
+        else if ((r = make_dirty(n, &l->items[i], err)) < 0)
+            return r;
+    }
+    if (n->read_only) {
+        set_readonly(n, true);
+        return 0;
+    }
+    /* What is written from now on could make such a directory look like a good one. */
+    return l->misplaced ? qcow2_bitmaps_drop(n, err) : qcow2_bitmaps_set_in_use(n, l, err);
+}
+
+/* ---- saving ---- */
+
+static bool has_to_be_saved(const struct dirty_bitmap *bm)
+{
+    return is_stored(bm) && !dirty_inconsistent(bm) && !dirty_readonly(bm) && !dirty_busy(bm);
+}
+
+/* Inconsistent ones, and what is read-only, stay in the image as they are there; so does one that
+ * somebody left busy, as in use: its bits are in two places. */
+static int save(struct persist_node *pn, bool strict, struct error *err)
+{
+    struct node *n = pn->node;
+    size_t count = 0;
+
+    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm))
+        count += has_to_be_saved(bm);
+    if (!count && (!pn->heal || n->read_only))
+        return 0;
+    CLEANUP(memory_freep) struct qcow2_bitmap_save *list = calloc(count + 1, sizeof *list);
+    if (!list)
+        return error_set_errno(err, ENOMEM, "Failed to update bitmap extension");
+    size_t i = 0;
+    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm)) {
+        if (!has_to_be_saved(bm))
+            continue;
+        list[i++] = (struct qcow2_bitmap_save){
+            .name = dirty_name(bm),
+            .bits = dirty_bits(bm),
+            .automatic = dirty_enabled(bm),
+            .leak = is_leaky(pn, dirty_name(bm)),
+        };
+    }
+    int r = qcow2_bitmaps_save(n, list, count, strict, err);
+    if (r == 0)
+        pn->heal = false;
+    return r;
+}
+
+/* ---- the room's place in the graph ---- */
+
+static void forget(struct persist_node *pn)
+{
+    node_unobserve(pn->node, &pn->observer);
+    node_set_data(pn->node, node_key, NULL);
+    for (size_t i = 0; i < pn->n_leaky; i++)
+        free(pn->leaky[i]);
+    free(pn->leaky);
+    free(pn);
 }
 
 static int hook_opened(struct graph_hook *h, struct node *n, struct error *err)
 {
-    return node_is_qcow2(n) ? qcow2_persist_load(n, err) : 0;
+    if (!node_is_qcow2(n))
+        return 0;
+    struct persist_node *pn = xnew(struct persist_node);
+    pn->node = n;
+    pn->observer.mark = observer_mark;
+    pn->observer.before_write = observer_before_write;
+    pn->observer.resizing = observer_resizing;
+    node_set_data(n, node_key, pn);
+    node_observe(n, &pn->observer);
+
+    int r = load(pn, err);
+    if (r < 0)
+        forget(pn);
+    return r;
 }
 
 static void hook_closing(struct graph_hook *h, struct node *n)
 {
+    struct persist_node *pn = node_of(n);
     struct error err = ERROR_INIT;
-    if (node_is_qcow2(n) && !node_read_only(n) && qcow2_persist_save(n, &err) < 0)
-        log_error("node '%s': its persistent bitmaps could not be stored: %s", node_name(n),
-                  err.text);
+
+    if (!pn)
+        return;
+    if (save(pn, false, &err) < 0)
+        log_line(LOG_LEVEL_INFO, "Lost persistent bitmaps during inactivation of node '%s': %s",
+                 node_name(n), err.text);
+    forget(pn);
+}
+
+static int save_for_reading(struct persist_node *pn, struct error *err)
+{
+    for (struct dirty_bitmap *bm = dirty_first(pn->node); bm; bm = dirty_next(bm)) {
+        int r = is_stored(bm) ? dirty_check(bm, DIRTY_CHECK_BUSY, err) : 0;
+        if (r < 0)
+            return r;
+    }
+    int r = save(pn, true, err);
+    if (r == 0)
+        set_readonly(pn->node, true);
+    return r;
+}
+
+/* The stored ones must be as they were when they were read. (Those that were added since are not
+ * stored and not read-only.) */
+static void compare(struct node *n, struct qcow2_bitmap_list *l)
+{
+    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm)) {
+        if (!is_stored(bm) || !dirty_readonly(bm) || dirty_inconsistent(bm))
+            continue;
+        const struct qcow2_bitmap *b = qcow2_bitmap_find(l, dirty_name(bm));
+        if (b && !b->in_use)
+            continue;
+        log_warning("Node '%s': bitmap '%s' is inconsistent: it %s in the image meanwhile",
+                    node_name(n), dirty_name(bm), b ? "has come into use" : "has gone");
+        dirty_set_inconsistent(bm);
+    }
+}
+
+static int make_writable(struct persist_node *pn, struct error *err)
+{
+    struct node *n = pn->node;
+    CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *l = NULL;
+
+    int r = qcow2_bitmaps_read(n, &l, err);
+    if (r < 0)
+        return r;
+    compare(n, l);
+    r = l->misplaced ? qcow2_bitmaps_drop(n, err) : qcow2_bitmaps_set_in_use(n, l, err);
+    if (r == 0)
+        set_readonly(n, false);
+    return r;
 }
 
 static int hook_reopening(struct graph_hook *h, struct node *n, bool to_read_only,
                           struct error *err)
 {
-    if (!node_is_qcow2(n))
+    struct persist_node *pn = node_of(n);
+    struct error why = ERROR_INIT;
+
+    if (!pn)
         return 0;
-    return to_read_only ? qcow2_persist_save(n, err) : qcow2_persist_use(n, err);
+    if (to_read_only)
+        return save_for_reading(pn, err);
+    int r = make_writable(pn, &why);
+    pn->blocked = r < 0;
+    if (r < 0) {
+        log_line(LOG_LEVEL_INFO, "%s: Failed to make dirty bitmaps writable: %s", node_name(n),
+                 why.text);
+        if (err)
+            *err = why;
+    }
+    return r;
 }
 
 static void hook_gone(struct graph_hook *h)
@@ -51,14 +349,44 @@ static void hook_gone(struct graph_hook *h)
     free(container_of(h, struct persist, hook));
 }
 
+/* ---- the store of dirty/ ---- */
+
+static int store_can_add(struct dirty_store *s, struct node *n, const char *name,
+                         uint64_t granularity_bytes, struct error *err)
+{
+    uint32_t others = 0;
+    uint64_t others_bytes = 0;
+
+    if (!node_is_qcow2(n))
+        return error_set_errno(err, ENOTSUP, "Can't store persistent bitmaps to %s", node_name(n));
+    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm)) {
+        if (!dirty_name(bm))
+            continue;
+        if (!strcmp(dirty_name(bm), name))
+            return error_set(err, EEXIST, "Bitmap already exists: %s", name);
+        if (is_stored(bm)) {
+            others++;
+            others_bytes += qcow2_bitmap_entry_bytes(dirty_name(bm));
+        }
+    }
+    return qcow2_bitmap_check_new(n, name, granularity_bytes, others, others_bytes, err);
+}
+
+static int store_remove(struct dirty_store *s, struct node *n, const char *name, struct error *err)
+{
+    struct persist_node *pn = node_of(n);
+
+    return pn ? qcow2_bitmap_remove(n, name, is_leaky(pn, name), err) : 0;
+}
+
 void persist_init(struct graph *g)
 {
     struct persist *p = xnew(struct persist);
 
-    p->hook.gone = hook_gone;
     p->hook.opened = hook_opened;
     p->hook.closing = hook_closing;
     p->hook.reopening = hook_reopening;
+    p->hook.gone = hook_gone;
     p->store.can_add = store_can_add;
     p->store.remove = store_remove;
     graph_add_hook(g, &p->hook);

@@ -5,7 +5,6 @@
  *     8   table entries u32      17  granularity bits u8   24  extra data, name, padding to 8
  *     12  flags         u32      18  name length u16 */
 #include "base/cursor.h"
-#include "block/qcow2/bitmaps.h"
 #include "block/qcow2/bitmaps_internal.h"
 
 #include <errno.h>
@@ -37,7 +36,35 @@ uint64_t qcow2_bitmap_entry_bytes(const char *name)
     return align_up(BITMAP_ENTRY_BYTES + strlen(name), 8);
 }
 
-PRINTF(2, 3) static void quarantine(struct qcow2_bitmap *b, const char *fmt, ...)
+void qcow2_bitmap_update_raw(struct qcow2_bitmap *b)
+{
+    uint32_t flags;
+    memcpy(&flags, b->raw + 12, sizeof flags);
+    flags = be32toh(flags) & ~(uint32_t)(BITMAP_FLAG_IN_USE | BITMAP_FLAG_AUTO);
+    flags |= (b->in_use ? BITMAP_FLAG_IN_USE : 0) | (b->automatic ? BITMAP_FLAG_AUTO : 0);
+    flags = htobe32(flags);
+    memcpy(b->raw + 12, &flags, sizeof flags);
+}
+
+void qcow2_bitmap_entry_encode(uint8_t *entry, const char *name, uint64_t table_offset,
+                               uint32_t table_entries, unsigned granularity_bits, bool in_use,
+                               bool automatic)
+{
+    size_t bytes = qcow2_bitmap_entry_bytes(name);
+    struct out_cursor c = out_cursor_over(entry, bytes);
+
+    memset(entry, 0, bytes); /* the padding must be zero */
+    put_be64(&c, table_offset);
+    put_be32(&c, table_entries);
+    put_be32(&c, (in_use ? BITMAP_FLAG_IN_USE : 0) | (automatic ? BITMAP_FLAG_AUTO : 0));
+    put_u8(&c, 1);
+    put_u8(&c, (uint8_t)granularity_bits);
+    put_be16(&c, (uint16_t)strlen(name));
+    put_be32(&c, 0);
+    put_bytes(&c, name, strlen(name));
+}
+
+void qcow2_bitmap_quarantine(struct qcow2_bitmap *b, const char *fmt, ...)
 {
     va_list ap;
     if (b->quarantined)
@@ -60,38 +87,104 @@ static void judge(struct qcow2_bitmap *b, const struct entry *e, const uint8_t *
 {
     uint64_t bytes = (uint64_t)e->table_entries * cluster_size;
 
-    /* The first three make the entry no bitmap at all: QEMU refuses an image with it. */
     if (e->name_length == 0 || memchr(name, 0, e->name_length))
-        quarantine(b, "its name is empty or has a zero byte");
+        qcow2_bitmap_quarantine(b, "its name is empty or has a zero byte");
     else if (e->name_length > QCOW2_BITMAP_NAME_MAX)
-        quarantine(b, "its name has %u bytes", e->name_length);
+        qcow2_bitmap_quarantine(b, "its name has %u bytes", e->name_length);
     else if (e->type != 1)
-        quarantine(b, "its type is %u, not 1", e->type);
+        qcow2_bitmap_quarantine(b, "its type is %u, not 1", e->type);
     else if (e->flags & ~(uint32_t)BITMAP_FLAGS_KNOWN)
-        quarantine(b, "it has unknown flags %#x", e->flags & ~(uint32_t)BITMAP_FLAGS_KNOWN);
+        qcow2_bitmap_quarantine(b, "it has unknown flags %#x",
+                                e->flags & ~(uint32_t)BITMAP_FLAGS_KNOWN);
     else if (e->granularity_bits < QCOW2_BITMAP_GRANULARITY_BITS_MIN ||
              e->granularity_bits > QCOW2_BITMAP_GRANULARITY_BITS_MAX)
-        quarantine(b, "its granularity is 2^%u, not 2^9 to 2^31", e->granularity_bits);
+        qcow2_bitmap_quarantine(b, "its granularity is 2^%u, not 2^9 to 2^31", e->granularity_bits);
     else if (!e->table_offset || e->table_offset % cluster_size || e->table_offset >> 56)
-        quarantine(b, "its table offset is %#llx", (unsigned long long)e->table_offset);
+        qcow2_bitmap_quarantine(b, "its table offset is %#llx",
+                                (unsigned long long)e->table_offset);
     else if (!e->table_entries || e->table_entries > BITMAP_TABLE_ENTRIES_MAX ||
              bytes > QCOW2_BITMAP_SERIAL_MAX)
-        quarantine(b, "its table has %u entries", e->table_entries);
+        qcow2_bitmap_quarantine(b, "its table has %u entries", e->table_entries);
     else if (!b->in_use && size_bytes > (bytes * 8) << e->granularity_bits)
-        quarantine(b, "its table of %u entries is too small for the disk", e->table_entries);
+        qcow2_bitmap_quarantine(b, "its table of %u entries is too small for the disk",
+                                e->table_entries);
     b->unfit = b->quarantined;
 
     /* A legal one that this program, as QEMU, does not know how to use. It is kept as it is. */
-    if (e->extra)
-        quarantine(b, "Bitmap extra data is not supported");
+    b->foreign = e->extra && !b->unfit;
+    if (b->foreign)
+        qcow2_bitmap_quarantine(b, "Bitmap extra data is not supported");
+}
+
+static int by_name(const void *a, const void *b)
+{
+    struct qcow2_bitmap *x = *(struct qcow2_bitmap *const *)a,
+                        *y = *(struct qcow2_bitmap *const *)b;
+    int r = strcmp(x->name, y->name);
+    return r ? r : x < y ? -1 : x > y; /* the first in the directory has the name */
+}
+
+static int find_twins(struct qcow2_bitmap_list *l)
+{
+    struct qcow2_bitmap **sorted = malloc((l->n + 1) * sizeof *sorted);
+    size_t n = 0;
+    if (!sorted)
+        return -ENOMEM;
+    for (size_t i = 0; i < l->n; i++)
+        if (!l->items[i].unfit)
+            sorted[n++] = &l->items[i];
+    qsort(sorted, n, sizeof *sorted, by_name);
+    for (size_t i = 1; i < n; i++) {
+        if (!strcmp(sorted[i - 1]->name, sorted[i]->name)) {
+            sorted[i]->quarantined = false; /* this is the better reason */
+            qcow2_bitmap_quarantine(sorted[i], "there is another bitmap of this name");
+            sorted[i]->unfit = true;
+            sorted[i]->foreign = false;
+        }
+    }
+    free(sorted);
+    return 0;
+}
+
+/* Appends one, and takes copies of NAME and of the raw bytes. */
+static int append(struct qcow2_bitmap_list *l, size_t *capacity, const struct entry *e,
+                  const uint8_t *name, const uint8_t *raw, size_t raw_length,
+                  struct qcow2_bitmap **ret)
+{
+    if (l->n == *capacity) {
+        size_t more = *capacity ? *capacity * 2 : 16;
+        struct qcow2_bitmap *items = realloc(l->items, more * sizeof *items);
+        if (!items)
+            return -ENOMEM;
+        l->items = items;
+        *capacity = more;
+    }
+    struct qcow2_bitmap *b = &l->items[l->n++];
+    *b = (struct qcow2_bitmap){
+        .name = calloc(1, e->name_length + (size_t)1),
+        .granularity_bits = e->granularity_bits,
+        .in_use = e->flags & BITMAP_FLAG_IN_USE,
+        .automatic = e->flags & BITMAP_FLAG_AUTO,
+        .table_offset = e->table_offset,
+        .table_entries = e->table_entries,
+        .raw = malloc(raw_length),
+        .raw_length = raw_length,
+    };
+    if (!b->name || !b->raw)
+        return -ENOMEM;
+    memcpy(b->name, name, e->name_length);
+    memcpy(b->raw, raw, raw_length);
+    *ret = b;
+    return 0;
 }
 
 int qcow2_bitmap_directory_decode(const uint8_t *buf, size_t length, uint32_t n_expected,
                                   uint64_t size_bytes, uint64_t cluster_size,
                                   struct qcow2_bitmap_list **ret)
 {
-    struct qcow2_bitmap_list *l = calloc(1, sizeof *l);
+    CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *l = calloc(1, sizeof *l);
     struct cursor c = cursor_over(buf, length);
+    size_t capacity = 0;
     if (!l)
         return -ENOMEM;
 
@@ -114,45 +207,21 @@ int qcow2_bitmap_directory_decode(const uint8_t *buf, size_t length, uint32_t n_
             break;
         }
         if (l->n == n_expected) {
+            /* What is left over from something else may look like a good bitmap. */
             snprintf(l->broken, sizeof l->broken,
                      "More bitmaps found than specified in header extension");
             break;
         }
-        struct qcow2_bitmap *items = realloc(l->items, (l->n + 1) * sizeof *items);
-        if (!items)
-            goto no_memory;
-        l->items = items;
-        struct qcow2_bitmap *b = &items[l->n];
-        *b = (struct qcow2_bitmap){
-            .name = calloc(1, e.name_length + (size_t)1),
-            .granularity_bits = e.granularity_bits,
-            .in_use = e.flags & BITMAP_FLAG_IN_USE,
-            .automatic = e.flags & BITMAP_FLAG_AUTO,
-            .table_offset = e.table_offset,
-            .table_entries = e.table_entries,
-            .raw_length = (size_t)(c.at - start),
-        };
-        b->raw = malloc(b->raw_length);
-        l->n++;
-        if (!b->name || !b->raw)
-            goto no_memory;
-        if (name)
-            memcpy(b->name, name, e.name_length);
-        memcpy(b->raw, start, b->raw_length);
-        judge(b, &e, name ? name : (const uint8_t *)"", size_bytes, cluster_size);
-        for (size_t i = 0; i + 1 < l->n && !b->unfit; i++)
-            if (!l->items[i].unfit && !strcmp(l->items[i].name, b->name)) {
-                quarantine(b, "there is another bitmap of this name");
-                b->unfit = true;
-            }
+        struct qcow2_bitmap *b;
+        if (append(l, &capacity, &e, name, start, (size_t)(c.at - start), &b) < 0)
+            return -ENOMEM;
+        judge(b, &e, name, size_bytes, cluster_size);
     }
     if (!l->broken[0] && l->n < n_expected)
         snprintf(l->broken, sizeof l->broken,
                  "Less bitmaps found than specified in header extension");
-    *ret = l;
+    if (find_twins(l) < 0)
+        return -ENOMEM;
+    *ret = steal(l);
     return 0;
-
-no_memory:
-    qcow2_bitmap_list_free(l);
-    return -ENOMEM;
 }

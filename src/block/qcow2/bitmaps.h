@@ -9,8 +9,16 @@
  * anew elsewhere and turns the header to it, so a cut leaves either the old directory (in_use)
  * or the new one.
  *
- * An entry that cannot be understood is `quarantined`: reported, kept as it is, never used. It
- * never prevents the image from being opened. */
+ * Nothing in there can prevent the image from being opened. What is bad goes one of three ways:
+ *
+ *     quarantined    a bitmap with a name, whose bits cannot be had (extra data; a table that leads
+ *                    nowhere, onto metadata or onto another bitmap): inconsistent, kept as it is on
+ *                    disk until somebody removes it
+ *     unfit          no bitmap at all, QEMU refuses an image with it: reported, and left out of the
+ *                    directory when that is next written
+ *     broken         the directory ends in the middle, or is somewhere it cannot be: what could be
+ *                    read is used
+ */
 #pragma once
 
 #include "bitmap/bitmap.h"
@@ -28,8 +36,10 @@ struct qcow2_bitmap {
     unsigned granularity_bits;
     bool in_use;
     bool automatic;   /* `auto`: it records */
-    bool quarantined; /* not understood; REASON says why */
-    bool unfit;       /* no bitmap at all: QEMU refuses an image with it; goes at the next save */
+    bool quarantined; /* its bits are not to be had; REASON says why */
+    bool unfit;       /* no bitmap at all; quarantined, too */
+    bool foreign;     /* it has extra data: another program may know how to use it; quarantined */
+    bool leak;        /* its clusters may be somebody else's: they are not freed with it */
     char reason[128];
 
     /* where it is; the caller leaves these alone */
@@ -43,6 +53,7 @@ struct qcow2_bitmap_list {
     struct qcow2_bitmap *items; /* in the directory's order */
     size_t n;
     char broken[160]; /* why the rest of the directory was given up; "": it was not */
+    bool misplaced;   /* all of it: the directory cannot be where the header says */
 };
 
 void qcow2_bitmap_list_free(struct qcow2_bitmap_list *l);
@@ -63,6 +74,10 @@ bool node_is_qcow2(const struct node *n);
 int qcow2_bitmaps_read(struct node *n, struct qcow2_bitmap_list **ret,
                        struct error *err) MUST_CHECK;
 
+/* Looks at all tables, after the directory was read, and quarantines what leads nowhere. -ENOMEM.
+ */
+int qcow2_bitmaps_check(struct node *n, struct qcow2_bitmap_list *list) MUST_CHECK;
+
 /* The bits of one; BM is empty and has the image's size and the entry's granularity. For one that
  * is in_use or quarantined there is nothing to be read. */
 int qcow2_bitmap_load(struct node *n, const struct qcow2_bitmap *b, struct bitmap *bm,
@@ -77,15 +92,24 @@ struct qcow2_bitmap_save {
     const char *name;
     const struct bitmap *bits; /* NULL: keep the stored entry of this name as it is */
     bool automatic;
-    bool in_use; /* an inconsistent one stays so */
+    bool leak; /* do not free the clusters of the stored entry that this one replaces */
 };
-/* Replaces the directory by these, in this order, with in_use as given; quarantined entries are
- * kept. N 0 and nothing kept: the extension goes. Durable when it returns; on error the old
- * directory stands. */
-int qcow2_bitmaps_save(struct node *n, const struct qcow2_bitmap_save *list, size_t count,
+/* Replaces the directory: these with in_use 0, in the place of those stored under the same
+ * name, new ones at the end; all other entries are kept, but unfit ones. Nothing left: the
+ * extension goes. Durable when it returns; on error the old directory stands. Strict: one that
+ * cannot be saved is an error. Otherwise it stays in use in the image (if it ever was there),
+ * `failed` says why, and the others are saved. */
+int qcow2_bitmaps_save(struct node *n, struct qcow2_bitmap_save *list, size_t count, bool strict,
                        struct error *err) MUST_CHECK;
-/* Removes one entry (of any state) and frees its clusters; nothing happens when it is not there. */
-int qcow2_bitmap_remove(struct node *n, const char *name, struct error *err) MUST_CHECK;
+/* Forgets the directory altogether, and frees nothing: for one that is misplaced. */
+int qcow2_bitmaps_drop(struct node *n, struct error *err) MUST_CHECK;
+/* Removes one entry (of any state) and frees its clusters, unless LEAK; nothing happens when it is
+ * not there. */
+int qcow2_bitmap_remove(struct node *n, const char *name, bool leak, struct error *err) MUST_CHECK;
+
+/* After a save has failed so that nobody knows which directory the disk has: makes it the old one.
+ * 0 at once when that is known. Before the next change of content. */
+int qcow2_bitmaps_settle(struct node *n) MUST_CHECK;
 
 /* Bytes of a directory entry for a bitmap of this name. */
 uint64_t qcow2_bitmap_entry_bytes(const char *name);
@@ -93,3 +117,6 @@ uint64_t qcow2_bitmap_entry_bytes(const char *name);
  * bitmaps the node has, and the bytes that their entries take. */
 int qcow2_bitmap_check_new(struct node *n, const char *name, uint64_t granularity_bytes,
                            uint32_t others, uint64_t others_bytes, struct error *err) MUST_CHECK;
+/* The one reason that can come up after it was made: the disk has grown. */
+int qcow2_bitmap_check_size(struct node *n, uint64_t granularity_bytes, uint64_t size_bytes,
+                            struct error *err) MUST_CHECK;

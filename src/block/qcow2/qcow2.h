@@ -177,6 +177,7 @@ struct qcow2 {
     bool pass_discard[FREE_OTHER + 1];
     bool overlap_checks;
     bool signaled_corruption;
+    bool bitmaps_unsettled; /* which bitmap directory the disk's header names is not known */
     bool unusable;          /* a fatal corruption was found: every request ends with -ENOMEDIUM */
     bool lazy_refcounts;    /* option; accepted, never needed */
     uint64_t compressed_at; /* the compressed cluster in `compressed`; 0: none */

@@ -112,9 +112,10 @@ static int count_bitmaps(struct census *c, struct error *err)
         return 0;
     CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *list = NULL;
     int r = qcow2_bitmaps_read(q->node, &list, err);
-    if (r == 0)
-        r = count(c, q->header.bitmap_directory_offset, q->header.bitmap_directory_bytes,
-                  "bitmap directory", err);
+    if (r < 0 || list->misplaced)
+        return r; /* what is where it cannot be does not keep the image from being opened */
+    r = count(c, q->header.bitmap_directory_offset, q->header.bitmap_directory_bytes,
+              "bitmap directory", err);
     for (size_t i = 0; r == 0 && i < list->n; i++) {
         const struct qcow2_bitmap *b = &list->items[i];
         uint64_t bytes = (uint64_t)b->table_entries * 8;
@@ -127,7 +128,7 @@ static int count_bitmaps(struct census *c, struct error *err)
         r = count(c, b->table_offset, bytes, "bitmap table", err);
         for (uint32_t j = 0; r == 0 && j < b->table_entries; j++) {
             uint64_t at = be64toh(table[j]) & ENTRY_OFFSET_MASK;
-            if (at && !into_cluster(q, at))
+            if (at && !into_cluster(q, at) && at >> q->cluster_bits < c->n)
                 r = count(c, at, q->cluster_size, "bitmap data", err);
         }
     }
