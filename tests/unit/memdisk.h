@@ -25,6 +25,8 @@ struct memdisk {
     int fail_write_after; /* > 0: the write with this number from now on fails */
     int fail_flush_after;
     uint64_t writes, write_bytes, reads, flushes;
+    struct range hold; /* writes into it wait until it is empty */
+    unsigned held;
 };
 
 static struct memdisk memdisks[4];
@@ -147,6 +149,11 @@ static inline int memdisk_change(struct node *n, struct range r, const void *buf
     struct mem_op op = {MEM_WRITE, r.start, r.length, (uint8_t *)(uintptr_t)buf};
     d->writes++;
     d->write_bytes += r.length;
+    while (range_overlaps(r, d->hold)) {
+        d->held++;
+        (void)!task_yield();
+        d->held--;
+    }
     memdisk_turn(d);
     if (d->fail_write_after && --d->fail_write_after == 0)
         return -EIO;

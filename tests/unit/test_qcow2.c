@@ -362,12 +362,219 @@ TEST(internal_snapshots_stay_as_they_were)
     unlink(out);
 }
 
+/* ---- a cluster in use is not given away ---- */
+
+struct one_write {
+    struct edge *e;
+    struct range r;
+    uint8_t *buf;
+    bool done;
+};
+
+static int write_once(void *arg)
+{
+    struct one_write *w = arg;
+    CHECK(edge_write(w->e, w->r, w->buf, 0) == 0);
+    w->done = true;
+    return 0;
+}
+
+static int flush_once(void *arg)
+{
+    struct one_write *w = arg;
+    CHECK(edge_flush(w->e) == 0);
+    w->done = true;
+    return 0;
+}
+
+static void let_run(int turns)
+{
+    for (int i = 0; i < turns; i++)
+        CHECK(task_yield() == 0);
+}
+
+/* A write is on its way to a cluster; the cluster is discarded; other writes must not get it
+ * before the first has arrived, or it would land in their data. */
+TEST(a_cluster_with_a_write_in_flight_is_not_given_away)
+{
+    add_drivers(g);
+    memdisk_reset(0);
+    create_ok(g, 0, 4 * MiB, "");
+    struct test_user u;
+    struct node *n = open_image(g, 0, ",'discard':'unmap','pass-discard-request':false");
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+    uint8_t *old = malloc(65536), *new = malloc(65536), *seen = malloc(65536);
+    memset(old, 0x11, 65536);
+    memset(new, 0x22, 65536);
+    CHECK(edge_write(e, range_make(0, 65536), old, 0) == 0);
+    struct block_status st;
+    CHECK(edge_status_above(e, NULL, true, range_make(0, 65536), &st) == 0);
+    uint64_t host = st.map;
+    {
+        SCOPE(scope);
+        struct one_write late = {e, range_make(0, 4096), old, false}, flush = {.e = e};
+        memdisks[0].hold = range_make(host, 65536);
+        scope_spawn(&scope, write_once, &late);
+        let_run(20);
+        CHECK(memdisks[0].held == 1);
+        CHECK(edge_discard(e, range_make(0, 65536)) == 0);
+        scope_spawn(&scope, flush_once, &flush);
+        let_run(200);
+        CHECK(!flush.done); /* waits for the write */
+        /* These go elsewhere meanwhile, and are not held up. */
+        CHECK(edge_write(e, range_make(MiB, 65536), new, 0) == 0);
+        CHECK(edge_status_above(e, NULL, true, range_make(MiB, 65536), &st) == 0 && st.map != host);
+        memdisks[0].hold = range_make(0, 0);
+        CHECK(scope_join(&scope) == 0);
+        CHECK(late.done && flush.done);
+    }
+    CHECK(edge_write(e, range_make(2 * MiB, 65536), new, 0) == 0);
+    CHECK(edge_status_above(e, NULL, true, range_make(2 * MiB, 65536), &st) == 0);
+    CHECK(st.map == host); /* now it is free */
+    CHECK(edge_read(e, range_make(2 * MiB, 65536), seen, 0) == 0 && !memcmp(seen, new, 65536));
+    CHECK(edge_read(e, range_make(0, 65536), seen, 0) == 0 && !seen[0] && !seen[4096]);
+    free(old);
+    free(new);
+    free(seen);
+    edge_detach(e);
+    node_unref(n);
+    check_disk(&memdisks[0], false);
+}
+
+/* ---- errors below ---- */
+
+TEST(a_failed_write_or_flush_leaves_the_image_sound)
+{
+    add_drivers(g);
+    struct rng rng = {test_seed()};
+    uint8_t *buf = malloc(MiB), *seen = malloc(MiB);
+    memset(buf, 0x42, MiB);
+    for (int i = 0; i < 150; i++) {
+        memdisk_reset(0);
+        char more[64];
+        snprintf(more, sizeof more, ",'cluster-size':%u", 1u << (9 + 2 * rng_below(&rng, 4)));
+        create_ok(g, 0, 2 * MiB, more);
+        struct test_user u;
+        struct node *n = open_image(g, 0, ",'discard':'unmap','l2-cache-size':1");
+        struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+        for (int k = 0; k < 30; k++) {
+            uint64_t at = rng_below(&rng, 2 * MiB - 30000);
+            struct range r = range_make(at, rng_below(&rng, 30000) + 1);
+            if (k % 5 == 2) {
+                memdisks[0].fail_write_after = (int)rng_below(&rng, 5) + 1;
+                memdisks[0].fail_flush_after = (int)rng_below(&rng, 5) + 1;
+            }
+            if (k % 7 == 3)
+                (void)!edge_discard(e, r);
+            else if (k % 4 == 1)
+                (void)!edge_flush(e);
+            else if (edge_write(e, r, buf, 0) == 0)
+                CHECK(edge_read(e, r, seen, 0) == 0 && !memcmp(buf, seen, r.length));
+        }
+        memdisks[0].fail_write_after = memdisks[0].fail_flush_after = 0;
+        CHECK(edge_flush(e) == 0);
+        const char *damage = disk_damage(&memdisks[0]);
+        if (damage) {
+            fprintf(stderr, "round %d: %s\n", i, damage);
+            abort();
+        }
+        edge_detach(e);
+        node_unref(n);
+        CHECK(!disk_damage(&memdisks[0]));
+        if (i < 20)
+            check_disk(&memdisks[0], true);
+    }
+    free(buf);
+    free(seen);
+}
+
+/* ---- the dirty bit ---- */
+
+TEST(an_image_with_wrong_refcounts_and_the_dirty_bit_is_repaired)
+{
+    add_drivers(g);
+    struct rng rng = {test_seed()};
+    for (unsigned bits = 9; bits <= 16; bits++) {
+        memdisk_reset(0);
+        char more[96];
+        struct disk_model m = {calloc(1, MiB), MiB};
+        snprintf(more, sizeof more, ",'cluster-size':%u,'lazy-refcounts':true", 1u << bits);
+        create_ok(g, 0, MiB, more);
+        uint8_t *buf = malloc(16 * MiB);
+        struct test_user u;
+        for (int round = 0; round < 3; round++) {
+            struct node *n = open_image(g, 0, ",'discard':'unmap'");
+            struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+            CHECK(!(memdisks[0].bytes[79] & 1));
+            compare_all(e, &m);
+            for (int i = 0; i < 60; i++)
+                random_step(&rng, e, &m, (uint64_t)1 << bits, buf);
+            edge_detach(e);
+            node_unref(n);
+            check_disk(&memdisks[0], false);
+            /* Rubbish in the counts; in one round, blocks are lost altogether. */
+            uint64_t cs = (uint64_t)1 << bits;
+            uint8_t *table = memdisks[0].bytes + entry_load(memdisks[0].bytes + 48, 0);
+            for (uint64_t i = 0; i < cs / 8; i++) {
+                uint64_t block = entry_load(table, (uint32_t)i);
+                if (!block)
+                    continue;
+                for (uint64_t k = 0; k < cs; k += 2)
+                    if (rng_below(&rng, 3) == 0 && block + k < memdisks[0].size)
+                        memdisks[0].bytes[block + k + 1] = (uint8_t)rng_below(&rng, 4);
+                if (round == 1 && (i || rng_below(&rng, 2)))
+                    entry_store(table, (uint32_t)i, 0);
+            }
+            memdisks[0].bytes[79] |= 1;
+        }
+        memdisks[0].bytes[79] &= 0xfe;
+        free(buf);
+        free(m.bytes);
+    }
+}
+
+/* A process of QEMU's died with lazy refcounts. */
+TEST(what_qemu_left_dirty_is_repaired)
+{
+    add_drivers(g);
+    if (!have_qemu_img())
+        return;
+    const char *img = scratch_path("lazy");
+    CHECK(run("qemu-img create -q -f qcow2 -o lazy_refcounts=on,cluster_size=4096 %s 4M", img) ==
+          0);
+    run("qemu-io -c 'write -P 7 0 1M' -c 'write -P 8 2M 64k' -c 'discard 8k 16k' -c abort %s "
+        ">/dev/null 2>&1",
+        img);
+    load_disk(0, img);
+    CHECK(memdisks[0].bytes[79] & 1);
+    struct test_user u;
+    struct node *n = open_image(g, 0, ",'read-only':true");
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ, PERM_ALL);
+    uint8_t buf[512];
+    CHECK(edge_read(e, range_make(2 * MiB, 512), buf, 0) == 0 && buf[0] == 8 && buf[511] == 8);
+    edge_detach(e);
+    node_unref(n);
+    CHECK(memdisks[0].bytes[79] & 1); /* reading does not repair */
+    n = open_image(g, 0, "");
+    e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+    CHECK(edge_write(e, range_make(3 * MiB, 512), buf, 0) == 0);
+    edge_detach(e);
+    node_unref(n);
+    CHECK(!(memdisks[0].bytes[79] & 1));
+    check_disk(&memdisks[0], false);
+    unlink(img);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(random_requests_agree_with_a_byte_model),
     cmocka_unit_test(small_caches_agree_with_a_byte_model),
     cmocka_unit_test(parallel_writers_of_one_cluster_keep_each_others_data),
     cmocka_unit_test(compressed_clusters_are_read_and_written_over),
     cmocka_unit_test(internal_snapshots_stay_as_they_were),
+    cmocka_unit_test(a_cluster_with_a_write_in_flight_is_not_given_away),
+    cmocka_unit_test(a_failed_write_or_flush_leaves_the_image_sound),
+    cmocka_unit_test(an_image_with_wrong_refcounts_and_the_dirty_bit_is_repaired),
+    cmocka_unit_test(what_qemu_left_dirty_is_repaired),
 };
 
 UNIT_MAIN(tests)

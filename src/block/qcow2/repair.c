@@ -159,24 +159,41 @@ static int take_census(struct census *c, struct error *err)
     return r < 0 ? r : count_bitmaps(c, err);
 }
 
-/* RAISE: only those that are too low; else only those that are too high. Refcount blocks and the
- * table may have been made meanwhile: they are not in the census, and stay. */
-static int apply(struct census *c, bool raise)
+/* Refcount blocks and the table may have been made while counts were raised: they are not in the
+ * census. */
+static bool made_meanwhile(struct qcow2 *q, uint64_t cluster)
 {
-    struct qcow2 *q = c->q;
+    struct range r = range_make(cluster << q->cluster_bits, q->cluster_size);
+    return metadata_at(q, r.start) == META_REFBLOCK ||
+           range_overlaps(r, range_make(q->reftable.offset, (uint64_t)q->reftable.n * 8));
+}
+
+static int raise_counts(struct census *c)
+{
     for (uint64_t i = 0; i < c->n; i++) {
         uint16_t now;
-        int r = refcount_get(q, i, &now);
+        int r = c->counts[i] ? refcount_get(c->q, i, &now) : 0;
+        if (r == 0 && c->counts[i] && now < c->counts[i])
+            r = refcount_set(c->q, i, c->counts[i]);
         if (r < 0)
             return r;
-        if (raise ? now < c->counts[i] : now > c->counts[i]) {
-            if (!raise && !c->counts[i] && metadata_at(q, i << q->cluster_bits) == META_REFBLOCK)
-                continue; /* a block made meanwhile */
-            if (!raise &&
-                range_overlaps(range_make(i << q->cluster_bits, q->cluster_size),
-                               range_make(q->reftable.offset, (uint64_t)q->reftable.n * 8)))
-                continue;
-            r = refcount_set(q, i, c->counts[i]);
+    }
+    return 0;
+}
+
+/* Of every block there is, also beyond the end of the file. */
+static int lower_counts(struct census *c)
+{
+    struct qcow2 *q = c->q;
+    for (uint32_t b = 0; b < q->reftable.n; b++) {
+        uint64_t i = (uint64_t)b << q->refblock_bits, end = (uint64_t)(b + 1) << q->refblock_bits;
+        if (!(q->reftable.entries[b] & REFTABLE_OFFSET_MASK))
+            continue;
+        for (; i < end; i++) {
+            uint16_t should = i < c->n ? c->counts[i] : 0, now;
+            int r = refcount_get(q, i, &now);
+            if (r == 0 && now > should && (should || !made_meanwhile(q, i)))
+                r = refcount_set(q, i, should);
             if (r < 0)
                 return r;
         }
@@ -194,9 +211,9 @@ int qcow2_repair(struct qcow2 *q, struct error *err)
     if (r == 0) {
         q->repairing = c.counts;
         q->repairing_n = c.n;
-        r = apply(&c, true);
+        r = raise_counts(&c);
         if (r == 0)
-            r = apply(&c, false);
+            r = lower_counts(&c);
         q->repairing = NULL;
         q->free_hint = 0;
         if (r == 0)
