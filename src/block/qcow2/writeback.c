@@ -254,7 +254,7 @@ static void free_taken(struct qcow2 *q, struct freed_list *taken)
      * them. They wait for nothing but that, so this ends. */
     unsigned old = q->epoch;
     q->epoch ^= 1;
-    while (0 && q->in_epoch[old]) {
+    while (q->in_epoch[old]) {
         if (waitq_wait(&q->epoch_left) < 0)
             continue;
     }
