@@ -66,6 +66,7 @@ struct node {
     struct mutex flush_lock;
     bool truncating;
     unsigned visited;       /* graph walks */
+    unsigned height;        /* found by the walk that visited it: node_height */
     struct rangelock locks; /* serialising requests, copy-before-write, unaligned edges */
     uint64_t write_generation, flushed_generation; /* a flush with nothing written costs nothing */
     struct node_counters {

@@ -126,6 +126,8 @@ int node_attach_child(struct node *n, struct node *child, const char *key, unsig
     if (node_reaches(child, n))
         return error_set(err, EINVAL, "Making '%s' a %s child of '%s' would create a cycle",
                          child->name, key, n->name);
+    if (node_height(child) >= GRAPH_DEPTH_MAX)
+        return error_set(err, ELOOP, "More than %d nodes on top of each other", GRAPH_DEPTH_MAX);
     e = edge_new(n, NULL, child, key, role);
     r = perm_refresh(n->graph, &n, 1, err);
     if (r < 0) {

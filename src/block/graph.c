@@ -429,6 +429,24 @@ bool node_reaches(struct node *from, const struct node *to)
     return reaches(from, to, ++from->graph->visit);
 }
 
+static unsigned height(struct node *n, unsigned visit)
+{
+    struct edge *e;
+
+    if (n->visited == visit)
+        return n->height;
+    n->visited = visit;
+    n->height = 1;
+    TAILQ_FOREACH (e, &n->children, in_children)
+        n->height = (unsigned)max_u64(n->height, 1 + height(e->node, visit));
+    return n->height;
+}
+
+unsigned node_height(struct node *n)
+{
+    return height(n, ++n->graph->visit);
+}
+
 /* ---- why not ---- */
 
 void node_block_ops(struct node *n, struct op_blocker *b)

@@ -8,6 +8,7 @@
 enum {
     BLOCK_SECTOR = 512,     /* sizes are rounded up to it, as clients expect */
     OPEN_DEPTH_MAX = 200,   /* nodes below each other that one command may open */
+    GRAPH_DEPTH_MAX = 250,  /* nodes below each other: a request's stack is as deep */
     PROBE_BYTES = 512,      /* of an image's start, to guess its format */
     BOUNCE_BYTES = 1 << 20, /* the largest temporary buffer of one request */
 };
@@ -48,6 +49,8 @@ int node_assign_name(struct node *n, const char *name, struct error *err);
 /* A node whose driver is not open. */
 void node_discard(struct node *n);
 bool graph_lock_is_mine(struct graph *g);
+/* Nodes on the longest way down, itself included. */
+unsigned node_height(struct node *n);
 bool node_reaches(struct node *from, const struct node *to);
 
 /* ---- perm.c ---- */

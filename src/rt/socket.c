@@ -104,6 +104,8 @@ static int resolve(struct json_object *addr, int flags, struct addrinfo **found,
         .hints = {.ai_flags = flags, .ai_socktype = SOCK_STREAM, .ai_family = AF_UNSPEC},
     };
 
+    if (json_get_bool(addr, "numeric", false))
+        q.hints.ai_flags |= AI_NUMERICHOST | AI_NUMERICSERV;
     if (json_has(addr, "ipv4") && json_has(addr, "ipv6") && !v4 && !v6)
         return error_set(err, EINVAL, "Cannot disable IPv4 and IPv6 at same time");
     if ((v4 && !v6) || (json_has(addr, "ipv6") && !v6))

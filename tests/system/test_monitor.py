@@ -91,6 +91,18 @@ def test_wrong_types_everywhere(daemon, tmp):
     assert d.running
 
 
+def test_nodes_are_not_stacked_without_end(daemon):
+    d = daemon("--blockdev", "null-co,node-name=n0,size=1048576")
+    for i in range(1, 400):
+        answer = d.qmp.call("blockdev-add", {"driver": "raw", "node-name": f"n{i}", "file": f"n{i-1}"})
+        if "error" in answer:
+            break
+    assert answer["error"]["desc"] == "More than 250 nodes on top of each other"
+    d.qmp.execute("query-named-block-nodes", flat=True)
+    d.qmp.call("block_resize", {"node-name": f"n{i-1}", "size": 2097152})
+    d.qmp.execute("block-dirty-bitmap-add", node=f"n{i-1}", name="b")
+
+
 def test_random_bytes(daemon):
     d = daemon()
     rng = random.Random(int(os.environ.get("TIDEMARK_SEED", "1")))
