@@ -168,6 +168,8 @@ void node_default_child_perm(struct node *n, struct edge *e, unsigned perm, unsi
 struct edge *node_filtered_or_backing(const struct node *n);
 struct edge *node_filtered(const struct node *n); /* of a filter */
 struct edge *node_primary(const struct node *n);  /* the child with ROLE_PRIMARY */
+/* A number of bytes must not be negative: the schema lets it through, QEMU's options do not. */
+int option_check_size(struct json_object *options, const char *name, struct error *err);
 /* A driver that can only read: makes the node read-only if auto-read-only allows it, else -EACCES
  * with TEXT ("Image is read-only" when NULL). */
 int node_apply_auto_read_only(struct node *n, const char *text, struct error *err);

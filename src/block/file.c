@@ -438,14 +438,24 @@ static int file_flush(struct node *n)
 
 /* An empty file that grows gets its first block allocated: by reading from it other programs,
  * and we, can find out what O_DIRECT wants, which a hole does not tell everywhere. */
-static int resize_file(int fd, uint64_t from, uint64_t to)
+static void allocate_first_block(int fd, uint64_t size_bytes)
 {
     static const uint8_t zeroes[DIRECT_ALIGN_MAX] __attribute__((aligned(DIRECT_ALIGN_MAX)));
-    int r = io_ftruncate(fd, to);
 
-    if (r == 0 && from == 0 && to >= BLOCK_SECTOR)
-        r = io_pwrite_full(fd, zeroes, to < sizeof zeroes ? BLOCK_SECTOR : sizeof zeroes, 0, 0);
-    return r;
+    if (size_bytes >= BLOCK_SECTOR) /* only a help: may fail */
+        (void)!io_pwrite_full(fd, zeroes, size_bytes < sizeof zeroes ? BLOCK_SECTOR : sizeof zeroes,
+                              0, 0);
+}
+
+static int resize_file(int fd, uint64_t from, uint64_t to, struct error *err)
+{
+    int r = to > INT64_MAX ? -EINVAL : io_ftruncate(fd, to);
+
+    if (r < 0)
+        return error_set_errno(err, -r, "Could not resize file");
+    if (from == 0)
+        allocate_first_block(fd, to);
+    return 0;
 }
 
 static int file_truncate(struct node *n, uint64_t size_bytes, bool exact, struct error *err)
@@ -457,9 +467,9 @@ static int file_truncate(struct node *n, uint64_t size_bytes, bool exact, struct
     (void)exact; /* a file can have any size */
     s->changes++;
     s->known_data.length = s->known_hole.length = 0;
-    r = resize_file(handle->fd, s->length, size_bytes);
+    r = resize_file(handle->fd, s->length, size_bytes, err);
     if (r < 0)
-        return error_set_errno(err, -r, "Failed to resize file");
+        return r;
     s->changes++;
     s->length = size_bytes;
     return 0;
@@ -576,40 +586,64 @@ static int file_reopen_prepare(struct node *n, struct json_object *options, bool
 
 /* ---- create ---- */
 
-static int preallocate(int fd, const char *mode, uint64_t size_bytes, struct error *err)
+static int write_out_zeroes(int fd, uint64_t size_bytes, struct error *err)
+{
+    uint8_t *zeroes = block_buffer(BOUNCE_BYTES);
+    int r = zeroes ? 0 : -ENOMEM;
+
+    if (zeroes)
+        memset(zeroes, 0, BOUNCE_BYTES);
+    for (uint64_t at = 0; r == 0 && at < size_bytes; at += BOUNCE_BYTES)
+        r = io_pwrite_full(fd, zeroes, min_u64(BOUNCE_BYTES, size_bytes - at), at, 0);
+    free(zeroes);
+    if (r < 0)
+        return error_set_errno(err, -r, "Could not write zeros for preallocation");
+    r = io_fsync(fd);
+    return r < 0 ? error_set_errno(err, -r, "Could not flush file to disk") : 0;
+}
+
+static int make_size(int fd, const char *preallocation, uint64_t size_bytes, struct error *err)
 {
     int r;
 
-    if (!strcmp(mode, "off"))
+    if (!strcmp(preallocation, "off"))
+        return resize_file(fd, 0, size_bytes, err);
+    if (!strcmp(preallocation, "falloc")) {
+        r = size_bytes > INT64_MAX ? -EINVAL : size_bytes ? io_fallocate(fd, 0, 0, size_bytes) : 0;
+        if (r < 0)
+            return error_set_errno(err, -r, "Could not preallocate new data");
+        allocate_first_block(fd, size_bytes);
         return 0;
-    if (!strcmp(mode, "falloc")) {
-        r = size_bytes ? io_fallocate(fd, 0, 0, size_bytes) : 0;
-        return r < 0 ? error_set_errno(err, -r, "Could not preallocate data") : 0;
     }
-    return error_set(err, ENOTSUP, "Unsupported preallocation mode '%s'", mode);
+    if (!strcmp(preallocation, "full")) {
+        r = resize_file(fd, 0, size_bytes, err);
+        return r < 0 ? r : write_out_zeroes(fd, size_bytes, err);
+    }
+    return error_set(err, ENOTSUP, "Unsupported preallocation mode: %s", preallocation);
 }
 
 /* Nobody else may be using the file; nobody may resize it before we have. */
 static int make_file(int fd, struct json_object *options, struct error *err)
 {
-    uint64_t size = json_get_uint(options, "size", 0);
     int r = file_locks_take(fd, PERM_WRITE | PERM_RESIZE, PERM_ALL & ~PERM_RESIZE, err);
 
     if (r < 0)
         return r;
     r = io_ftruncate(fd, 0);
-    if (r == 0 && json_get_bool(options, "nocow", false)) {
+    if (r < 0)
+        return error_set_errno(err, -r, "Could not resize file");
+    if (json_get_bool(options, "nocow", false)) {
         int attributes;
         if (io_ioctl(fd, FS_IOC_GETFLAGS, &attributes) == 0) {
             attributes |= FS_NOCOW_FL;
             (void)io_ioctl(fd, FS_IOC_SETFLAGS, &attributes); /* only faster */
         }
     }
-    if (r == 0)
-        r = resize_file(fd, 0, size);
+    r = make_size(fd, json_get_string(options, "preallocation", "off"),
+                  json_get_uint(options, "size", 0), err);
     if (r < 0)
-        return error_set_errno(err, -r, "Failed to resize file");
-    return preallocate(fd, json_get_string(options, "preallocation", "off"), size, err);
+        (void)!io_ftruncate(fd, 0);
+    return r;
 }
 
 static int file_create(struct graph *g, struct json_object *options, struct error *err)
@@ -620,8 +654,6 @@ static int file_create(struct graph *g, struct json_object *options, struct erro
     (void)g;
     if (json_get_uint(options, "extent-size-hint", 0) > UINT32_MAX)
         return error_set(err, EINVAL, "Extent size hint is too large");
-    if (json_get_uint(options, "size", 0) > SIZE_BYTES_MAX)
-        return error_set_errno(err, EFBIG, "Failed to resize file");
     r = open_path(path, O_RDWR | O_CREAT, 0644, &fd, err);
     if (r < 0)
         return r;

@@ -153,7 +153,7 @@ int json_filename_parse(const char *filename, struct json_object **ret, struct e
 /* ---- the name of a tree ---- */
 
 /* The hash by which QEMU's dictionaries order their members. */
-static unsigned member_bucket(const char *key)
+unsigned json_qemu_order(const char *key)
 {
     size_t n = strlen(key);
     uint32_t v = 0x238F13AFu * (uint32_t)n;
@@ -183,7 +183,7 @@ static void print_json(struct buffer *out, struct json_object *v)
         struct member *members = xcalloc(capacity + 1, sizeof *members);
 
         json_object_object_foreach(v, key, value) members[n++] =
-            (struct member){key, value, member_bucket(key)};
+            (struct member){key, value, json_qemu_order(key)};
         qsort(members, n, sizeof *members, compare_members);
         (void)buffer_append(out, "{", 1);
         for (size_t i = 0; i < n; i++) {

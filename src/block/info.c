@@ -29,8 +29,7 @@ static void add_dirty_flag(struct node *n, struct json_object *info)
     struct json_object *below, *flag;
 
     if (json_has(info, "dirty-flag") || !n->file ||
-        !(n->file->role & ROLE_PRIMARY && n->file->role & (ROLE_FILTERED | ROLE_DATA)) ||
-        (n->file->role & ROLE_METADATA))
+        !(n->driver->is_filter || n->driver == &driver_raw))
         return;
     below = json_object_new_object();
     if (n->file->node->driver->image_info)

@@ -111,6 +111,7 @@ void json_unflatten(struct json_object *obj);
 struct json_object *node_full_options(struct node *n);
 /* As QEMU writes it: ", " and ": ", members in the order of its hash table. */
 char *json_as_qemu(struct json_object *obj);
+unsigned json_qemu_order(const char *key);
 
 /* ---- request.c ---- */
 struct node *request_enter(struct edge *e);

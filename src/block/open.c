@@ -110,6 +110,16 @@ static int check_unknown_options(const struct node *n, struct json_object *optio
     return 0;
 }
 
+int option_check_size(struct json_object *options, const char *name, struct error *err)
+{
+    struct json_object *v = json_get(options, name);
+
+    if (v && json_object_is_type(v, json_type_int) && json_object_get_int64(v) < 0)
+        return error_set(err, EINVAL, "Parameter '%s' expects a non-negative number below 2^64",
+                         name);
+    return 0;
+}
+
 int node_apply_auto_read_only(struct node *n, const char *text, struct error *err)
 {
     if (n->read_only)

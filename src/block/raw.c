@@ -17,6 +17,9 @@ static int raw_apply(struct raw_state *s, struct json_object *options, uint64_t 
     bool has_size = json_has(options, "size");
     uint64_t size = json_get_uint(options, "size", 0);
 
+    if (option_check_size(options, "offset", err) < 0 ||
+        option_check_size(options, "size", err) < 0)
+        return -EINVAL;
     if (offset > file_size)
         return error_set(err, EINVAL,
                          "Offset (%llu) cannot be greater than size of the containing file (%lld)",

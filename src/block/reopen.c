@@ -154,31 +154,54 @@ static bool is_listed(const char *const *names, const char *name)
 static const char *const always_reset[] = {"node-name",      "discard",       "cache", "read-only",
                                            "auto-read-only", "detect-zeroes", NULL};
 
+/* Of several options that are wrong, the one that QEMU names: the first of its hash table. */
+static void note_first(const char *key, char **first)
+{
+    if (*first && json_qemu_order(*first) <= json_qemu_order(key))
+        return;
+    free(*first);
+    *first = xstrdup(key);
+}
+
 static int check_resets(const struct entry *en, struct error *err)
 {
     CLEANUP(json_putp) struct json_object *own = own_options(en->n);
+    CLEANUP(memory_freep) char *first = NULL;
 
     json_object_object_foreach(own, key, value)
     {
         (void)value;
         if (!json_object_object_get_ex(en->options, key, NULL) && !is_listed(always_reset, key) &&
             !is_listed(en->n->driver->mutable_options, key) && strcmp(key, "backing"))
-            return error_set(err, EINVAL, "Option '%s' cannot be reset to its default value", key);
+            note_first(key, &first);
     }
-    return 0;
+    return first ? error_set(err, EINVAL, "Option '%s' cannot be reset to its default value", first)
+                 : 0;
+}
+
+/* Options for a child that is not ours to change. */
+static void note_members(const char *child, struct json_object *options, char **first)
+{
+    json_object_object_foreach(options, key, value)
+    {
+        (void)value;
+        CLEANUP(memory_freep) char *dotted = xasprintf("%s.%s", child, key);
+        note_first(dotted, first);
+    }
 }
 
 static int check_unchanged(const struct entry *en, struct error *err)
 {
+    CLEANUP(memory_freep) char *first = NULL;
     struct node *n = en->n;
 
     json_object_object_foreach(en->options, key, value)
     {
         struct json_object *old = json_get(n->options, key);
+        bool object = json_object_is_type(value, json_type_object);
         const struct edge *e;
 
-        if (!strcmp(key, "backing") || !strcmp(key, "file") ||
-            (is_listed(always_reset, key) && strcmp(key, "node-name")) ||
+        if ((is_listed(always_reset, key) && strcmp(key, "node-name")) ||
             is_listed(n->driver->mutable_options, key))
             continue;
         if (!strcmp(key, "node-name") && json_object_is_type(value, json_type_string) &&
@@ -187,14 +210,19 @@ static int check_unchanged(const struct entry *en, struct error *err)
         TAILQ_FOREACH (e, &n->children, in_children)
             if (!strcmp(e->name, key))
                 break;
-        if (e && (json_object_is_type(value, json_type_object) ||
-                  (json_object_is_type(value, json_type_string) &&
-                   !strcmp(json_object_get_string(value), e->node->name))))
+        if (object && (e || !strcmp(key, "backing") || !strcmp(key, "file"))) {
+            if (!e || e->node->inherits_from != n)
+                note_members(key, value, &first);
+            continue;
+        }
+        if (!strcmp(key, "backing") || !strcmp(key, "file") ||
+            (e && json_object_is_type(value, json_type_string) &&
+             !strcmp(json_object_get_string(value), e->node->name)))
             continue;
         if (!old || !json_object_equal(old, value))
-            return error_set(err, EINVAL, "Cannot change the option '%s'", key);
+            note_first(key, &first);
     }
-    return 0;
+    return first ? error_set(err, EINVAL, "Cannot change the option '%s'", first) : 0;
 }
 
 /* Does the option KEY lead the child elsewhere? */

@@ -610,7 +610,9 @@ int edge_truncate(struct edge *e, uint64_t size_bytes, bool exact, struct error 
     struct node *n = request_enter(e);
     int result;
 
-    if (size_bytes > SIZE_BYTES_MAX) {
+    if (size_bytes > INT64_MAX) {
+        result = error_set(err, EINVAL, "Image size cannot be negative");
+    } else if (size_bytes > SIZE_BYTES_MAX) {
         result = error_set(err, EINVAL, "offset(%lld) exceeds maximum(%llu)", (long long)size_bytes,
                            (unsigned long long)SIZE_BYTES_MAX);
     } else if (n->read_only) {

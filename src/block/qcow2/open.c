@@ -53,6 +53,10 @@ static int parse_caches(const struct qcow2 *q, struct json_object *o, struct opt
     uint64_t needed = align_up(clusters_of(q, q->header.size_bytes) * 8, q->cluster_size);
     uint64_t l2_max = json_get_uint(o, "l2-cache-size", L2_CACHE_MAX_BYTES);
 
+    if (option_check_size(o, "cache-size", err) < 0 ||
+        option_check_size(o, "l2-cache-size", err) < 0 ||
+        option_check_size(o, "refcount-cache-size", err) < 0)
+        return -EINVAL;
     ret->refcount_cache_bytes = json_get_uint(o, "refcount-cache-size", REFCOUNT_CACHE_BYTES);
     ret->l2_cache_bytes = min_u64(l2_max, needed);
     if (both) {
