@@ -395,9 +395,12 @@ class Recorder:
         if self.dry:
             return self._record(command, arguments, None)
         def run():
-            if isinstance(arguments, dict):
-                for key in ("job-id", "id", "device"):      # what is waited for now comes after this
-                    self._forget(arguments.get(key))
+            if isinstance(arguments, dict) and isinstance(arguments.get("actions", []), list):
+                # What is waited for now comes after this.
+                for data in [arguments, *(a.get("data") for a in arguments.get("actions") or []
+                                          if isinstance(a, dict))]:
+                    for key in ("job-id", "id", "device"):
+                        self._forget(data.get(key) if isinstance(data, dict) else None)
             return self.daemon.qmp.call(command, self._subst(arguments), oob=oob)
         result = self._guard(run)
         result.pop("id", None)

@@ -24,7 +24,7 @@ def backup_arguments(t):
             ("bitmap", (1, None, "", "nosuch")),
             ("bitmap-mode", (1, "", "nosuch", "on-success", "never", "always")),
             ("compress", ("yes", 1, None)),
-            ("on-source-error", ("", "nosuch", 1, "auto")),
+            ("on-source-error", ("", "nosuch", 1)),
             ("on-target-error", ("", "nosuch", None)),
             ("auto-finalize", ("no", 0)),
             ("auto-dismiss", ("no", 1)),
@@ -159,7 +159,8 @@ def backup_filter_named(t):
 @sequence(disk("a"), disk("t"))
 def backup_values_taken(t):
     """Good values of every argument, seen in query-block-jobs while the job is pending."""
-    for more in ({"speed": 0}, {"speed": (1 << 63) - 1}, {"on-source-error": "report"},
+    for more in ({"speed": 0}, {"speed": (1 << 63) - 1}, {"on-source-error": "auto"},
+                 {"on-target-error": "auto"}, {"on-source-error": "report"},
                  {"on-source-error": "ignore"}, {"on-source-error": "enospc"},
                  {"on-source-error": "stop"}, {"on-target-error": "report"},
                  {"on-target-error": "ignore"}, {"on-target-error": "enospc"},
