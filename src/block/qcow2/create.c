@@ -4,6 +4,7 @@
  *
  * All counts are known beforehand, so nothing is opened and nothing grows. The header, which makes
  * an image of it, is written last, after a flush of everything that it names. */
+#include "block/internal.h"
 #include "block/qcow2/qcow2.h"
 
 #include <stdio.h>
@@ -102,11 +103,12 @@ static int check_options(struct json_object *o, struct plan *p, struct error *er
     if (json_has(o, "encrypt"))
         return error_set(err, ENOTSUP, "qcow2: encryption is not supported");
 
-    if (p->header.size_bytes > ((uint64_t)INT64_MAX & ~(uint64_t)(SECTOR - 1)))
-        return error_set(err, EINVAL,
-                         "Could not resize image: Required too big image size, it must be not "
-                         "greater than %llu",
-                         (unsigned long long)INT64_MAX & ~(unsigned long long)(SECTOR - 1));
+    if (p->header.size_bytes > INT64_MAX)
+        return error_set(err, EINVAL, "Could not resize image: Image size cannot be negative");
+    if (p->header.size_bytes > SIZE_BYTES_MAX)
+        return error_set(err, EINVAL, "Could not resize image: offset(%llu) exceeds maximum(%llu)",
+                         (unsigned long long)p->header.size_bytes,
+                         (unsigned long long)SIZE_BYTES_MAX);
     if (backing) {
         p->header.backing_file = xstrdup(backing);
         p->header.backing_format = format ? xstrdup(format) : NULL;
