@@ -128,13 +128,25 @@ static void backup_progress(struct job *j, uint64_t *done, uint64_t *total)
 
 /* ---- the end ---- */
 
+/* The name of a file that we have made is in a directory, which has a cache, too. */
+static void flush_directory(struct backup *b)
+{
+    const char *path = b->made;
+    if (strncmp(path, "json:", 5) == 0)
+        return; /* not a plain path: its driver's business */
+    if (strncmp(path, "file:", 5) == 0)
+        path += 5;
+    if (io_sync_dir_of(path) < 0)
+        log_warning("job '%s': the directory of '%s' cannot be flushed", b->job.id, path);
+}
+
 static int flush_both(struct backup *b)
 {
     if (b->flush_failed)
         return -EIO;
     int r = cbw_flush_target(b->filter);
-    if (r == 0 && b->made && io_sync_dir_of(b->made) < 0)
-        log_warning("job '%s': the directory of '%s' cannot be flushed", b->job.id, b->made);
+    if (r == 0 && b->made)
+        flush_directory(b);
     if (r == 0 && b->bitmap)
         r = cbw_flush_source(b->filter);
     if (r < 0)
