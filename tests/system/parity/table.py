@@ -445,13 +445,13 @@ class Recorder:
         self._record("broken", text, self._guard(run))
         return None
 
-    def wait(self, event, **data):
+    def wait(self, event, patience=None, **data):
         """Waits for an event whose data has these members; they are its request."""
         if self.dry:
             return self._record(f"wait-{event}", data, None)
 
         def run():
-            found = self.daemon.qmp.wait_event(event, **data)
+            found = self.daemon.qmp.wait_event(event, patience, **data)
             self._forget(normal.subject(found), before=found)
             return {"came": found["data"]}
         self._record(f"wait-{event}", data, self._guard(run))
@@ -465,8 +465,8 @@ class Recorder:
         old = {id(e) for e in qmp.history[:at] if normal.subject(e) == subject}
         qmp.events[:] = [e for e in qmp.events if id(e) not in old]
 
-    def wait_job(self, job, status="concluded"):
-        self.wait("JOB_STATUS_CHANGE", id=job, status=status)
+    def wait_job(self, job, status="concluded", patience=None):
+        self.wait("JOB_STATUS_CHANGE", patience, id=job, status=status)
 
     def backup(self, job="j", device="a", target="t", sync="full", end="null", **named):
         """A blockdev-backup that is waited for."""

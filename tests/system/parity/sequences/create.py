@@ -96,6 +96,8 @@ def create_qcow2_later(t):
     for job, more in (("c1", {"data-file-raw": True}), ("c2", {"data-file": "nosuch"}),
                       ("c3", {"extended-l2": True}), ("c4", {"encrypt": {"format": "nosuch"}})):
         t(CREATE, job_id=job, options={**go, **more})
+        if job != "c4":
+            t.wait_job(job, patience=1)     # one of us has no such job
 
 
 @sequence(image("f", "raw", size="0"),
