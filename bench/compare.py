@@ -149,15 +149,19 @@ def main():
     args = parser.parse_args()
 
     with temp_dir(prefix="tidemark-bench-") as tmp:
-        sides = [Side("tidemarkd", find_tidemarkd(), tmp), Side("qemu", QSD, tmp)]
-        values = {(name, side.name): [] for name, *_ in MEASUREMENTS for side in sides}
-        for number in range(args.rounds):
-            print(f"round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
-            for name, _, _, measure in MEASUREMENTS:
-                for side in sides if number % 2 == 0 else sides[::-1]:
-                    values[name, side.name].append(measure(side))
-        for side in sides:
-            side.daemon.kill()
+        sides = []
+        try:
+            for name, binary in (("tidemarkd", find_tidemarkd()), ("qemu", QSD)):
+                sides.append(Side(name, binary, tmp))
+            values = {(name, side.name): [] for name, *_ in MEASUREMENTS for side in sides}
+            for number in range(args.rounds):
+                print(f"round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
+                for name, _, _, measure in MEASUREMENTS:
+                    for side in sides if number % 2 == 0 else sides[::-1]:
+                        values[name, side.name].append(measure(side))
+        finally:
+            for side in sides:
+                side.daemon.kill()
 
     print(f"{'':32} {'tidemarkd':>18} {'qemu-storage-daemon':>20}            ratio")
     for name, unit, scale, _ in MEASUREMENTS:
