@@ -238,7 +238,7 @@ int qcow2_bitmaps_check(struct node *n, struct qcow2_bitmap_list *l)
     for (size_t i = 0; r == 0 && i < l->n; i++)
         if (!l->items[i].unfit)
             r = check_one(q, &l->items[i], i, &claims);
-    if (r == 0) {
+    if (r == 0 && claims.n) {
         qsort(claims.items, claims.n, sizeof *claims.items, by_offset);
         for (size_t i = 1; i < claims.n; i++) {
             const struct claim *a = &claims.items[i - 1], *b = &claims.items[i];
