@@ -362,6 +362,53 @@ TEST(internal_snapshots_stay_as_they_were)
     unlink(out);
 }
 
+/* ---- new images ---- */
+
+TEST(new_images_are_sound_at_every_size)
+{
+    add_drivers(g);
+    static const uint64_t sizes[] = {0, 512, 65536 - 512, 65536, 3 * MiB + 1024, 8 * GiB, 9 * TiB};
+    static const char *const preallocations[] = {"off", "metadata", "falloc", "full"};
+    uint8_t buf[512];
+    memset(buf, 0x33, sizeof buf);
+    for (unsigned bits = 9; bits <= 21; bits += 3)
+        for (size_t i = 0; i < ARRAY_SIZE(sizes); i++)
+            for (size_t p = 0; p < ARRAY_SIZE(preallocations); p++) {
+                struct error err = ERROR_INIT;
+                char more[128];
+                bool too_big = sizes[i] > (uint64_t)(QCOW2_MAX_L1_BYTES / 8) << (2 * bits - 3);
+                if (p && sizes[i] > 4 * MiB)
+                    continue;
+                memdisk_reset(0);
+                snprintf(more, sizeof more, ",'cluster-size':%u,'preallocation':'%s'", 1u << bits,
+                         preallocations[p]);
+                int r = try_create(g, 0, sizes[i], more, &err);
+                if (too_big) {
+                    CHECK(r == -EFBIG);
+                    CHECK_TEXT(err, "Could not resize image: Failed to grow the L1 table: "
+                                    "File too large");
+                    continue;
+                }
+                CHECK_OK(r, err);
+                struct test_user u;
+                struct node *n = open_image(g, 0, "");
+                struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+                CHECK(node_size(n) == sizes[i]);
+                CHECK(!disk_damage(&memdisks[0]));
+                if (sizes[i]) {
+                    struct block_status st;
+                    CHECK(edge_status_above(e, NULL, true, range_make(0, 512), &st) == 0);
+                    CHECK(!!(st.flags & STATUS_ALLOCATED) == (p > 0));
+                    CHECK(edge_write(e, range_make(sizes[i] - 512, 512), buf, 0) == 0);
+                }
+                edge_detach(e);
+                node_unref(n);
+                CHECK(!disk_damage(&memdisks[0]));
+                if (bits % 2)
+                    check_disk(&memdisks[0], false);
+            }
+}
+
 /* ---- a cluster in use is not given away ---- */
 
 struct one_write {
@@ -571,6 +618,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(parallel_writers_of_one_cluster_keep_each_others_data),
     cmocka_unit_test(compressed_clusters_are_read_and_written_over),
     cmocka_unit_test(internal_snapshots_stay_as_they_were),
+    cmocka_unit_test(new_images_are_sound_at_every_size),
     cmocka_unit_test(a_cluster_with_a_write_in_flight_is_not_given_away),
     cmocka_unit_test(a_failed_write_or_flush_leaves_the_image_sound),
     cmocka_unit_test(an_image_with_wrong_refcounts_and_the_dirty_bit_is_repaired),
