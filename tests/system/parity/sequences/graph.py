@@ -530,3 +530,21 @@ def throttle_groups_and_objects(t):
     t("object-del", id="i")
     t("object-del", id="s")
     t("object-del", id=1)
+
+
+@sequence(disk("a"), "--nbd-server", "addr.type=unix,addr.path=$DIR/nbd.sock")
+def iothreads(t):
+    """An export in an iothread: the object is in use as long as the export."""
+    t("object-add", qom_type="iothread", id="io")
+    t("block-export-add", type="nbd", id="e", node_name="a", iothread="io")
+    t("block-export-add", type="nbd", id="f", node_name="a", name="f", iothread="nosuch")
+    t("query-block-exports")
+    t("object-del", id="io")
+    t("block-export-del", id="e")
+    t.wait("BLOCK_EXPORT_DELETED", id="e")
+    t("object-del", id="io")
+    t("object-add", qom_type="iothread", id="io2", poll_max_ns=1 << 20, poll_grow=2, poll_shrink=2, aio_max_batch=8)
+    t("object-add", qom_type="iothread", id="io3", poll_max_ns=-1)
+    t("object-add", qom_type="iothread", id="io3", poll_grow="x")
+    t("object-add", qom_type="iothread", id="io3", aio_max_batch=1 << 63)
+    t("object-del", id="io2")
