@@ -539,7 +539,6 @@ def iothreads(t):
     t("block-export-add", type="nbd", id="e", node_name="a", iothread="io")
     t("block-export-add", type="nbd", id="f", node_name="a", name="f", iothread="nosuch")
     t("query-block-exports")
-    t("object-del", id="io")
     t("block-export-del", id="e")
     t.wait("BLOCK_EXPORT_DELETED", id="e")
     t("object-del", id="io")

@@ -76,4 +76,4 @@ def images_later(t):
                               check=False).returncode
     t.tool("make-snapshot", snapshot)
     t("blockdev-add", driver="qcow2", node_name="n", file={"driver": "file", "filename": "$DIR/x.qcow2"})
-    t.nodes()
+    t("query-named-block-nodes", flat=True, mask=["*date*"])
