@@ -10,10 +10,10 @@
 
 #include "block/internal.h"
 
+#include "base/id.h"
 #include "base/log.h"
 #include "rt/clock.h"
 
-#include <ctype.h>
 #include <stdio.h>
 
 /* ---- pointers by key, of a node or of the graph ---- */
@@ -169,18 +169,6 @@ struct node *graph_next(struct node *n)
     return TAILQ_NEXT(n, in_graph);
 }
 
-/* A letter, then letters, digits, '-', '.', '_'. Made names begin with '#', so that no user's
- * name can be one of them. */
-static bool name_is_wellformed(const char *name)
-{
-    if (!isascii((unsigned char)name[0]) || !isalpha((unsigned char)name[0]))
-        return false;
-    for (const char *p = name + 1; *p; p++)
-        if (!isascii((unsigned char)*p) || (!isalnum((unsigned char)*p) && !strchr("-._", *p)))
-            return false;
-    return true;
-}
-
 int node_assign_name(struct node *n, const char *name, struct error *err)
 {
     struct graph *g = n->graph;
@@ -195,7 +183,7 @@ int node_assign_name(struct node *n, const char *name, struct error *err)
                      random % 100);
         } while (graph_find(g, made));
         name = made;
-    } else if (!name_is_wellformed(name)) {
+    } else if (!id_well_formed(name)) {
         return error_set(err, EINVAL, "Invalid node-name: '%s'", name);
     }
     if (graph_find(g, name))

@@ -1,11 +1,11 @@
 /* Character devices, and the monitors on them. See chardev.h. */
 #include "daemon/chardev.h"
 
+#include "base/id.h"
 #include "base/log.h"
 #include "rt/clock.h"
 #include "rt/socket.h"
 
-#include <ctype.h>
 #include <stdio.h>
 
 enum kind { CHARDEV_NULL, CHARDEV_STDIO, CHARDEV_SERVER, CHARDEV_CLIENT };
@@ -123,16 +123,6 @@ static const char *next_option(const char *p, const char *implied, char **name, 
     return *p == ',' ? p + 1 : p;
 }
 
-static bool well_formed(const char *id)
-{
-    if (!isalpha((unsigned char)*id))
-        return false;
-    for (; *id; id++)
-        if (!isalnum((unsigned char)*id) && !strchr("-._", *id))
-            return false;
-    return true;
-}
-
 static int check_bool(const char *name, const char *value, struct error *err)
 {
     static const char *const words[] = {"on", "yes", "true", "y", "off", "no", "false", "n"};
@@ -168,7 +158,7 @@ static int parse(struct chardevs *all, const char *text, bool *help, struct json
             bool is_id = !strcmp(name, "id");
             if (pass == 0 && is_id && !json_has(options, "id")) {
                 json_add_string(options, "id", value);
-                if (!well_formed(value))
+                if (!id_well_formed(value))
                     return error_set(err, EINVAL, "Parameter 'id' expects an identifier");
             }
             if (pass == 0 || is_id)

@@ -6,6 +6,7 @@
  * group is being concluded it says so (`concluding`) and verbs wait. */
 #include "job/driver.h"
 
+#include "base/id.h"
 #include "base/log.h"
 #include "rt/task.h"
 
@@ -180,18 +181,6 @@ bool job_settling(const struct job *j)
 }
 
 /* ---- making and unmaking ---- */
-
-static bool id_well_formed(const char *id)
-{
-    if (!((id[0] >= 'a' && id[0] <= 'z') || (id[0] >= 'A' && id[0] <= 'Z')))
-        return false;
-    for (; *id; id++) {
-        bool letter = (*id >= 'a' && *id <= 'z') || (*id >= 'A' && *id <= 'Z');
-        if (!letter && !(*id >= '0' && *id <= '9') && !strchr("-._", *id))
-            return false;
-    }
-    return true;
-}
 
 static char *describe_user(struct user *u)
 {

@@ -5,10 +5,9 @@
  *               go in a task of their own (closing may wait) ---> BLOCK_EXPORT_DELETED
  *
  * The texts are QEMU 7.2's. */
+#include "base/id.h"
 #include "block/driver.h"
 #include "nbd/internal.h"
-
-#include <ctype.h>
 
 struct exports *exports_new(struct graph *g)
 {
@@ -97,17 +96,6 @@ static char *describe(struct user *u)
 }
 
 static const struct user_ops export_user_ops = {.describe = describe};
-
-/* QEMU's rule for ids (id_wellformed). */
-static bool well_formed(const char *id)
-{
-    if (!isalpha((unsigned char)*id))
-        return false;
-    for (; *id; id++)
-        if (!isalnum((unsigned char)*id) && !strchr("-._", *id))
-            return false;
-    return true;
-}
 
 static void export_free(struct export *e)
 {
@@ -227,7 +215,7 @@ int export_add(struct exports *x, struct json_object *options, struct error *err
     const char *type = json_get_string(options, "type", "");
     bool writable = json_get_bool(options, "writable", false);
 
-    if (!well_formed(id))
+    if (!id_well_formed(id))
         return error_set(err, EINVAL, "Invalid block export id");
     if (find_id(x, id))
         return error_set(err, EEXIST, "Block export id '%s' is already in use", id);

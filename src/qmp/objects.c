@@ -1,9 +1,9 @@
 /* Objects are their options; each kind is checked here as QEMU checks it when it is made. */
 #include "qmp/objects.h"
 
+#include "base/id.h"
 #include "rt/io.h"
 
-#include <ctype.h>
 #include <fcntl.h>
 
 struct object {
@@ -57,15 +57,6 @@ struct json_object *objects_find(struct objects *o, const char *id, const char *
     return one->options;
 }
 
-static bool well_formed(const char *id)
-{
-    if (!isalpha((unsigned char)*id))
-        return false;
-    while (*id && (isalnum((unsigned char)*id) || strchr("-._", *id)))
-        id++;
-    return !*id;
-}
-
 /* An iothread's numbers are kept for its type's sake: our loop is not tuned by them. */
 static int check_iothread(struct json_object *options, struct error *err)
 {
@@ -116,7 +107,7 @@ int objects_add(struct objects *o, struct json_object *options, struct error *er
     const char *type = json_get_string(options, "qom-type", "");
     int r = 0;
 
-    if (!well_formed(id))
+    if (!id_well_formed(id))
         return error_set(err, EINVAL, "Parameter 'id' expects an identifier");
     if (!strcmp(type, "iothread"))
         r = check_iothread(options, err);
