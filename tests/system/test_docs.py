@@ -21,7 +21,7 @@ class Session:
     def __init__(self, binary, tmp):
         self.tmp = tmp
         (tmp / "bin").mkdir()
-        (tmp / "bin" / "tidemarkd").symlink_to(binary)
+        (tmp / "bin" / "tidemarkd").symlink_to(os.path.abspath(binary))
         self.env = dict(os.environ, PATH=f"{tmp / 'bin'}:/usr/bin:/bin")
         self.daemon = None
         self.out = tmp / "terminal"
@@ -67,7 +67,8 @@ def test_the_first_session_of_the_readme(tidemarkd, tmp):
             if '"quit"' in block:
                 assert session.daemon.wait(30) == 0
     finally:
-        session.daemon.kill()
+        if session.daemon:
+            session.daemon.kill()
     events = [json.loads(line) for line in session.out.read_text().splitlines()
               if "BLOCK_JOB_COMPLETED" in line]
     assert [e["data"]["len"] >> 20 for e in events] == [1024, 1]
