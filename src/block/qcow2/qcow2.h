@@ -179,8 +179,9 @@ struct qcow2 {
     bool signaled_corruption;
     bool bitmaps_unsettled; /* which bitmap directory the disk's header names is not known */
     bool unusable;          /* a fatal corruption was found: every request ends with -ENOMEDIUM */
-    bool lazy_refcounts;    /* option; accepted, never needed */
-    uint64_t compressed_at; /* the compressed cluster in `compressed`; 0: none */
+    bool holes_known, has_holes; /* status.c */
+    bool lazy_refcounts;         /* option; accepted, never needed */
+    uint64_t compressed_at;      /* the compressed cluster in `compressed`; 0: none */
     uint8_t *compressed;
 };
 
@@ -280,7 +281,7 @@ struct range compressed_extent(const struct qcow2 *q, uint64_t entry);
 /* Of the whole image: an L2 entry that cannot be, reported as QEMU does; -EIO. */
 int map_check_entry(struct qcow2 *q, uint64_t entry, uint64_t l2_offset, uint32_t l2_index);
 
-/* ---- io.c, alloc.c, discard.c, resize.c, status: the driver's calls ---- */
+/* ---- io.c, alloc.c, discard.c, resize.c, status.c: the driver's calls ---- */
 
 int qcow2_read(struct node *n, struct range r, void *buf, unsigned flags);
 int qcow2_write(struct node *n, struct range r, const void *buf, unsigned flags);
