@@ -163,6 +163,7 @@ def transaction_drive_backup(t):
     """drive-backup as an action: the file is made; and it stays when the transaction fails."""
     go = {"job-id": "j", "device": "a", "target": "$DIR/n.qcow2", "sync": "full", "format": "qcow2"}
     t.tx(("drive-backup", go), ("abort", {}))
+    t.wait_job("j", "null")
     t("query-jobs")
     t.tx(("drive-backup", go))
     t.wait_job("j", "null")
