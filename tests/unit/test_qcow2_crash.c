@@ -230,8 +230,28 @@ static void start(struct guest *w, struct graph *g, const char *options, uint64_
     w->d->record = true;
 }
 
+enum between { NOTHING, SNAPSHOT, COMPRESSED };
+
+/* What qemu-img does with the image between two lives. */
+static void let_qemu_work(enum between what, uint64_t cluster)
+{
+    if (what == NOTHING || !have_qemu_img())
+        return;
+    const char *img = scratch_path("between"), *out = scratch_path("compressed");
+    dump_disk(&memdisks[0], img);
+    if (what == SNAPSHOT) {
+        CHECK(run("qemu-img snapshot -c kept %s", img) == 0);
+    } else {
+        CHECK(run("qemu-img convert -c -f qcow2 -O qcow2 -o cluster_size=%llu %s %s",
+                  (unsigned long long)cluster, img, out) == 0);
+        CHECK(rename(out, img) == 0);
+    }
+    load_disk(0, img);
+    unlink(img);
+}
+
 static void power_cuts(struct graph *g, unsigned bits, bool backing, bool parallel,
-                       const char *caches)
+                       const char *caches, enum between between)
 {
     char more[256], options[512];
     struct guest w;
@@ -254,6 +274,8 @@ static void power_cuts(struct graph *g, unsigned bits, bool backing, bool parall
 
     /* Two lives of one image: the second finds holes and freed clusters. */
     for (int life = 0; life < 2; life++) {
+        if (life)
+            let_qemu_work(between, cluster);
         start(&w, g, options, cluster, &n, &u, &memdisks[3]);
         if (parallel) {
             struct striped guests[GUESTS];
@@ -281,20 +303,80 @@ TEST(a_power_cut_leaves_leaks_at_most)
 {
     graph_add_driver(g, &driver_memdisk);
     for (unsigned bits = 9; bits <= 17; bits += 2) {
-        power_cuts(g, bits, false, false, "");
-        power_cuts(g, bits, true, false, "");
+        power_cuts(g, bits, false, false, "", NOTHING);
+        power_cuts(g, bits, true, false, "", NOTHING);
     }
-    power_cuts(g, 19, true, false, ""); /* space is taken ahead */
-    power_cuts(g, 9, true, false, ",'l2-cache-size':1,'refcount-cache-size':1");
-    power_cuts(g, 12, true, false, ",'l2-cache-size':1,'refcount-cache-size':1");
+    power_cuts(g, 19, true, false, "", NOTHING); /* space is taken ahead */
+    power_cuts(g, 9, true, false, ",'l2-cache-size':1,'refcount-cache-size':1", NOTHING);
+    power_cuts(g, 12, true, false, ",'l2-cache-size':1,'refcount-cache-size':1", NOTHING);
 }
 
 TEST(a_power_cut_among_parallel_writers_leaves_leaks_at_most)
 {
     graph_add_driver(g, &driver_memdisk);
-    power_cuts(g, 9, false, true, ",'l2-cache-size':1,'refcount-cache-size':1");
-    power_cuts(g, 12, true, true, "");
-    power_cuts(g, 14, false, true, "");
+    power_cuts(g, 9, false, true, ",'l2-cache-size':1,'refcount-cache-size':1", NOTHING);
+    power_cuts(g, 12, true, true, "", NOTHING);
+    power_cuts(g, 14, false, true, "", NOTHING);
+}
+
+TEST(a_power_cut_with_shared_and_compressed_clusters_leaves_leaks_at_most)
+{
+    graph_add_driver(g, &driver_memdisk);
+    power_cuts(g, 9, false, false, "", SNAPSHOT);
+    power_cuts(g, 12, false, true, "", SNAPSHOT);
+    power_cuts(g, 16, false, false, "", SNAPSHOT);
+    power_cuts(g, 9, false, false, "", COMPRESSED);
+    power_cuts(g, 12, false, true, "", COMPRESSED);
+    power_cuts(g, 16, false, false, "", COMPRESSED);
+}
+
+/* With clusters of 512 bytes a cluster of the table is full at 8 MiB. */
+TEST(a_power_cut_while_the_refcount_table_grows_leaves_leaks_at_most)
+{
+    graph_add_driver(g, &driver_memdisk);
+    struct guest w;
+    struct test_user u;
+    struct node *n;
+    struct rng rng = {test_seed()};
+    enum { SIZE = 24 << 20, CHUNK = 96 << 10 };
+    for (unsigned i = 0; i < 4; i++)
+        memdisk_reset(i);
+    create_ok(g, 0, SIZE, ",'cluster-size':512");
+    start(&w, g, "", 512, &n, &u, &memdisks[3]);
+    w.d->yield = false;
+    uint8_t *buf = malloc(CHUNK);
+    memset(buf, 0x5a, CHUNK);
+    for (uint64_t at = 0; at < SIZE; at += CHUNK) {
+        CHECK(edge_write(w.e, range_make(at, CHUNK), buf, 0) == 0);
+        if (rng_below(&rng, 40) == 0)
+            CHECK(edge_flush(w.e) == 0);
+    }
+    free(buf);
+    edge_detach(w.e);
+    node_unref(n);
+    w.d->record = false;
+    CHECK(entry_load(w.d->bytes + 48, 0) > 8 * MiB); /* it has moved */
+    check_disk(w.d, false);
+    struct memdisk *now = &memdisks[2];
+    size_t headers = 0;
+    for (size_t i = 0; i < w.d->n_log; i++) {
+        const struct mem_op *op = &w.d->log[i];
+        if (op->kind != MEM_WRITE || op->offset)
+            continue;
+        headers++; /* the header has been written: around it, at each step */
+        for (size_t at = i > 30 ? i - 30 : 0; at < i + 30 && at < w.d->n_log; at += 3) {
+            cut(&memdisks[3], w.d, at, &rng, now);
+            const char *damage = disk_damage(now);
+            if (damage) {
+                fprintf(stderr, "cut at %zu, the header at %zu: %s\n", at, i, damage);
+                abort();
+            }
+        }
+        cut(&memdisks[3], w.d, i + 1, &rng, now);
+        check_disk(now, true);
+    }
+    CHECK(headers >= 1);
+    guest_fini(&w);
 }
 
 /* Resizing: the structure only; what is beyond a shrunk end comes and goes. */
@@ -339,6 +421,8 @@ TEST(a_power_cut_while_resizing_leaves_leaks_at_most)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_power_cut_leaves_leaks_at_most),
     cmocka_unit_test(a_power_cut_among_parallel_writers_leaves_leaks_at_most),
+    cmocka_unit_test(a_power_cut_with_shared_and_compressed_clusters_leaves_leaks_at_most),
+    cmocka_unit_test(a_power_cut_while_the_refcount_table_grows_leaves_leaks_at_most),
     cmocka_unit_test(a_power_cut_while_resizing_leaves_leaks_at_most),
 };
 
