@@ -28,7 +28,8 @@
  * guest clusters in `allocations`, exclusively, and look again after they have got them;
  * reads and writes in place take nothing but a place in the epoch, so that step 5 can wait for
  * those that may still use a freed cluster. `alloc_lock` guards the search for free clusters,
- * `l1_lock` the making of an L2 table; both are held for metadata reads at most. */
+ * `l1_lock` the making of an L2 table; as a rule both are held for reads of metadata at most (a
+ * refcount table or an L1 table that grows is flushed under them). */
 #pragma once
 
 #include "base/buffer.h"
@@ -45,7 +46,6 @@
 #define ENTRY_ZERO ((uint64_t)1)
 #define ENTRY_OFFSET_MASK ((uint64_t)0x00fffffffffffe00)
 #define REFTABLE_OFFSET_MASK (~(uint64_t)0x1ff)
-#define L1_RESERVED_MASK ((uint64_t)0x7f000000000001ff)
 enum { REFCOUNT_MAX = 0xffff, ENTRIES_PER_SECTOR = 64, SECTOR = 512 };
 
 struct qcow2;
