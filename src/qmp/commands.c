@@ -71,7 +71,3 @@ const struct schema_event qmp_events[] = {
     {"BLOCK_EXPORT_DELETED", T(IdArg)},
     {0},
 };
-
-/* --nbd-server: as nbd-server-start, but with a flat address. Not a command of its own. */
-const struct schema_command qmp_nbd_server_option = {"nbd-server", T(NbdServerOptions), NONE,
-                                                     cmd_nbd_server_option};

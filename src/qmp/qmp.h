@@ -68,7 +68,6 @@ int qmp_execute(struct qmp *q, const struct schema_command *command, struct json
 
 extern const struct schema_command qmp_commands[];
 extern const struct schema_event qmp_events[];
-extern const struct schema_command qmp_nbd_server_option; /* for qmp_execute */
 const struct schema_command *qmp_command_find(const char *name);
 
 /* The text of an answer to REQUEST of MONITOR: dispatch.c. NULL: nothing to say. */
