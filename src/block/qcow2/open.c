@@ -33,6 +33,7 @@ struct options {
     uint64_t l2_cache_bytes, refcount_cache_bytes;
     uint32_t slice_bytes;
     bool pass_discard[FREE_OTHER + 1];
+    bool request_as_node;
     bool overlap_checks;
     bool lazy_refcounts;
 };
@@ -135,8 +136,8 @@ static int parse_options(const struct qcow2 *q, struct json_object *o, struct op
                          "compatibility level");
     ret->pass_discard[FREE_ALWAYS] = true;
     ret->pass_discard[FREE_NEVER] = false;
-    ret->pass_discard[FREE_REQUEST] =
-        json_get_bool(o, "pass-discard-request", q->node->discard_unmap);
+    ret->request_as_node = !json_has(o, "pass-discard-request");
+    ret->pass_discard[FREE_REQUEST] = json_get_bool(o, "pass-discard-request", false);
     ret->pass_discard[FREE_SNAPSHOT] = json_get_bool(o, "pass-discard-snapshot", true);
     ret->pass_discard[FREE_OTHER] = json_get_bool(o, "pass-discard-other", false);
     return parse_overlap(o, &ret->overlap_checks, err);
@@ -145,6 +146,7 @@ static int parse_options(const struct qcow2 *q, struct json_object *o, struct op
 static void apply_options(struct qcow2 *q, const struct options *o)
 {
     memcpy(q->pass_discard, o->pass_discard, sizeof q->pass_discard);
+    q->request_as_node = o->request_as_node;
     q->overlap_checks = o->overlap_checks;
     q->lazy_refcounts = o->lazy_refcounts;
 }

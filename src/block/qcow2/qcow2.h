@@ -175,6 +175,7 @@ struct qcow2 {
     uint64_t freed_clusters;
 
     bool pass_discard[FREE_OTHER + 1];
+    bool request_as_node; /* pass_discard[FREE_REQUEST] was not given: the node's discard= */
     bool overlap_checks;
     bool signaled_corruption;
     bool bitmaps_unsettled; /* which bitmap directory the disk's header names is not known */

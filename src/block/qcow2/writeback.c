@@ -226,19 +226,21 @@ void qcow2_free_later(struct qcow2 *q, uint64_t offset, uint64_t length, enum fr
 static void free_now(struct qcow2 *q, const struct freed *f)
 {
     uint64_t cluster = f->offset >> q->cluster_bits;
+    bool pass = f->type == FREE_REQUEST && q->request_as_node ? q->node->discard_unmap
+                                                              : q->pass_discard[f->type];
     for (uint64_t i = 0; i < f->clusters;) {
         /* Discard those whose last reference this is, while nobody can take them yet. */
         uint64_t run = 0;
         uint16_t count;
-        while (q->pass_discard[f->type] && i + run < f->clusters &&
-               refcount_get(q, cluster + i + run, &count) == 0 && count == 1)
+        while (pass && i + run < f->clusters && refcount_get(q, cluster + i + run, &count) == 0 &&
+               count == 1)
             run++;
         if (run) {
             struct range r = range_make((cluster + i) << q->cluster_bits, run << q->cluster_bits);
             int ignored = edge_discard(q->file, r); /* advice */
             (void)ignored;
         } else {
-            run = q->pass_discard[f->type] ? 1 : f->clusters;
+            run = pass ? 1 : f->clusters;
         }
         int r = refcount_add(q, cluster + i, run, -1);
         if (r < 0)
