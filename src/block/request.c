@@ -393,6 +393,8 @@ static int change(struct edge *e, enum change what, struct range r, const void *
     result =
         node_lock_range(n, &held, range_round_out(r, n->limits.request_alignment),
                         aligned && !(flags & REQ_SERIALISING) ? RANGE_SHARED : RANGE_EXCLUSIVE);
+    if (result == 0)
+        result = check_change(e, n, r, flags); /* the node may have shrunk meanwhile */
     if (result < 0)
         goto out;
     if (range_end(r) > n->size_bytes)
@@ -504,7 +506,8 @@ int node_flush(struct node *n)
             break;
         if (n->driver->flushes_primary_only && !(e->role & ROLE_PRIMARY))
             continue;
-        if (e->perm & (PERM_WRITE | PERM_WRITE_UNCHANGED))
+        /* Also one that nobody writes to any more: what was written may still be in its cache. */
+        if ((e->perm & (PERM_WRITE | PERM_WRITE_UNCHANGED)) || !e->node->read_only)
             result = edge_flush(e);
     }
     if (result == 0 && n->flushed_generation < generation)
@@ -594,6 +597,10 @@ static int truncate_alone(struct node *n, uint64_t size_bytes, bool exact, struc
         if (n->driver->measure_length)
             to = align_up(n->driver->measure_length(n), BLOCK_SECTOR);
         n->size_bytes = to;
+    } else if (to < from && result != -ENOTSUP && result != -EINVAL) {
+        /* Of what was to be cut off a part may be gone. */
+        TAILQ_FOREACH (o, &n->observers, link)
+            o->mark(o, range_between(to, from));
     }
     TAILQ_FOREACH (o, &n->observers, link)
         if (o->resized && (result == 0 || o->resizing))

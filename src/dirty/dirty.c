@@ -643,8 +643,11 @@ static void succeed(struct dirty_bitmap *bm, bool new_base)
     bm->bits = steal(s->bits);
     bm->enabled = s->enabled;
     bm->marked_since = true;
+    if (s->inconsistent)
+        dirty_set_inconsistent(bm);
     bm->peak_bytes = new_base ? s->peak_bytes : max_u64(bm->peak_bytes, s->peak_bytes);
-    bm->peak_before = 0;
+    if (new_base)
+        bm->peak_before = 0; /* else an undo of a clear in the same transaction comes yet */
     bm->busy = false;
     bm->successor = NULL;
     if (new_base) {

@@ -627,6 +627,81 @@ TEST(requests_are_counted_and_cheap)
     edge_detach(e);
 }
 
+/* A backup's source, whose guest has gone: a flush must still reach what he wrote, through nodes
+ * that need not be written to any more. */
+TEST(a_flush_reaches_what_was_written_by_one_who_has_gone)
+{
+    CLEANUP(node_unrefp)
+    struct node *n = open_ok(g, "{'driver':'fake','node-name':'disk','size':65536}");
+    CLEANUP(node_unrefp)
+    struct node *raw = open_ok(g, "{'driver':'raw','node-name':'top','file':'disk'}");
+    CLEANUP(node_unrefp)
+    struct node *filters =
+        open_ok(g, "{'driver':'fakefilter','file':{'driver':'fakefilter','file':'top'}}");
+    struct test_user u;
+    uint8_t buf[512] = {1};
+
+    struct edge *e = attach(&u, raw, PERM_WRITE, PERM_ALL);
+    CHECK(edge_write(e, range_make(0, 512), buf, 0) == 0);
+    edge_detach(e);
+    e = attach(&u, filters, PERM_CONSISTENT_READ, PERM_ALL);
+    CHECK(edge_flush(e) == 0 && fake_of(n)->flushes == 1);
+    CHECK(edge_flush(e) == 0 && fake_of(n)->flushes == 1);
+    edge_detach(e);
+}
+
+struct shrinking {
+    struct edge *write, *resize;
+    uint64_t at;
+    int result;
+    bool done;
+};
+
+static int shrink_to_half(void *arg)
+{
+    struct shrinking *s = arg;
+
+    CHECK(edge_truncate(s->resize, 32768, true, NULL) == 0);
+    return 0;
+}
+
+static int write_there(void *arg)
+{
+    struct shrinking *s = arg;
+    uint8_t buf[512] = {7};
+
+    s->result = edge_write(s->write, range_make(s->at, 512), buf, 0);
+    s->done = true;
+    return 0;
+}
+
+TEST(a_write_that_waits_for_a_shrink_does_not_grow_the_node)
+{
+    CLEANUP(node_unrefp)
+    struct node *n = open_ok(g, "{'driver':'fake','node-name':'disk','size':65536}");
+    struct test_user u, v;
+    struct edge *e = attach(&u, n, PERM_WRITE, PERM_ALL);
+    struct edge *resize = attach(&v, n, PERM_RESIZE, PERM_ALL);
+    struct shrinking first = {e, resize, 0}, last = {e, resize, 65024};
+    {
+        SCOPE(s);
+        fake_of(n)->hold_writes = true;
+        scope_spawn(&s, write_there, &first);
+        CHECK(task_yield() == 0);
+        scope_spawn(&s, shrink_to_half, &first);
+        CHECK(task_yield() == 0);
+        scope_spawn(&s, write_there, &last);
+        CHECK(task_yield() == 0);
+        CHECK(!last.done && fake_of(n)->held == 1);
+        fake_release(n);
+        CHECK(scope_join(&s) == 0);
+    }
+    CHECK(first.result == 0 && last.done && last.result == -EIO);
+    CHECK(n->size_bytes == 32768);
+    edge_detach(e);
+    edge_detach(resize);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(random_requests_agree_with_a_byte_array),
     cmocka_unit_test(unaligned_neighbours_do_not_lose_each_other),
@@ -637,6 +712,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_serialising_request_is_alone_on_its_range),
     cmocka_unit_test(observers_are_asked_all_before_any_marks_and_all_mark_before_the_data),
     cmocka_unit_test(a_flush_with_nothing_written_costs_nothing),
+    cmocka_unit_test(a_flush_reaches_what_was_written_by_one_who_has_gone),
+    cmocka_unit_test(a_write_that_waits_for_a_shrink_does_not_grow_the_node),
     cmocka_unit_test(a_size_change_below_reaches_the_top),
     cmocka_unit_test(filters_come_and_go_under_load),
     cmocka_unit_test(requests_are_counted_and_cheap),

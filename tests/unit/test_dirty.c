@@ -423,6 +423,7 @@ static int a_resize_that_fails_changes_no_bitmap(void *arg)
               "No memory for bitmap 'b' of node 'disk' at 4611686018427387904 bytes");
     truncate_result = -EIO;
     must_fail(edge_truncate(w.e, 2 * MiB, true, &err), "no");
+    truncate_result = -ENOTSUP;
     must_fail(edge_truncate(w.e, 512, true, &err), "no");
     truncate_result = 0;
     assert_int_equal(bitmap_size(dirty_bits(a)), 1 * MiB);
@@ -430,6 +431,38 @@ static int a_resize_that_fails_changes_no_bitmap(void *arg)
     assert_int_equal(bitmap_count(dirty_bits(a)), 65536);
     assert_int_equal(bitmap_count(dirty_bits(b)), 512);
     assert_false(dirty_inconsistent(b));
+    return 0;
+}
+
+static int what_a_failed_shrink_may_have_lost_is_dirty(void *arg)
+{
+    WORLD(w, 1 * MiB, 0);
+    struct dirty_bitmap *a = add(&w, "a", 65536, 0);
+
+    GRAPH_LOCKED(w.g);
+    truncate_result = -EIO;
+    must_fail(edge_truncate(w.e, 512 * KiB, true, &err), "no");
+    truncate_result = 0;
+    assert_int_equal(node_size(w.n), 1 * MiB);
+    assert_int_equal(bitmap_count_range(dirty_bits(a), range_make(0, 512 * KiB)), 0);
+    assert_int_equal(bitmap_count(dirty_bits(a)), 512 * KiB);
+    return 0;
+}
+
+/* A transaction of clear and backup that is aborted: the backup's end must not make the undo of
+ * the clear forget how large the disk has been. */
+static int an_undone_start_leaves_the_undo_of_a_clear_whole(void *arg)
+{
+    WORLD(w, 2 * MiB, 0);
+    struct dirty_bitmap *a = add(&w, "a", 4096, 0);
+
+    world_resize(&w, 1 * MiB);
+    struct bitmap *undo = dirty_clear(a);
+    start(a);
+    dirty_unstart(a);
+    dirty_restore(a, undo);
+    world_resize(&w, 2 * MiB);
+    assert_int_equal(bitmap_count(dirty_bits(a)), 1 * MiB);
     return 0;
 }
 
@@ -621,6 +654,8 @@ IN_LOOP(a_job_ends_as_the_table_says)
 IN_LOOP(undo_brings_back_exactly_what_was)
 IN_LOOP(what_a_shrink_cut_off_comes_back_dirty)
 IN_LOOP(a_resize_that_fails_changes_no_bitmap)
+IN_LOOP(what_a_failed_shrink_may_have_lost_is_dirty)
+IN_LOOP(an_undone_start_leaves_the_undo_of_a_clear_whole)
 IN_LOOP(the_store_is_asked_and_told)
 IN_LOOP(random_histories_agree_with_a_model)
 
@@ -634,6 +669,8 @@ static const struct CMUnitTest tests[] = {
     TEST(undo_brings_back_exactly_what_was),
     TEST(what_a_shrink_cut_off_comes_back_dirty),
     TEST(a_resize_that_fails_changes_no_bitmap),
+    TEST(what_a_failed_shrink_may_have_lost_is_dirty),
+    TEST(an_undone_start_leaves_the_undo_of_a_clear_whole),
     TEST(the_store_is_asked_and_told),
     TEST(random_histories_agree_with_a_model),
 };
