@@ -130,15 +130,24 @@ int node_status(struct node *n, bool want_zero, struct range r, struct block_sta
 }
 
 /* N is pinned by who asks; the layers below are pinned while they are asked. DEPTH is N's, from 1.
- */
+ *
+ * Where N is transparent its range is held while the layers below are asked: in a fleecing image a
+ * cluster is saved before the guest changes it below, and the answer must not be that N has
+ * nothing and that below there are the guest's new zeroes. */
 static int status_above(struct node *n, struct node *base, bool include_base, bool want_zero,
                         struct range r, unsigned depth, struct block_status *ret)
 {
     struct block_status below;
+    RANGE_HOLDER(held);
     struct edge *e;
     bool eof;
     int result;
 
+    if (node_filtered_or_backing(n)) {
+        result = node_lock_range(n, &held, r, RANGE_SHARED);
+        if (result < 0)
+            return result;
+    }
     result = node_status(n, want_zero, r, ret);
     if (result < 0)
         return result;

@@ -25,12 +25,13 @@ struct mem {
     int bad_times; /* ... so many times; -1: always */
     int flush_errno;
     unsigned flushes;
-    struct event *hold;      /* writes wait for it */
-    struct event *hold_read; /* reads wait for it, once begun */
-    struct range held;       /* ... those that touch this */
-    unsigned holding;        /* now */
-    unsigned *written;       /* times each 64 KiB was written */
-    bool check_once;         /* and it must be once at most */
+    struct event *hold;                     /* writes wait for it */
+    struct event *hold_read;                /* reads wait for it, once begun */
+    struct range held;                      /* ... those that touch this */
+    struct event *hold_flush, *hold_status; /* these wait for it */
+    unsigned holding;                       /* now */
+    unsigned *written;                      /* times each 64 KiB was written */
+    bool check_once;                        /* and it must be once at most */
 };
 
 static inline struct mem *mem_of(struct node *n)
@@ -63,6 +64,16 @@ static inline void mem_be_slow(struct mem *m)
         SHIELD();
         CHECK(task_yield() == 0);
     }
+}
+
+static inline void mem_wait_for(struct mem *m, struct event *hold)
+{
+    SHIELD();
+    if (!hold)
+        return;
+    m->holding++;
+    CHECK(event_wait(hold) == 0);
+    m->holding--;
 }
 
 static inline bool mem_bad(struct mem *m, struct range bad, struct range r)
@@ -132,6 +143,7 @@ static inline int mem_discard(struct node *n, struct range r)
 static inline int mem_flush(struct node *n)
 {
     mem_be_slow(mem_of(n));
+    mem_wait_for(mem_of(n), mem_of(n)->hold_flush);
     mem_of(n)->flushes++;
     return -mem_of(n)->flush_errno;
 }
@@ -150,6 +162,7 @@ static inline int mem_status(struct node *n, bool want_zero, struct range r,
 {
     struct mem *m = n->state;
     mem_be_slow(m);
+    mem_wait_for(m, m->hold_status);
     bool zero = all_zero(m->bytes + r.start, min_u64(512, n->size_bytes - r.start));
     uint64_t length = 512;
     while (length < r.length && r.start + length < n->size_bytes &&

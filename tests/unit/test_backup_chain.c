@@ -279,6 +279,69 @@ JOB_TEST(fleecing_by_sync_none_onto_an_overlay)
     remove_dir();
 }
 
+struct asking {
+    struct edge *edge;
+    struct block_status status;
+    bool done;
+};
+
+static int ask_status(void *arg)
+{
+    struct asking *a = arg;
+    SHIELD();
+    CHECK(edge_status_above(a->edge, NULL, true, range_make(0, 65536), &a->status) == 0);
+    a->done = true;
+    return 0;
+}
+
+static int write_zeroes_once(void *arg)
+{
+    struct guest *gu = arg;
+    SHIELD();
+    CHECK(edge_write_zeroes(gu->edge, range_make(0, 65536), 0) == 0);
+    gu->done++;
+    return 0;
+}
+
+/* The overlay has nothing yet; while the disk below is asked, the guest's zeroes come. They must
+ * not be taken for what was there. */
+JOB_TEST(block_status_of_a_fleecing_image_is_that_of_the_instant)
+{
+    make_dir();
+    struct guest gu;
+    struct test_user u;
+    struct event hold;
+    event_init(&hold);
+    make_qcow2(g, "t", 65536, NULL);
+    struct node *s = disk(g, "s", SIZE, 0), *t = open_qcow2(g, "t", "s");
+    memset(mem_of(s)->bytes, 0x11, SIZE);
+    guest_on(&gu, s, 3);
+    command_ok(g, "blockdev-backup",
+               parse("{'device':'s','target':'t','sync':'none','job-id':'j'}"));
+    struct asking a = {attach(&u, t, PERM_CONSISTENT_READ, PERM_ALL)};
+    SCOPE(tasks);
+    mem_of(s)->hold_status = &hold;
+    scope_spawn(&tasks, ask_status, &a);
+    for (int i = 0; !mem_of(s)->holding; i++) {
+        CHECK(i < 5000);
+        CHECK(sleep_until(clock_after_ns(1000000)) == 0); /* the overlay is a real file */
+    }
+    scope_spawn(&tasks, write_zeroes_once, &gu);
+    CHECK(sleep_until(clock_after_ns(50000000)) == 0);
+    event_set(&hold);
+    CHECK(scope_join(&tasks) == 0);
+    CHECK(a.done && gu.done == 1 && mem_of(s)->bytes[0] == 0);
+    CHECK(!(a.status.flags & STATUS_ZERO));
+    mem_of(s)->hold_status = NULL;
+    edge_detach(a.edge);
+    verb_ok("j", JOB_VERB_CANCEL);
+    wait_for("j", "null");
+    edge_detach(gu.edge);
+    node_unref(t);
+    node_unref(s);
+    remove_dir();
+}
+
 JOB_TEST(drive_backup_with_sync_none_makes_the_overlay)
 {
     make_dir();
@@ -357,6 +420,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(sync_top_takes_what_the_top_layer_has),
     cmocka_unit_test(holes_are_not_copied_as_data),
     cmocka_unit_test(fleecing_by_sync_none_onto_an_overlay),
+    cmocka_unit_test(block_status_of_a_fleecing_image_is_that_of_the_instant),
     cmocka_unit_test(drive_backup_with_sync_none_makes_the_overlay),
     cmocka_unit_test(a_backup_of_snapshot_access_through_a_fleecing_image),
 };
