@@ -157,6 +157,11 @@ int node_attach_child(struct node *n, struct node *child, const char *key, unsig
 int node_lock_range(struct node *n, struct range_holder *h, struct range r,
                     enum range_lock_mode mode);
 
+/* Holds the node under E, which then stays where it is and open, for work there that is no request.
+ * Waits while the node is quiesced. */
+struct node *request_enter(struct edge *e);
+void request_leave(struct node *n);
+
 /* Buffers aligned for every node (4096). NULL: out of memory. free() releases. */
 void *block_buffer(size_t n);
 

@@ -114,8 +114,6 @@ char *json_as_qemu(struct json_object *obj);
 unsigned json_qemu_order(const char *key);
 
 /* ---- request.c ---- */
-struct node *request_enter(struct edge *e);
-void request_leave(struct node *n);
 int node_flush(struct node *n);                   /* inside the gate */
 void node_resized(struct node *n, uint64_t from); /* tells observers, users and parents */
 

@@ -216,6 +216,16 @@ static int cbw_discard(struct node *n, struct range r)
     return ret < 0 ? ret : edge_discard(n->file, r);
 }
 
+/* What is cut off could not be saved any more, and the target has one size only. */
+static int cbw_truncate(struct node *n, uint64_t size_bytes, bool exact, struct error *err)
+{
+    struct cbw *st = n->state;
+    if (!st->idle && !st->broken && size_bytes != n->size_bytes)
+        return error_set(err, EBUSY, "Node '%s' keeps the disk as it was, and cannot be resized",
+                         n->name);
+    return edge_truncate(n->file, size_bytes, exact, err);
+}
+
 static void cbw_child_perm(struct node *n, struct edge *e, unsigned perm, unsigned shared,
                            unsigned *need, unsigned *share)
 {
@@ -391,5 +401,6 @@ const struct driver cbw_driver = {
     .write = cbw_write,
     .write_zeroes = cbw_write_zeroes,
     .discard = cbw_discard,
+    .truncate = cbw_truncate,
     .child_perm = cbw_child_perm,
 };

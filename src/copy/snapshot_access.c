@@ -1,5 +1,8 @@
 /* The driver snapshot-access: shows the disk as it was when the copy-before-write filter below was
- * made. Read only by nature; a discard tells the filter what nobody wants any more. */
+ * made. Read only by nature; a discard tells the filter what nobody wants any more.
+ *
+ * What it asks of the filter is no request to it, so it holds the filter as one would: a job's
+ * filter goes with the job, and must not go while somebody reads through it. */
 #include "block/driver.h"
 #include "copy/cbw.h"
 
@@ -15,7 +18,10 @@ static int access_open(struct node *n, struct json_object *options, struct error
 
 static int access_read(struct node *n, struct range r, void *buf, unsigned flags)
 {
-    return cbw_snapshot_read(n->file->node, r, buf);
+    struct node *filter = request_enter(n->file);
+    int result = cbw_snapshot_read(filter, r, buf);
+    request_leave(filter);
+    return result;
 }
 
 static int access_write(struct node *n, struct range r, const void *buf, unsigned flags)
@@ -30,12 +36,18 @@ static int access_write_zeroes(struct node *n, struct range r, unsigned flags)
 
 static int access_discard(struct node *n, struct range r)
 {
-    return cbw_snapshot_discard(n->file->node, r);
+    struct node *filter = request_enter(n->file);
+    int result = cbw_snapshot_discard(filter, r);
+    request_leave(filter);
+    return result;
 }
 
 static int access_status(struct node *n, bool want_zero, struct range r, struct block_status *ret)
 {
-    return cbw_snapshot_status(n->file->node, want_zero, r, ret);
+    struct node *filter = request_enter(n->file);
+    int result = cbw_snapshot_status(filter, want_zero, r, ret);
+    request_leave(filter);
+    return result;
 }
 
 /* The filter's own permissions serve us. */

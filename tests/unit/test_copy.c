@@ -440,6 +440,75 @@ JOB_TEST(a_guests_write_waits_for_who_reads_the_old_state)
     free(then);
 }
 
+struct removal {
+    struct graph *graph;
+    struct node *filter;
+    bool done;
+};
+
+static int take_out_task(void *arg)
+{
+    struct removal *rm = arg;
+    SHIELD();
+    take_out(rm->graph, rm->filter);
+    rm->done = true;
+    return 0;
+}
+
+JOB_TEST(a_filter_does_not_go_while_somebody_reads_the_old_state_through_it)
+{
+    CLEANUP(node_unrefp) struct node *s = disk(g, "s", MiB, 0), *t = disk(g, "t", MiB, 0);
+    struct event hold;
+    struct guest gu;
+    struct test_user u;
+    event_init(&hold);
+    memset(mem_of(s)->bytes, 0x11, MiB);
+    uint8_t *then = xcalloc(1, MiB);
+    memset(then, 0x11, MiB);
+    guest_on(&gu, s, 1);
+    struct node *f = insert(g, s, t);
+    let_in(g, f);
+    struct one_write w = {gu.edge, range_make(0, 4096)};
+    write_once(&w); /* the old state is on the target */
+    edge_detach(gu.edge);
+    CLEANUP(node_unrefp)
+    struct node *a = open_json(
+        g, parse("{'driver':'snapshot-access','node-name':'a','file':'%s'}", node_name(f)));
+    struct reader rd = {attach(&u, a, PERM_CONSISTENT_READ, PERM_ALL), then, {1}};
+    struct removal rm = {g, f};
+
+    SCOPE(tasks);
+    mem_of(t)->hold_read = &hold;
+    mem_of(t)->held = range_make(512, 512);
+    scope_spawn(&tasks, read_once, &rd);
+    turns(5);
+    scope_spawn(&tasks, take_out_task, &rm);
+    turns(20);
+    CHECK(!rm.done && !rd.reads);
+    event_set(&hold);
+    CHECK(scope_join(&tasks) == 0);
+    CHECK(rm.done && rd.reads == 1);
+    uint8_t buf[512];
+    CHECK(edge_read(rd.edge, range_make(0, 512), buf, 0) == -ENOTSUP);
+    edge_detach(rd.edge);
+    free(then);
+}
+
+JOB_TEST(a_disk_is_not_resized_while_its_old_state_is_kept)
+{
+    CLEANUP(node_unrefp) struct node *s = disk(g, "s", MiB, 0), *t = disk(g, "t", MiB, 0);
+    struct error err = ERROR_INIT;
+    struct test_user u;
+    struct node *f = insert(g, s, t);
+    let_in(g, f);
+    struct edge *e = attach(&u, f, PERM_RESIZE, PERM_ALL);
+    CHECK(edge_truncate(e, MiB / 2, true, &err) == -EBUSY);
+    CHECK(edge_truncate(e, 2 * MiB, true, &err) == -EBUSY);
+    take_out(g, f);
+    CHECK(edge_truncate(e, MiB / 2, true, &err) == -ENOTSUP); /* this disk cannot */
+    edge_detach(e);
+}
+
 JOB_TEST(a_bitmap_says_what_is_in_the_snapshot)
 {
     CLEANUP(node_unrefp) struct node *s = disk(g, "s", MiB, 0), *t = disk(g, "t", MiB, 0);
@@ -559,6 +628,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_slow_job_holds_up_no_guest_and_hears_at_once),
     cmocka_unit_test(snapshot_access_reads_the_old_state),
     cmocka_unit_test(a_guests_write_waits_for_who_reads_the_old_state),
+    cmocka_unit_test(a_filter_does_not_go_while_somebody_reads_the_old_state_through_it),
+    cmocka_unit_test(a_disk_is_not_resized_while_its_old_state_is_kept),
     cmocka_unit_test(a_bitmap_says_what_is_in_the_snapshot),
     cmocka_unit_test(break_snapshot_spares_the_guest),
     cmocka_unit_test(a_guest_waits_no_longer_than_the_timeout),
