@@ -179,6 +179,25 @@ static void backup_commit(struct job *j)
     b->bitmap = NULL;
 }
 
+/* always: what has been achieved counts, if it is durable. */
+static void keep_achieved(struct backup *b)
+{
+    struct job *j = &b->job;
+    /* As it is before the flush: what guests save during the flush is not covered by it. */
+    CLEANUP(bitmap_freep) struct bitmap *remaining = bitmap_dup(copy_remaining(b->copy));
+
+    if (remaining && flush_both(b) == 0)
+        roll_back(b, remaining);
+    else if (b->sync != SYNC_BITMAP) {
+        /* Nothing of it may be relied on, and the bitmap did not say what there was. */
+        backup_progress(j, &j->done, &j->total);
+        b->progress_final = true;
+        bitmap_mark_all(copy_remaining(b->copy));
+        roll_back(b, copy_remaining(b->copy));
+    } else
+        roll_back(b, NULL);
+}
+
 static void backup_abort(struct job *j)
 {
     struct backup *b = backup_of(j);
@@ -186,15 +205,9 @@ static void backup_abort(struct job *j)
         return;
     if (!j->started)
         dirty_unstart(b->bitmap);
-    else if (b->bitmap_mode == BITMAP_ALWAYS && flush_both(b) == 0)
-        roll_back(b, copy_remaining(b->copy));
-    else if (b->bitmap_mode == BITMAP_ALWAYS && b->sync != SYNC_BITMAP) {
-        /* Nothing of it may be relied on, and the bitmap did not say what there was. */
-        backup_progress(j, &j->done, &j->total);
-        b->progress_final = true;
-        bitmap_mark_all(copy_remaining(b->copy));
-        roll_back(b, copy_remaining(b->copy));
-    } else
+    else if (b->bitmap_mode == BITMAP_ALWAYS)
+        keep_achieved(b);
+    else
         roll_back(b, NULL);
     b->bitmap = NULL;
 }

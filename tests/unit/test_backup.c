@@ -292,6 +292,40 @@ JOB_TEST(a_second_run_after_a_failure_with_always_completes_the_target)
     close_disks();
 }
 
+/* A failed job with `always` flushes the target, then the source. What a guest makes the filter
+ * save after the target's flush is not durable there, so it remains. */
+JOB_TEST(what_guests_save_while_a_failed_job_flushes_remains)
+{
+    struct guest gu;
+    struct event hold;
+    event_init(&hold);
+    two_disks(g, SIZE, 65536);
+    memset(mem_of(s)->bytes, 0x11, SIZE);
+    struct dirty_bitmap *bm = bitmap_on_s(g, "b", 4096);
+    guest_on(&gu, s, 1);
+    write_at(gu.edge, 0, MiB, 0x22);
+    mem_of(t)->bad_write = range_make(5 * 65536, 65536);
+    mem_of(t)->write_errno = EIO;
+    mem_of(s)->hold_flush = &hold;
+    command_ok(g, "blockdev-backup",
+               parse("{'device':'s','target':'t','job-id':'j','sync':'bitmap','bitmap':'b',"
+                     "'bitmap-mode':'always','x-perf':{'max-workers':1,'max-chunk':65536}}"));
+    for (int i = 0; !mem_of(s)->holding; i++) {
+        CHECK(i < 5000);
+        turns(1);
+    }
+    CHECK(mem_of(t)->flushes == 1);
+    write_at(gu.edge, 10 * 65536, 512, 0x33);
+    CHECK(mem_of(t)->bytes[10 * 65536 + 8192] == 0x22 && mem_of(t)->flushes == 1);
+    event_set(&hold);
+    wait_for("j", "null");
+    CHECK(bitmap_count_range(dirty_bits(bm), range_make(0, 5 * 65536)) == 0);
+    CHECK(bitmap_count_range(dirty_bits(bm), range_make(5 * 65536, 11 * 65536)) == 11 * 65536);
+    mem_of(s)->hold_flush = NULL;
+    edge_detach(gu.edge);
+    close_disks();
+}
+
 /* ---- what is refused, in QEMU's words ---- */
 
 static void refused(struct graph *g, const char *text, struct json_object *data)
@@ -603,6 +637,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_backup_is_the_disk_at_its_instant),
     cmocka_unit_test(each_outcome_in_each_mode),
     cmocka_unit_test(a_second_run_after_a_failure_with_always_completes_the_target),
+    cmocka_unit_test(what_guests_save_while_a_failed_job_flushes_remains),
     cmocka_unit_test(of_forty_combinations_twelve_are_accepted),
     cmocka_unit_test(a_backup_keeps_others_away_from_its_nodes),
     cmocka_unit_test(queries_show_the_three_sets),
