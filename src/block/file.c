@@ -13,6 +13,7 @@
 
 #include "block/file.h"
 
+#include "base/log.h"
 #include "rt/io.h"
 
 #include <fcntl.h>
@@ -659,6 +660,10 @@ static int file_create(struct graph *g, struct json_object *options, struct erro
         return r;
     r = make_file(fd, options, err);
     io_close(fd); /* and the locks with it */
+    if (r == 0 && io_sync_dir_of(path) < 0)
+        log_warning(
+            "the directory of '%s' cannot be flushed: the new file may be lost with the power",
+            path);
     return r;
 }
 
