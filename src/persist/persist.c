@@ -104,9 +104,18 @@ static bool is_leaky(const struct persist_node *pn, const char *name)
     return bsearch(&name, pn->leaky, pn->n_leaky, sizeof *pn->leaky, by_text);
 }
 
+static void forget_leaky(struct persist_node *pn)
+{
+    for (size_t i = 0; i < pn->n_leaky; i++)
+        free(pn->leaky[i]);
+    free(pn->leaky);
+    pn->leaky = NULL;
+    pn->n_leaky = 0;
+}
+
 static void remember_leaky(struct persist_node *pn, const struct qcow2_bitmap_list *l)
 {
-    assert(!pn->leaky);
+    forget_leaky(pn);
     pn->leaky = xcalloc(l->n + 1, sizeof *pn->leaky);
     for (size_t i = 0; i < l->n; i++)
         if (l->items[i].leak && !l->items[i].unfit)
@@ -183,7 +192,7 @@ static int load(struct persist_node *pn, struct error *err)
         return error_set_errno(err, -r, "Failed to read bitmap directory");
     report(n, l);
     remember_leaky(pn, l);
-    pn->heal = l->broken[0];
+    pn->heal = l->broken[0] || pn->n_leaky;
     for (size_t i = 0; i < l->n; i++) {
         if (l->items[i].unfit)
             pn->heal = true;
@@ -210,29 +219,32 @@ static bool has_to_be_saved(const struct dirty_bitmap *bm)
 static int save(struct persist_node *pn, bool strict, struct error *err)
 {
     struct node *n = pn->node;
-    size_t count = 0;
+    size_t count = 0, i = 0;
 
     for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm))
         count += has_to_be_saved(bm);
     if (!count && (!pn->heal || n->read_only))
         return 0;
+    count += pn->n_leaky;
     CLEANUP(memory_freep) struct qcow2_bitmap_save *list = calloc(count + 1, sizeof *list);
     if (!list)
         return error_set_errno(err, ENOMEM, "Failed to update bitmap extension");
-    size_t i = 0;
     for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm)) {
-        if (!has_to_be_saved(bm))
+        bool leak = is_stored(bm) && is_leaky(pn, dirty_name(bm));
+        if (!has_to_be_saved(bm) && !leak)
             continue;
         list[i++] = (struct qcow2_bitmap_save){
             .name = dirty_name(bm),
-            .bits = dirty_bits(bm),
+            .bits = has_to_be_saved(bm) ? dirty_bits(bm) : NULL,
             .automatic = dirty_enabled(bm),
-            .leak = is_leaky(pn, dirty_name(bm)),
+            .leak = leak,
         };
     }
-    int r = qcow2_bitmaps_save(n, list, count, strict, err);
-    if (r == 0)
+    int r = qcow2_bitmaps_save(n, list, i, strict, err);
+    if (r == 0) {
         pn->heal = false;
+        forget_leaky(pn);
+    }
     return r;
 }
 
@@ -242,9 +254,7 @@ static void forget(struct persist_node *pn)
 {
     node_unobserve(pn->node, &pn->observer);
     node_set_data(pn->node, node_key, NULL);
-    for (size_t i = 0; i < pn->n_leaky; i++)
-        free(pn->leaky[i]);
-    free(pn->leaky);
+    forget_leaky(pn);
     free(pn);
 }
 

@@ -90,7 +90,9 @@ int qcow2_bitmaps_set_in_use(struct node *n, struct qcow2_bitmap_list *list,
 
 struct qcow2_bitmap_save {
     const char *name;
-    const struct bitmap *bits; /* NULL: keep the stored entry of this name as it is */
+    /* NULL: only the stored entry's clusters are given up (LEAK), which are not its own; it stays,
+     * in use, with a table of its own. One with extra data stays as it is. */
+    const struct bitmap *bits;
     bool automatic;
     bool leak; /* do not free the clusters of the stored entry that this one replaces */
 };

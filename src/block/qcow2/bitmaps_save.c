@@ -67,6 +67,17 @@ static void give_back(struct qcow2 *q, struct taken *t, size_t keep)
 
 /* ---- one bitmap ---- */
 
+/* The last cluster is never "all ones" unless all its bits are of the disk: QEMU would set those
+ * behind the end, too, and its jobs would walk there. */
+static enum bitmap_chunk chunk_kind(const struct qcow2 *q, const struct bitmap *bm, uint64_t first)
+{
+    uint64_t bits = div_round_up(bitmap_size(bm), bitmap_granularity(bm));
+    enum bitmap_chunk kind = bitmap_serial_kind(bm, first, q->cluster_size);
+
+    return kind == BITMAP_CHUNK_ONES && (first + q->cluster_size) * 8 > bits ? BITMAP_CHUNK_MIXED
+                                                                             : kind;
+}
+
 /* Bits to clusters, in runs; the table gets their places. */
 static int store_bits(struct qcow2 *q, const struct bitmap *bm, uint64_t *table, uint32_t n,
                       struct taken *taken)
@@ -76,15 +87,14 @@ static int store_bits(struct qcow2 *q, const struct bitmap *bm, uint64_t *table,
     CLEANUP(memory_freep) uint8_t *buf = NULL; /* many have no use for it */
     for (uint32_t i = 0; i < n;) {
         uint64_t first = (uint64_t)i << q->cluster_bits;
-        enum bitmap_chunk kind = bitmap_serial_kind(bm, first, q->cluster_size);
+        enum bitmap_chunk kind = chunk_kind(q, bm, first);
         if (kind != BITMAP_CHUNK_MIXED) {
             table[i++] = kind == BITMAP_CHUNK_ONES ? BITMAP_TABLE_ALL_ONES : 0;
             continue;
         }
         uint64_t run = 1;
         while (run < run_max && i + run < n &&
-               bitmap_serial_kind(bm, first + (run << q->cluster_bits), q->cluster_size) ==
-                   BITMAP_CHUNK_MIXED)
+               chunk_kind(q, bm, first + (run << q->cluster_bits)) == BITMAP_CHUNK_MIXED)
             run++;
         uint64_t offset;
         if (!buf && !(buf = block_buffer(run_max << q->cluster_bits)))
@@ -316,6 +326,25 @@ static void report_unfit(struct qcow2 *q, const struct qcow2_bitmap *b)
                 b->name, b->reason);
 }
 
+/* OLD's table leads nowhere or to what is somebody else's; QEMU's check fails on it. */
+static int put_empty(struct saving *s, const struct qcow2_bitmap *old)
+{
+    const uint64_t table = 0;
+    uint64_t offset, got;
+
+    int r = take(s->q, &s->taken, sizeof table, true, &offset, &got);
+    if (r == 0)
+        r = file_write(s->q, offset, &table, sizeof table);
+    uint8_t *entry = r == 0 ? buffer_reserve(&s->dir, qcow2_bitmap_entry_bytes(old->name)) : NULL;
+    if (r < 0 || !entry)
+        return r < 0 ? r : -ENOMEM;
+    qcow2_bitmap_entry_encode(entry, old->name, offset, 1, old->granularity_bits, true,
+                              old->automatic);
+    s->dir.length += qcow2_bitmap_entry_bytes(old->name);
+    s->entries++;
+    return 0;
+}
+
 /* SAVE in the place of OLD (NULL: it is new). *REPLACED: nothing names OLD's clusters any more. */
 static int put_one(struct saving *s, struct qcow2_bitmap_save *save, struct qcow2_bitmap *old,
                    bool *replaced, struct error *err)
@@ -326,7 +355,7 @@ static int put_one(struct saving *s, struct qcow2_bitmap_save *save, struct qcow
     *replaced = false;
     s->done[save - s->list] = true;
     if (!save->bits)
-        return old ? keep_as_it_is(s, old) : 0;
+        return !old ? 0 : old->foreign ? keep_as_it_is(s, old) : put_empty(s, old);
     int r = store_one(s->q, save, &s->dir, &s->taken, &why);
     if (r == 0) {
         s->entries++;
@@ -342,6 +371,9 @@ static int put_one(struct saving *s, struct qcow2_bitmap_save *save, struct qcow
     give_back(s->q, &s->taken, taken_before);
     if (!old)
         return 0;
+    if (save->leak && put_empty(s, old) == 0)
+        return 0;
+    give_back(s->q, &s->taken, taken_before);
     old->in_use = true; /* it is, but that must not depend on the caller */
     qcow2_bitmap_update_raw(old);
     return keep_as_it_is(s, old);
