@@ -108,7 +108,7 @@ def events_by_subject(events, scrub, pauses):
     for event in events:
         clean = scrub(event)
         found.setdefault(scrub._walk(subject(event), None), []).append(
-            (label(clean), clean.get("data", {})))
+            (label(clean), masked(clean.get("data", {}), scrub.mask, event["event"])))
     for name, listed in found.items():
         if not pauses or scrub.program.startswith("qemu-storage-daemon"):
             found[name] = without_pauses(listed, all_of_them=not pauses)

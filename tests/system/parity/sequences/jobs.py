@@ -101,7 +101,8 @@ def verbs_on_paused(t):
     t("query-jobs")
 
 
-@sequence(disk("a", data="write -P 1 0 4M"), disk("t"), pauses=True)
+@sequence(disk("a", data="write -P 1 0 4M"), disk("t"), pauses=True,
+          mask=["BLOCK_JOB_CANCELLED.offset"])
 def cancel_paused_with_force(t):
     """block-job-cancel of a paused job: refused, but with force."""
     slow_backup(t)
