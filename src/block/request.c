@@ -506,8 +506,9 @@ int node_flush(struct node *n)
             break;
         if (n->driver->flushes_primary_only && !(e->role & ROLE_PRIMARY))
             continue;
-        /* Also one that nobody writes to any more: what was written may still be in its cache. */
-        if ((e->perm & (PERM_WRITE | PERM_WRITE_UNCHANGED)) || !e->node->read_only)
+        /* Also one that nobody writes to any more: what was written may still be in its cache. (A
+         * node that closes leaves that to who has the child next.) */
+        if ((e->perm & (PERM_WRITE | PERM_WRITE_UNCHANGED)) || (!e->node->read_only && !n->closing))
             result = edge_flush(e);
     }
     if (result == 0 && n->flushed_generation < generation)
