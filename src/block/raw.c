@@ -157,6 +157,22 @@ static void raw_child_perm(struct node *n, struct edge *e, unsigned perm, unsign
     *need |= perm & (PERM_WRITE | PERM_RESIZE);
 }
 
+/* A node above that counts on the size (a copy-before-write filter with a snapshot to keep, a
+ * format) cannot have the disk moved under it. */
+static int check_may_move(const struct node *n, const struct raw_state *to, struct error *err)
+{
+    const struct raw_state *s = n->state;
+    const struct edge *e;
+
+    if (to->offset == s->offset && to->size == s->size)
+        return 0;
+    TAILQ_FOREACH (e, &n->parents, in_parents)
+        if (e->parent && !(e->shared & PERM_RESIZE))
+            return error_set(err, EPERM, "Node '%s' may not be resized: node '%s' uses it", n->name,
+                             e->parent->name);
+    return 0;
+}
+
 static int raw_reopen_prepare(struct node *n, struct json_object *options, bool read_only,
                               void **plan, struct error *err)
 {
@@ -164,6 +180,8 @@ static int raw_reopen_prepare(struct node *n, struct json_object *options, bool 
     int r = raw_apply(s, options, n->file->node->size_bytes, err);
 
     (void)read_only;
+    if (r == 0)
+        r = check_may_move(n, s, err);
     if (r < 0) {
         free(s);
         return r;
@@ -172,10 +190,17 @@ static int raw_reopen_prepare(struct node *n, struct json_object *options, bool 
     return 0;
 }
 
+/* With another offset each byte of the disk is another: as if all had been written. */
 static void raw_reopen_commit(struct node *n, void *plan)
 {
-    memcpy(n->state, plan, sizeof(struct raw_state));
-    free(plan);
+    struct raw_state *s = n->state, *to = plan;
+    struct write_observer *o;
+
+    if (to->offset != s->offset && n->size_bytes)
+        TAILQ_FOREACH (o, &n->observers, link)
+            o->mark(o, range_make(0, n->size_bytes));
+    *s = *to;
+    free(to);
 }
 
 static void raw_reopen_abort(struct node *n, void *plan)

@@ -458,6 +458,30 @@ static void remember_options(struct entry *en)
         json_add_string(en->n->options, e->name, e->node->name);
 }
 
+/* Is the file another one, and not the old one with a filter more or less? */
+static bool is_other_file(const struct entry *en)
+{
+    const struct child_change *c = &en->file;
+
+    return c->done && !node_reaches(c->to, c->from) && !node_reaches(c->from, c->to);
+}
+
+/* Content that comes by a reopen was announced by no write: it counts as written. */
+static void follow_content(struct node *n, uint64_t from, bool other)
+{
+    uint64_t to = n->size_bytes;
+    struct write_observer *o;
+
+    TAILQ_FOREACH (o, &n->observers, link) {
+        if (from != to && o->resized)
+            o->resized(o, from, to);
+        if (other || to > from)
+            o->mark(o, range_between(other ? 0 : from, to));
+    }
+    if (from != to)
+        node_resized(n, from);
+}
+
 static void commit_all(struct entries *all, struct perm_change *change)
 {
     struct entry *en;
@@ -476,14 +500,14 @@ static void commit_all(struct entries *all, struct perm_change *change)
     TAILQ_FOREACH_REVERSE(en, all, entries, link)
     {
         uint64_t size = en->n->size_bytes;
+        bool other = is_other_file(en);
 
         finish_change(en, &en->backing);
         finish_change(en, &en->file);
         remember_options(en);
         if (en->n->driver->measure_length)
             en->n->size_bytes = align_up(en->n->driver->measure_length(en->n), BLOCK_SECTOR);
-        if (size != en->n->size_bytes)
-            node_resized(en->n, size);
+        follow_content(en->n, size, other);
         if (en->told_hooks)
             (void)tell_hooks(en, false, NULL);
     }

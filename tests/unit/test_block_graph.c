@@ -474,6 +474,80 @@ TEST(reopening)
     CHECK(raw->file->node == b && a->refs == 1);
 }
 
+/* A bitmap, as far as this room knows one. */
+struct marks {
+    struct write_observer observer;
+    uint64_t size, marked_from, marked_to;
+};
+
+static void marks_mark(struct write_observer *o, struct range r)
+{
+    struct marks *m = container_of(o, struct marks, observer);
+
+    m->marked_from = min_u64(m->marked_from, r.start);
+    m->marked_to = max_u64(m->marked_to, min_u64(range_end(r), m->size));
+}
+
+static void marks_resized(struct write_observer *o, uint64_t from, uint64_t to)
+{
+    struct marks *m = container_of(o, struct marks, observer);
+
+    CHECK(from == m->size);
+    m->size = to;
+}
+
+static bool were_marked(struct marks *m, uint64_t from, uint64_t to)
+{
+    bool as_said = m->marked_from == from && m->marked_to == to;
+
+    m->marked_from = UINT64_MAX;
+    m->marked_to = 0;
+    return as_said;
+}
+
+TEST(content_that_comes_by_a_reopen_is_marked)
+{
+    graph_add_driver(g, &driver_fakecow);
+    CLEANUP(node_unrefp)
+    struct node *a = open_ok(g, "{'driver':'fake','node-name':'a','size':65536}");
+    CLEANUP(node_unrefp)
+    struct node *b = open_ok(g, "{'driver':'fake','node-name':'b','size':65536}");
+    CLEANUP(node_unrefp)
+    struct node *f = open_ok(g, "{'driver':'fakefilter','node-name':'f','file':'a'}");
+    CLEANUP(node_unrefp)
+    struct node *raw = open_ok(g, "{'driver':'raw','node-name':'r','file':'a','size':1024}");
+    struct marks m = {{.mark = marks_mark, .resized = marks_resized}, 1024, UINT64_MAX, 0};
+    struct error err = ERROR_INIT;
+
+    node_observe(raw, &m.observer);
+    int r = reopen(g, &err, "[{'driver':'raw','node-name':'r','file':'a','size':4096}]");
+    CHECK_OK(r, err);
+    CHECK(m.size == 4096 && were_marked(&m, 1024, 4096));
+    r = reopen(g, &err, "[{'driver':'raw','node-name':'r','file':'a','size':4096,'offset':512}]");
+    CHECK_OK(r, err);
+    CHECK(m.size == 4096 && were_marked(&m, 0, 4096));
+    r = reopen(g, &err, "[{'driver':'raw','node-name':'r','file':'f','size':4096,'offset':512}]");
+    CHECK_OK(r, err); /* a filter comes in: nothing has changed */
+    CHECK(were_marked(&m, UINT64_MAX, 0));
+    r = reopen(g, &err, "[{'driver':'raw','node-name':'r','file':'a','size':4096,'offset':512}]");
+    CHECK_OK(r, err);
+    CHECK(were_marked(&m, UINT64_MAX, 0));
+    r = reopen(g, &err, "[{'driver':'raw','node-name':'r','file':'b','size':4096,'offset':512}]");
+    CHECK_OK(r, err);
+    CHECK(were_marked(&m, 0, 4096));
+    {
+        CLEANUP(node_unrefp) struct node *top = open_ok(g, "{'driver':'fakecow','file':'r'}");
+        (void)top;
+        CHECK(reopen(g, &err, "[{'driver':'raw','node-name':'r','file':'b','size':512}]") < 0);
+        CHECK(strstr(err.text, "Node 'r' may not be resized: node '#block"));
+        CHECK(node_size(raw) == 4096 && m.size == 4096);
+    }
+    node_unobserve(raw, &m.observer);
+    (void)b;
+    (void)f;
+    (void)a;
+}
+
 TEST(info)
 {
     CLEANUP(node_unrefp)
@@ -506,6 +580,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(status_down_a_chain),
     cmocka_unit_test(a_deep_chain_opens_and_closes_and_one_too_deep_does_not),
     cmocka_unit_test(reopening),
+    cmocka_unit_test(content_that_comes_by_a_reopen_is_marked),
     cmocka_unit_test(info),
 };
 
