@@ -225,7 +225,8 @@ def sequence(*setup, start=True, mask=(), pauses=False):
 
     setup   Setup objects and single options (strings; $DIR is the temporary directory)
     start   False: the steps start the daemon themselves (command lines)
-    mask    patterns of paths ("return[*].offset") whose value is chance in this sequence
+    mask    patterns of paths ("return[*].offset", "BLOCK_JOB_CANCELLED.offset") whose value is
+            chance in this sequence
     pauses  True: `paused` events are compared. Otherwise a job's paused-and-on-again is left out:
             QEMU reports internal quiescing so, at moments that are chance.
     """

@@ -68,3 +68,10 @@ def test_pauses_of_the_daemon_are_left_out_and_those_of_a_user_kept():
 
 def test_the_table_is_as_large_as_promised():
     assert sum(map(count_steps, all_sequences())) >= 400
+
+
+def test_a_mask_names_an_event_s_member():
+    scrub = normal.Scrubber("/nowhere", "tidemarkd", None, ("BLOCK_JOB_CANCELLED.offset",))
+    events = [{"event": "BLOCK_JOB_CANCELLED", "data": {"device": "j", "offset": 7, "len": 9}}]
+    assert normal.events_by_subject(events, scrub, False) == {
+        "j": [("BLOCK_JOB_CANCELLED", {"device": "j", "offset": "#", "len": 9})]}

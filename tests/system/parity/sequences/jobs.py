@@ -45,7 +45,8 @@ def verbs_without_job(t):
     ask(t)
 
 
-@sequence(disk("a", data="write -P 1 0 4M"), disk("t"), pauses=True)
+@sequence(disk("a", data="write -P 1 0 4M"), disk("t"), pauses=True,
+          mask=["BLOCK_JOB_CANCELLED.offset"])
 def verbs_on_running(t):
     """running: pause, resume and cancel; no complete, finalize, dismiss."""
     slow_backup(t)
