@@ -461,7 +461,7 @@ TEST(the_power_may_go_at_any_moment)
     memdisks[0].record = false;
     struct memdisk *d = &memdisks[0], *to = &memdisks[1];
     for (size_t cut = 0; cut <= d->n_log; cut++) {
-        for (unsigned variant = 0; variant < 3; variant++) {
+        for (unsigned variant = 0; variant < 4; variant++) {
             size_t flushed = 0;
             for (size_t i = 0; i < cut; i++)
                 if (d->log[i].kind == MEM_FLUSH)
@@ -470,9 +470,13 @@ TEST(the_power_may_go_at_any_moment)
             memdisk_reserve(to, start_size);
             memcpy(to->bytes, start, start_size);
             to->size = start_size;
+            /* all of it; the last write only; any */
             for (size_t i = 0; i < cut; i++)
-                if (i < flushed || !variant || rng_below(&rng, 2))
+                if (i < flushed || (variant == 0) || (variant == 1 && i + 1 == cut) ||
+                    (variant > 1 && rng_below(&rng, 2)))
                     memdisk_apply(to, &d->log[i]);
+            if (variant == 1 || rng_below(&rng, 8) == 0)
+                check_disk(to, true);
             if (check_never_wrong(1, SIZE))
                 good++;
             else
@@ -482,8 +486,6 @@ TEST(the_power_may_go_at_any_moment)
             CHECK(write_at(w, range_make(0, 512), 9) == 0);
             world_close(w);
             check_never_wrong(1, SIZE);
-            if (rng_below(&rng, 20) == 0)
-                check_disk(to, true);
         }
     }
     CHECK(good && bad);
@@ -523,6 +525,41 @@ TEST(every_write_and_flush_may_fail)
         }
     }
     CHECK(failed_opens == 2 && good > 2);
+}
+
+/* The new header is on the disk, its flush fails, and the old one cannot be written. */
+TEST(neither_directory_is_given_away_while_nobody_knows)
+{
+    struct error err = ERROR_INIT;
+    unsigned unsettled = 0;
+
+    stored_bitmap(g, 2 * MiB, ",\"cluster-size\":4096");
+    copy_disk(2, 0);
+    for (int flush = 1; flush < 8; flush++) {
+        for (int at = 1; at < 24; at++) {
+            copy_disk(1, 2);
+            struct world *w = world_open(1, false);
+            edge_detach(w->e);
+            w->e = NULL;
+            memdisks[1].fail_write_after = at;
+            memdisks[1].fail_flush_after = flush;
+            error_clear(&err);
+            (void)!reopen(w, true, &err);
+            struct qcow2 *q = w->n->state;
+            bool unknown = q->bitmaps_unsettled;
+            unsettled += unknown;
+            memdisks[1].fail_write_after = memdisks[1].fail_flush_after = 0;
+            if (unknown) { /* a guest may flush, and then it dies */
+                CHECK(qcow2_sync(q) == 0 && qcow2_sync(q) == 0);
+                copy_disk(3, 1);
+                check_never_wrong(3, 2 * MiB);
+                check_disk(&memdisks[3], true);
+            }
+            world_close(w);
+            check_never_wrong(1, 2 * MiB);
+        }
+    }
+    CHECK(unsettled);
 }
 
 /* The header cannot be written when the node is to become read-only: nobody knows whether the image
@@ -676,6 +713,16 @@ static void expect(enum fate fate, int line)
 {
     struct error err = ERROR_INIT;
 
+    copy_disk(3, 1);
+    if (fate != GONE) {
+        /* removed at once */
+        struct world *w = world_open(1, false);
+        remove_bitmap(w, "a");
+        CHECK(write_at(w, range_make(0, 300000), 4) == 0);
+        world_close(w);
+        check_disk(&memdisks[1], true);
+        copy_disk(1, 3);
+    }
     for (unsigned i = 0; i < 3; i++) {
         struct world *w = NULL;
         int r = world_try(1, i == 0, &w, &err);
@@ -691,8 +738,9 @@ static void expect(enum fate fate, int line)
         if (w->e)
             CHECK(write_at(w, range_make(0, 300000), 4) == 0);
         world_close(w);
+        if (i)
+            check_disk(&memdisks[1], true);
     }
-    check_disk(&memdisks[1], true);
     struct world *w = world_open(1, false);
     CHECK(!dirty_find(w->n, "a") && !dirty_inconsistent(dirty_find(w->n, "off")));
     world_close(w);
@@ -862,7 +910,9 @@ TEST(a_directory_that_cannot_be_where_it_is)
         if (peek(0, i, 8) == dir)
             at = i;
     CHECK(at);
-    const uint64_t places[] = {0, 65536, 3 * 65536, 4 * 65536, 1000 * 65536, TiB, UINT64_MAX << 16};
+    uint64_t end = align_up(memdisks[0].size, 65536); /* where the guest's next cluster goes */
+    const uint64_t places[] = {0,   65536,        3 * 65536, 4 * 65536,
+                               end, 1000 * 65536, TiB,       UINT64_MAX << 16};
     for (size_t i = 0; i < ARRAY_SIZE(places); i++) {
         copy_disk(1, 0);
         poke(1, at, places[i], 8);
@@ -926,6 +976,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(while_in_use_cannot_be_set_again_writes_are_refused),
     cmocka_unit_test(the_power_may_go_at_any_moment),
     cmocka_unit_test(every_write_and_flush_may_fail),
+    cmocka_unit_test(neither_directory_is_given_away_while_nobody_knows),
     cmocka_unit_test(after_a_header_of_unknown_state_writes_wait_for_it),
     cmocka_unit_test(what_qemu_would_refuse_is_not_added),
     cmocka_unit_test(a_disk_grows_only_as_far_as_its_bitmaps_can_be_stored),
