@@ -1,0 +1,198 @@
+/* Trying to lose a write: histories of backups that fail, are cancelled, paused and stacked, while
+ * guests write. Each lane is a bitmap and a target that its client keeps through all outcomes;
+ * after each job, and at last, this must hold:
+ *
+ *     where the disk and a lane's target differ, the lane's bitmap is dirty
+ *
+ * In the modes that do not keep what a failed job achieved it holds as well: what was copied is the
+ * disk at an instant, and what was written since is marked. */
+#include "jobutil.h"
+
+enum { LANES = 2, JOBS = 6 };
+
+struct lane {
+    struct dirty_bitmap *bitmap;
+    struct node *target;
+    char name[8], job[8];
+    bool full_next; /* the next one is a full one */
+};
+
+struct history {
+    struct graph *g;
+    struct node *s;
+    struct rng rng;
+    uint64_t size, seed;
+    struct lane lanes[LANES];
+    struct guest guests[3];
+};
+
+static void lane_init(struct history *h, struct lane *l, int i)
+{
+    snprintf(l->name, sizeof l->name, "t%d", i);
+    l->target = disk(h->g, l->name, h->size, rng_below(&h->rng, 2) ? 0 : 131072);
+    mem_of(l->target)->yields = (unsigned)rng_below(&h->rng, 4);
+    memset(mem_of(l->target)->bytes, 0xee, h->size);
+    command_ok(h->g, "block-dirty-bitmap-add",
+               parse("{'node':'s','name':'%s','granularity':%llu}", l->name,
+                     512ull << rng_below(&h->rng, 10)));
+    l->bitmap = dirty_find(h->s, l->name);
+    l->full_next = true;
+}
+
+static void check_lane(struct history *h, const struct lane *l)
+{
+    const uint8_t *now = mem_of(h->s)->bytes, *kept = mem_of(l->target)->bytes;
+
+    CHECK(!dirty_busy(l->bitmap) && dirty_enabled(l->bitmap));
+    for (uint64_t i = 0; i < h->size; i++) {
+        if (now[i] == kept[i] || bitmap_get(dirty_bits(l->bitmap), i))
+            continue;
+        fprintf(stderr, "seed %llu: lane %s: byte %#llx is lost; events: %s\n",
+                (unsigned long long)h->seed, l->name, (unsigned long long)i, events);
+        abort();
+    }
+}
+
+static bool is_over(const struct lane *l)
+{
+    char text[32];
+    snprintf(text, sizeof text, "%s:null", l->job);
+    return strstr(events, text);
+}
+
+/* Starts one; a full one puts all in question, so the bitmap is all dirty unless it succeeds. */
+static void start_one(struct history *h, struct lane *l, const char *mode, bool fails)
+{
+    static const char *const modes[] = {"on-success", "always", "never"};
+    bool full = l->full_next;
+
+    if (!mode)
+        mode = modes[rng_below(&h->rng, full ? 2 : 3)];
+    if (full)
+        bitmap_mark_all(dirty_bits(l->bitmap));
+    struct mem *t = mem_of(l->target);
+    t->bad_write = t->bad_read = range_make(0, 0);
+    t->flush_errno = 0;
+    if (fails && rng_below(&h->rng, 3) == 0) {
+        t->bad_write = range_make(align_down(rng_below(&h->rng, h->size), 512), 512);
+        t->write_errno = EIO;
+        t->bad_times = 1;
+    } else if (fails && rng_below(&h->rng, 6) == 0) {
+        t->flush_errno = EIO;
+    }
+    command_ok(h->g, "blockdev-backup",
+               parse("{'device':'s','target':'%s','job-id':'%s','sync':'%s','bitmap':'%s',"
+                     "'bitmap-mode':'%s','x-perf':{'max-workers':%d}}",
+                     l->name, l->job, full ? "full" : "bitmap", l->name, mode,
+                     1 + (int)rng_below(&h->rng, 5)));
+    l->full_next = false;
+}
+
+static void disturb(struct history *h, struct lane *l)
+{
+    struct error err = ERROR_INIT;
+
+    for (unsigned n = (unsigned)rng_below(&h->rng, 60); n && !is_over(l); n--)
+        turns(1);
+    if (is_over(l))
+        return;
+    switch (rng_below(&h->rng, 4)) {
+    case 0:
+        (void)!jobs_do(js, l->job, JOB_VERB_CANCEL, &err);
+        break;
+    case 1:
+        (void)!jobs_do(js, l->job, JOB_VERB_PAUSE, &err);
+        turns((unsigned)rng_below(&h->rng, 30));
+        (void)!jobs_do(js, l->job, JOB_VERB_RESUME, &err);
+        break;
+    default:
+        break;
+    }
+}
+
+/* Guests rest, so that content and bits can be compared. */
+static void guests_pause(struct history *h, struct scope *tasks)
+{
+    for (int i = 0; i < 3; i++)
+        h->guests[i].stop = true;
+    CHECK(scope_join(tasks) == 0);
+}
+
+static void guests_go(struct history *h, struct scope *tasks)
+{
+    for (int i = 0; i < 3; i++) {
+        h->guests[i].stop = false;
+        h->guests[i].writes = UINT32_MAX;
+        scope_spawn(tasks, guest_task, &h->guests[i]);
+    }
+}
+
+static void one_round(struct history *h, int round, bool last)
+{
+    events[0] = '\0';
+    {
+        SCOPE(tasks);
+        guests_go(h, &tasks);
+        turns((unsigned)rng_below(&h->rng, 10));
+        /* One after the other, so that they end in any order. */
+        for (int i = 0; i < LANES; i++) {
+            snprintf(h->lanes[i].job, sizeof h->lanes[i].job, "j%d-%d", i, round);
+            start_one(h, &h->lanes[i], last ? "on-success" : NULL, !last);
+            if (!last && rng_below(&h->rng, 2))
+                disturb(h, &h->lanes[i]);
+        }
+        for (int i = 0; i < LANES; i++)
+            if (!last)
+                disturb(h, &h->lanes[i]);
+        for (int i = 0; i < LANES; i++)
+            wait_for(h->lanes[i].job, "null");
+        guests_pause(h, &tasks);
+    }
+    for (int i = 0; i < LANES; i++)
+        check_lane(h, &h->lanes[i]);
+}
+
+static void one_history(struct graph *g, uint64_t seed)
+{
+    struct history h = {.g = g, .rng = {seed * 0x9E3779B97F4A7C15ull + 1}, .seed = seed};
+
+    h.size = MiB + 512 * rng_below(&h.rng, 700);
+    h.s = disk(g, "s", h.size, 0);
+    fill_disk(h.s, seed);
+    mem_of(h.s)->yields = (unsigned)rng_below(&h.rng, 4);
+    for (int i = 0; i < LANES; i++)
+        lane_init(&h, &h.lanes[i], i);
+    for (int i = 0; i < 3; i++)
+        guest_on(&h.guests[i], h.s, seed * 3 + (uint64_t)i);
+    for (int round = 0; round < JOBS; round++)
+        one_round(&h, round, false);
+    one_round(&h, JOBS, true); /* nothing fails any more */
+
+    CHECK(dirty_next(dirty_next(dirty_first(h.s))) == NULL);
+    for (int i = 0; i < 3; i++) {
+        CHECK(h.guests[i].edge->node == h.s);
+        edge_detach(h.guests[i].edge);
+    }
+    for (int i = 0; i < LANES; i++)
+        node_unref(h.lanes[i].target);
+    node_unref(h.s);
+    events[0] = '\0';
+}
+
+JOB_TEST(no_history_of_backups_loses_a_write)
+{
+    const char *one = getenv("TEST_SEED"), *more = getenv("TEST_HISTORIES");
+    uint64_t n = more ? strtoull(more, NULL, 0) : 25;
+
+    if (one)
+        one_history(g, strtoull(one, NULL, 0));
+    else
+        for (uint64_t seed = 1; seed <= n; seed++)
+            one_history(g, seed);
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(no_history_of_backups_loses_a_write),
+};
+
+UNIT_MAIN(tests)
