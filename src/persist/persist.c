@@ -101,7 +101,7 @@ static int by_text(const void *a, const void *b)
 
 static bool is_leaky(const struct persist_node *pn, const char *name)
 {
-    return bsearch(&name, pn->leaky, pn->n_leaky, sizeof *pn->leaky, by_text);
+    return pn->n_leaky && bsearch(&name, pn->leaky, pn->n_leaky, sizeof *pn->leaky, by_text);
 }
 
 static void forget_leaky(struct persist_node *pn)

@@ -640,7 +640,6 @@ def test_as_many_as_may_be(tmp, tidemarkd):
     for i in range(offset // cluster, len(data) // cluster + 1):
         struct.pack_into(">H", data, refblock + 2 * i, 1)
     image.write_bytes(data)
-    begin = time.monotonic()
     with Session(tmp, tidemarkd, image) as s:
         for name in ("00000", "0fffe"):  # (a query of all takes our JSON client half a minute)
             assert s.sha256(name) == Bits(MiB, 65536).sha256
@@ -651,5 +650,4 @@ def test_as_many_as_may_be(tmp, tidemarkd):
         s.add("b")
         s.nbd.pwrite(b"x", 0)
         s.daemon.kill()  # and does not wait for locks: qemu-img would read all of them
-    assert time.monotonic() - begin < 60
     assert Directory(image).n == 65534
