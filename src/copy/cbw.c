@@ -265,6 +265,9 @@ static int snapshot_lock(struct node *n, struct range *r, struct range_holder *h
         bool saved = bitmap_status(dirty_bits(st->held), r->start, r->length, &length);
         r->length = min_u64(r->length, length);
         if (saved) {
+            /* What a backup of a part did not want, and a guest has overwritten, is nowhere. */
+            if (bitmap_next_clean(copy_saved(st->copy), r->start, &clean) && clean < range_end(*r))
+                return -EACCES;
             rangelock_release(held);
             *from = st->target;
             return 0;

@@ -40,6 +40,7 @@ struct copy {
     unsigned write_flags;
     struct dirty_bitmap *shown; /* `remaining` as queries see it */
     struct bitmap *remaining;
+    struct bitmap *saved;
     struct rangelock locks;
     unsigned busy;
 
@@ -88,6 +89,12 @@ int copy_new(struct edge *source, struct edge *target, const struct bitmap *what
     graph_quiesce_begin(node_graph(n), &n, 1);
     int r = dirty_add(n, NULL, c->chunk, DIRTY_DISABLED, &c->shown, err);
     graph_quiesce_end(node_graph(n), &n, 1);
+    c->saved = r < 0 ? NULL : bitmap_new(c->size, c->chunk);
+    if (r == 0 && !c->saved) {
+        dirty_release(c->shown);
+        r = error_set_errno(err, ENOMEM, "No memory for what has been copied of node '%s'",
+                            node_name(n));
+    }
     if (r < 0) {
         free(c);
         return r;
@@ -111,6 +118,7 @@ void copy_free(struct copy *c)
     graph_quiesce_begin(node_graph(n), &n, 1);
     dirty_release(c->shown);
     graph_quiesce_end(node_graph(n), &n, 1);
+    bitmap_free(c->saved);
     while (c->kept_count)
         free(c->kept[--c->kept_count]);
     free(c);
@@ -124,6 +132,11 @@ uint64_t copy_chunk_bytes(const struct copy *c)
 struct bitmap *copy_remaining(struct copy *c)
 {
     return c->remaining;
+}
+
+const struct bitmap *copy_saved(const struct copy *c)
+{
+    return c->saved;
 }
 
 bool copy_busy(const struct copy *c)
@@ -199,6 +212,7 @@ static int copy_piece(struct copy *c, struct range piece, bool zero, bool *read_
         r = write_run(c, run, zero, read_failed);
         if (r == 0) {
             bitmap_clear(c->remaining, run);
+            bitmap_mark(c->saved, run);
             c->done += align_up(run.length, c->chunk);
         }
         from = range_end(run);

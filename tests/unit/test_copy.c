@@ -494,6 +494,38 @@ JOB_TEST(a_filter_does_not_go_while_somebody_reads_the_old_state_through_it)
     free(then);
 }
 
+/* A backup by bitmap, or of the top layer, saves a part only. */
+JOB_TEST(what_was_not_saved_and_is_overwritten_cannot_be_read)
+{
+    CLEANUP(node_unrefp) struct node *s = disk(g, "s", MiB, 0), *t = disk(g, "t", MiB, 0);
+    struct guest gu;
+    struct test_user u;
+    uint8_t buf[4096];
+    memset(mem_of(s)->bytes, 0x11, MiB);
+    memset(mem_of(t)->bytes, 0xee, MiB);
+    guest_on(&gu, s, 1);
+    struct node *f = insert(g, s, t);
+    bitmap_clear_all(copy_remaining(cbw_copy(f)));
+    bitmap_mark(copy_remaining(cbw_copy(f)), range_make(3 * 65536, 65536));
+    let_in(g, f);
+    struct node *a = open_json(
+        g, parse("{'driver':'snapshot-access','node-name':'a','file':'%s'}", node_name(f)));
+    struct edge *e = attach(&u, a, PERM_CONSISTENT_READ, PERM_ALL);
+
+    for (int c = 0; c < 4; c += 3) {
+        struct one_write w = {gu.edge, range_make((uint64_t)c * 65536, 512)};
+        write_once(&w);
+        CHECK(w.result == 0);
+    }
+    CHECK(edge_read(e, range_make(4096, 4096), buf, 0) == -EACCES);
+    CHECK(edge_read(e, range_make(65536, 4096), buf, 0) == 0 && buf[0] == 0x11);
+    CHECK(edge_read(e, range_make(3 * 65536, 4096), buf, 0) == 0 && buf[0] == 0x11);
+    edge_detach(e);
+    node_unref(a);
+    take_out(g, f);
+    edge_detach(gu.edge);
+}
+
 JOB_TEST(a_disk_is_not_resized_while_its_old_state_is_kept)
 {
     CLEANUP(node_unrefp) struct node *s = disk(g, "s", MiB, 0), *t = disk(g, "t", MiB, 0);
@@ -629,6 +661,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(snapshot_access_reads_the_old_state),
     cmocka_unit_test(a_guests_write_waits_for_who_reads_the_old_state),
     cmocka_unit_test(a_filter_does_not_go_while_somebody_reads_the_old_state_through_it),
+    cmocka_unit_test(what_was_not_saved_and_is_overwritten_cannot_be_read),
     cmocka_unit_test(a_disk_is_not_resized_while_its_old_state_is_kept),
     cmocka_unit_test(a_bitmap_says_what_is_in_the_snapshot),
     cmocka_unit_test(break_snapshot_spares_the_guest),
