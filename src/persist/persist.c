@@ -38,6 +38,10 @@ struct persist_node {
     size_t n_leaky;
 };
 
+/* What the bits of one image may take when it is opened. 64 bitmaps of 64 TiB at 64 KiB, all
+ * dirty, fit in; QEMU has a limit of 512 MiB a bitmap, and 65,535 bitmaps. */
+#define BITS_MAX (8 * GiB)
+
 static const char node_key[1];
 
 static struct persist_node *node_of(const struct node *n)
@@ -187,7 +191,7 @@ static int load(struct persist_node *pn, struct error *err)
     int r = qcow2_bitmaps_read(n, &l, err);
     if (r < 0)
         return r;
-    r = qcow2_bitmaps_check(n, l);
+    r = qcow2_bitmaps_check(n, l, BITS_MAX);
     if (r < 0)
         return error_set_errno(err, -r, "Failed to read bitmap directory");
     report(n, l);

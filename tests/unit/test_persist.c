@@ -3,6 +3,7 @@
 #include "qcow2util.h"
 
 #include "base/log.h"
+#include "block/qcow2/bitmaps.h"
 #include "dirty/dirty.h"
 #include "persist/persist.h"
 
@@ -934,6 +935,75 @@ TEST(a_directory_that_cannot_be_where_it_is)
     }
 }
 
+TEST(bits_of_all_bitmaps_are_bounded_together)
+{
+    struct error err = ERROR_INIT;
+    struct qcow2_bitmap_list *l = NULL;
+
+    graph_add_driver(g, &driver_memdisk);
+    memdisk_reset(0);
+    create_ok(g, 0, 64 * MiB, ",\"cluster-size\":512");
+    struct world *w = world_open(0, false);
+    for (unsigned i = 0; i < 3; i++) { /* 16 KiB of bits each, "all ones" */
+        char name[] = {(char)('a' + i), 0};
+        bitmap_mark_all(dirty_bits(add(w, name, 512, DIRTY_PERSISTENT)));
+    }
+    add(w, "clean", 512, DIRTY_PERSISTENT);
+    world_close(w);
+    for (uint64_t limit = 0; limit <= 4; limit++) {
+        w = world_open(0, true);
+        CHECK(qcow2_bitmaps_read(w->n, &l, &err) == 0 && l->n == 4);
+        CHECK(qcow2_bitmaps_check(w->n, l, limit * 16 * KiB) == 0);
+        uint64_t usable = 0;
+        for (size_t i = 0; i < l->n; i++)
+            usable += !l->items[i].quarantined && strcmp(l->items[i].name, "clean");
+        CHECK(!qcow2_bitmap_find(l, "clean")->quarantined);
+        CHECK(usable == min_u64(limit, 3));
+        qcow2_bitmap_list_free(l);
+        world_close(w);
+    }
+}
+
+/* Tables that lie on top of each other name more clusters than there are. */
+TEST(tables_upon_tables)
+{
+    graph_add_driver(g, &driver_memdisk);
+    memdisk_reset(0);
+    create_ok(g, 0, 64 * MiB, ",\"cluster-size\":512");
+    struct world *w = world_open(0, false);
+    struct dirty_bitmap *bm = add(w, "good", 512, DIRTY_PERSISTENT);
+    for (uint64_t at = 0; at < 64 * MiB; at += 2 * MiB)
+        bitmap_mark(dirty_bits(bm), range_make(at, 1)); /* a cluster each */
+    world_close(w);
+    /* 40 more entries in a directory of our own that all name the table of "good" */
+    struct qcow2_header h = header_of(0);
+    uint64_t dir = h.bitmap_directory_offset, ext = 0;
+    CHECK(h.nb_bitmaps == 1 && h.bitmap_directory_bytes == 32);
+    qcow2_header_fini(&h);
+    for (uint64_t i = 100; !ext && i < 512; i++)
+        if (peek(0, i, 8) == 32 && peek(0, i + 8, 8) == dir)
+            ext = i - 8;
+    CHECK(ext);
+    for (unsigned n = 2; n <= 15; n++) { /* the directory's cluster has room for 16 */
+        memcpy(memdisks[0].bytes + dir + 32 * (n - 1), memdisks[0].bytes + dir, 32);
+        memdisks[0].bytes[dir + 32 * (n - 1) + 24] = (uint8_t)('A' + n);
+        poke(0, ext, n, 4);
+        poke(0, ext + 8, 32 * n, 8);
+        w = world_open(0, true);
+        unsigned shown = 0;
+        for (bm = dirty_first(w->n); bm; bm = dirty_next(bm)) {
+            CHECK(dirty_inconsistent(bm));
+            shown++;
+        }
+        CHECK(shown == n);
+        world_close(w);
+    }
+    w = world_open(0, false);
+    CHECK(write_at(w, range_make(0, MiB), 1) == 0);
+    world_close(w);
+    check_disk(&memdisks[0], true); /* each has a table of its own now */
+}
+
 /* As many as may be, and one more. */
 TEST(bitmaps_without_number)
 {
@@ -984,6 +1054,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(extra_data_is_kept),
     cmocka_unit_test(random_rubbish_in_directory_and_tables),
     cmocka_unit_test(a_directory_that_cannot_be_where_it_is),
+    cmocka_unit_test(bits_of_all_bitmaps_are_bounded_together),
+    cmocka_unit_test(tables_upon_tables),
     cmocka_unit_test(bitmaps_without_number),
 };
 UNIT_MAIN(tests)

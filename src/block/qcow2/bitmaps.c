@@ -122,9 +122,13 @@ int qcow2_bitmap_read_table(struct qcow2 *q, const struct qcow2_bitmap *b, uint6
     return 0;
 }
 
-/* Who names which cluster: of all tables, and of the bits. */
+/* ---- whose clusters are they? ---- */
+
+enum { CLAIMS_MIN = 4096 };
+
+/* Who names what: first tables, then each cluster of bits. */
 struct claim {
-    uint64_t offset;
+    uint64_t offset, end;
     size_t index; /* in the list */
 };
 
@@ -133,23 +137,6 @@ struct claims {
     size_t n, capacity;
 };
 
-static int claim(struct claims *c, const struct qcow2 *q, uint64_t offset, uint64_t bytes,
-                 size_t index)
-{
-    uint64_t clusters = clusters_of(q, bytes);
-    if (c->capacity - c->n < clusters) {
-        size_t capacity = c->capacity * 2 + clusters + 64;
-        struct claim *items = realloc(c->items, capacity * sizeof *items);
-        if (!items)
-            return -ENOMEM;
-        c->items = items;
-        c->capacity = capacity;
-    }
-    for (uint64_t i = 0; i < clusters; i++)
-        c->items[c->n++] = (struct claim){offset + (i << q->cluster_bits), index};
-    return 0;
-}
-
 static int by_offset(const void *a, const void *b)
 {
     const struct claim *x = a, *y = b;
@@ -157,97 +144,163 @@ static int by_offset(const void *a, const void *b)
                                   : (x->index < y->index ? -1 : x->index > y->index);
 }
 
+static void clash(struct qcow2_bitmap_list *l, const struct claim *c)
+{
+    l->items[c->index].leak = true;
+    qcow2_bitmap_quarantine(&l->items[c->index], "its cluster at %#llx is named twice",
+                            (unsigned long long)c->offset);
+}
+
+/* All that overlaps clashes; what is left stands for each place once, and so is bounded by the
+ * file, whatever the tables say. */
+static void settle_claims(struct qcow2_bitmap_list *l, struct claims *c)
+{
+    size_t kept = 0;
+
+    if (c->n)
+        qsort(c->items, c->n, sizeof *c->items, by_offset);
+    for (size_t i = 0; i < c->n; i++) {
+        struct claim *last = kept ? &c->items[kept - 1] : NULL;
+        if (!last || last->end <= c->items[i].offset) {
+            c->items[kept++] = c->items[i];
+            continue;
+        }
+        clash(l, last);
+        clash(l, &c->items[i]);
+        last->end = max_u64(last->end, c->items[i].end);
+    }
+    c->n = kept;
+}
+
+static int claim(struct qcow2_bitmap_list *l, struct claims *c, struct claim one)
+{
+    if (c->n == c->capacity) {
+        settle_claims(l, c);
+        if (c->n * 2 >= c->capacity) {
+            size_t capacity = c->capacity ? c->capacity * 2 : CLAIMS_MIN;
+            struct claim *items = realloc(c->items, capacity * sizeof *items);
+            if (!items)
+                return -ENOMEM;
+            c->items = items;
+            c->capacity = capacity;
+        }
+    }
+    c->items[c->n++] = one;
+    return 0;
+}
+
+/* Asks for no refcount that would be found to be corrupt: that is not for this file to say. */
+static bool is_counted_once(struct qcow2 *q, uint64_t cluster)
+{
+    uint64_t index = cluster >> q->refblock_bits;
+    uint64_t block = index < q->reftable.n ? q->reftable.entries[index] & REFTABLE_OFFSET_MASK : 0;
+    uint16_t count;
+
+    if (!block || into_cluster(q, block) || block >= q->fresh_from)
+        return false;
+    return refcount_get(q, cluster, &count) == 0 && count == 1;
+}
+
 /* Why the clusters are not a bitmap's own; NULL: they are. */
 static const char *not_its_own(struct qcow2 *q, uint64_t offset, uint64_t bytes)
 {
-    const struct qcow2_header *h = &q->header;
-
     if (!range_fits(offset, bytes, q->fresh_from))
         return "the end of the file";
     const char *what = metadata_overlap(q, offset, bytes, META_NONE);
     if (what)
         return what;
-    if (h->incompatible & QCOW2_INCOMPAT_DIRTY)
+    if (q->header.incompatible & QCOW2_INCOMPAT_DIRTY)
         return NULL; /* nobody can say from the counts */
-    for (uint64_t i = 0; i < clusters_of(q, bytes); i++) {
-        uint16_t count = 0;
-        int r = refcount_get(q, (offset >> q->cluster_bits) + i, &count);
-        if (r < 0 || count != 1)
-            return count ? "something else" : "free space";
-    }
+    for (uint64_t i = 0; i < clusters_of(q, bytes); i++)
+        if (!is_counted_once(q, (offset >> q->cluster_bits) + i))
+            return "free space, or something else";
     return NULL;
 }
 
-/* Each cluster of B is claimed; but one that has lied already says nothing about others. */
-static int check_one(struct qcow2 *q, struct qcow2_bitmap *b, size_t index, struct claims *claims)
+static struct claim table_of(const struct qcow2 *q, const struct qcow2_bitmap_list *l, size_t i)
 {
+    const struct qcow2_bitmap *b = &l->items[i];
+    uint64_t end = b->table_offset + ((uint64_t)b->table_entries * 8);
+    return (struct claim){b->table_offset, align_up(end, q->cluster_size), i};
+}
+
+static void check_table(struct qcow2 *q, struct qcow2_bitmap *b)
+{
+    const char *what = not_its_own(q, b->table_offset, (uint64_t)b->table_entries * 8);
+
+    if (!what)
+        return;
+    b->leak = true;
+    qcow2_bitmap_quarantine(b, "its table at %#llx overlaps with %s",
+                            (unsigned long long)b->table_offset, what);
+}
+
+/* Its table is its own. */
+static int check_bits(struct qcow2 *q, struct qcow2_bitmap_list *l, size_t index,
+                      struct claims *claims, uint64_t *bits_left)
+{
+    struct qcow2_bitmap *b = &l->items[index];
     CLEANUP(memory_freep) uint64_t *table = NULL;
-    uint64_t bytes = (uint64_t)b->table_entries * 8;
     uint64_t serial =
         qcow2_bitmap_serial_bytes(q->node->size_bytes, (uint64_t)1 << b->granularity_bits);
-    size_t claimed = claims->n;
+    uint64_t bits = 0; /* bytes of them */
 
-    const char *what = not_its_own(q, b->table_offset, bytes);
-    int r = what ? 0 : qcow2_bitmap_read_table(q, b, &table);
+    int r = qcow2_bitmap_read_table(q, b, &table);
     if (r == -ENOMEM)
         return r;
-    if (what || r < 0) {
+    if (r < 0) {
         b->leak = true;
-        if (what)
-            qcow2_bitmap_quarantine(b, "its table at %#llx overlaps with %s",
-                                    (unsigned long long)b->table_offset, what);
-        else
-            qcow2_bitmap_quarantine(b, "its table at %#llx cannot be read: %s",
-                                    (unsigned long long)b->table_offset, strerror(-r));
+        qcow2_bitmap_quarantine(b, "its table at %#llx cannot be read: %s",
+                                (unsigned long long)b->table_offset, strerror(-r));
         return 0;
     }
     if (!b->in_use && clusters_of(q, serial) != b->table_entries)
         qcow2_bitmap_quarantine(b, "its table has %u entries, not %llu", b->table_entries,
                                 (unsigned long long)clusters_of(q, serial));
-    r = claim(claims, q, b->table_offset, bytes, index);
     for (uint32_t i = 0; r == 0 && i < b->table_entries; i++) {
         uint64_t at = table[i] & ENTRY_OFFSET_MASK;
-        if (!at)
-            continue;
-        if ((what = not_its_own(q, at, q->cluster_size))) {
+        const char *what = at ? not_its_own(q, at, q->cluster_size) : NULL;
+        if (what) {
             b->leak = true;
             qcow2_bitmap_quarantine(b, "its bits at %#llx overlap with %s", (unsigned long long)at,
                                     what);
-            claims->n = claimed;
             return 0;
         }
-        r = claim(claims, q, at, q->cluster_size, index);
+        if (table[i])
+            bits += q->cluster_size;
+        if (at)
+            r = claim(l, claims, (struct claim){at, at + q->cluster_size, index});
     }
+    if (r < 0 || b->in_use || b->quarantined)
+        return r;
+    if (bits > *bits_left)
+        qcow2_bitmap_quarantine(b, "no memory for %llu bytes of bits, %llu are left",
+                                (unsigned long long)bits, (unsigned long long)*bits_left);
+    else
+        *bits_left -= bits;
     return r;
 }
 
-static void clash(struct qcow2_bitmap_list *l, size_t index, uint64_t offset)
-{
-    l->items[index].leak = true;
-    qcow2_bitmap_quarantine(&l->items[index], "its cluster at %#llx is named twice",
-                            (unsigned long long)offset);
-}
-
-int qcow2_bitmaps_check(struct node *n, struct qcow2_bitmap_list *l)
+/* Tables first: those that are not their owners' say nothing about bits. */
+int qcow2_bitmaps_check(struct node *n, struct qcow2_bitmap_list *l, uint64_t bits_max)
 {
     SHIELD();
     struct qcow2 *q = n->state;
     struct claims claims = {0};
     int r = 0;
 
-    for (size_t i = 0; r == 0 && i < l->n; i++)
-        if (!l->items[i].unfit)
-            r = check_one(q, &l->items[i], i, &claims);
-    if (r == 0 && claims.n) {
-        qsort(claims.items, claims.n, sizeof *claims.items, by_offset);
-        for (size_t i = 1; i < claims.n; i++) {
-            const struct claim *a = &claims.items[i - 1], *b = &claims.items[i];
-            if (a->offset != b->offset)
-                continue;
-            clash(l, a->index, a->offset);
-            clash(l, b->index, b->offset);
-        }
+    for (size_t i = 0; r == 0 && i < l->n; i++) {
+        if (l->items[i].unfit)
+            continue;
+        check_table(q, &l->items[i]);
+        if (!l->items[i].leak)
+            r = claim(l, &claims, table_of(q, l, i));
     }
+    settle_claims(l, &claims);
+    for (size_t i = 0; r == 0 && i < l->n; i++)
+        if (!l->items[i].unfit && !l->items[i].leak)
+            r = check_bits(q, l, i, &claims, &bits_max);
+    settle_claims(l, &claims);
     free(claims.items);
     return r;
 }

@@ -74,9 +74,11 @@ bool node_is_qcow2(const struct node *n);
 int qcow2_bitmaps_read(struct node *n, struct qcow2_bitmap_list **ret,
                        struct error *err) MUST_CHECK;
 
-/* Looks at all tables, after the directory was read, and quarantines what leads nowhere. -ENOMEM.
- */
-int qcow2_bitmaps_check(struct node *n, struct qcow2_bitmap_list *list) MUST_CHECK;
+/* Looks at all tables, after the directory was read, and quarantines what leads nowhere, and what
+ * would not fit into BITS_MAX bytes of memory with those before it: a table of a few bytes can
+ * stand for 512 MiB. -ENOMEM. */
+int qcow2_bitmaps_check(struct node *n, struct qcow2_bitmap_list *list,
+                        uint64_t bits_max) MUST_CHECK;
 
 /* The bits of one; BM is empty and has the image's size and the entry's granularity. For one that
  * is in_use or quarantined there is nothing to be read. */
