@@ -99,9 +99,13 @@ static const struct user_ops export_user_ops = {.describe = describe};
 
 static void export_free(struct export *e)
 {
-    for (size_t i = 0; i < e->bitmap_count; i++)
+    for (size_t i = 0; i < e->bitmap_count; i++) {
         dirty_set_busy(e->bitmaps[i], false);
+        if (e->bitmap_edges[i])
+            edge_detach(e->bitmap_edges[i]);
+    }
     free(e->bitmaps);
+    free(e->bitmap_edges);
     if (e->edge)
         edge_detach(e->edge);
     free(e->id);
@@ -151,6 +155,19 @@ static int find_bitmap(struct export *e, struct json_object *which, struct dirty
     return 0;
 }
 
+/* A bitmap may be on another node than the export's: that one must not go before the export. */
+static int hold_node(struct export *e, size_t i, struct error *err)
+{
+    struct node *n = dirty_node(e->bitmaps[i]);
+
+    if (n == e->edge->node)
+        return 0;
+    int r = edge_attach_user(&e->user, n, "bitmap", 0, PERM_ALL, &e->bitmap_edges[i], err);
+    if (r >= 0)
+        e->bitmap_edges[i]->stay = true; /* the bitmap stays where it is, whatever comes above */
+    return r;
+}
+
 static int take_bitmaps(struct export *e, struct json_object *list, struct error *err)
 {
     size_t n = list ? json_object_array_length(list) : 0;
@@ -161,11 +178,15 @@ static int take_bitmaps(struct export *e, struct json_object *list, struct error
         if (r < 0)
             return r;
     }
-    /* Only now, so that the same bitmap named twice is not refused as busy by ourselves. */
-    for (size_t i = 0; i < n; i++)
-        dirty_set_busy(found[i], true);
-    e->bitmap_count = n;
     e->bitmaps = steal(found);
+    e->bitmap_edges = xcalloc(n + 1, sizeof(*e->bitmap_edges));
+    for (; e->bitmap_count < n; e->bitmap_count++) {
+        int r = hold_node(e, e->bitmap_count, err);
+        if (r < 0)
+            return r;
+        /* Only now, so that the same bitmap named twice is not refused as busy by ourselves. */
+        dirty_set_busy(e->bitmaps[e->bitmap_count], true);
+    }
     return 0;
 }
 

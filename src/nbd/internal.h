@@ -23,6 +23,7 @@ struct export
     unsigned flags;      /* NBD_FLAG_*, less what depends on the client */
     bool writable, writethrough, allocation_depth;
     struct dirty_bitmap **bitmaps; /* busy while the export lives */
+    struct edge **bitmap_edges;    /* hold the nodes they are on; NULL: the export's own */
     size_t bitmap_count;
 
     unsigned refs;

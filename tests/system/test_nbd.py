@@ -278,6 +278,25 @@ def test_contexts_base_bitmap_and_depth(daemon, tmp):
     d.qmp.execute("block-dirty-bitmap-remove", node="disk", name="b0")
 
 
+def test_a_bitmap_of_another_node_holds_that_node(daemon, tmp):
+    a = create_image(tmp / "a.qcow2", size="1M")
+    b = create_image(tmp / "b.qcow2", size="1M")
+    sock = tmp / "nbd.sock"
+    d = daemon("--blockdev", qcow2(a, "a"), "--blockdev", qcow2(b, "b"),
+               "--nbd-server", f"addr.type=unix,addr.path={sock}")
+    d.qmp.execute("block-dirty-bitmap-add", node="b", name="b0", disabled=True)
+    d.qmp.execute("block-export-add", type="nbd", id="e", **{"node-name": "a"},
+                  bitmaps=[{"node": "b", "name": "b0"}])
+    with pytest.raises(Exception, match="is in use"):
+        d.qmp.execute("blockdev-del", **{"node-name": "b"})
+    h = connect(nbd_uri(sock, "a"), ["qemu:dirty-bitmap:b0"])
+    assert extents(h, "qemu:dirty-bitmap:b0") == [(0, MiB, 0)]
+    h.shutdown()
+    d.qmp.execute("block-export-del", id="e", mode="hard")
+    d.qmp.wait_event("BLOCK_EXPORT_DELETED")
+    d.qmp.execute("blockdev-del", **{"node-name": "b"})
+
+
 def test_queries_for_contexts_by_hand(daemon, tmp):
     image = create_image(tmp / "a.qcow2", size="1M")
     sock = tmp / "nbd.sock"
