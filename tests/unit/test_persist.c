@@ -935,6 +935,58 @@ TEST(a_directory_that_cannot_be_where_it_is)
     }
 }
 
+/* Lazy refcounts and a process that died: counts are made anew, also of bitmaps; bad ones are not
+ * in the way. */
+TEST(bitmaps_of_an_image_with_the_dirty_bit)
+{
+    struct error err = ERROR_INIT;
+
+    stored_bitmap(g, 8 * MiB, "");
+    struct qcow2_header h = header_of(0);
+    uint64_t dir = h.bitmap_directory_offset, a = dir + 32, ext = 0, cluster = 65536;
+    uint64_t table = peek(0, a, 8), refblock = peek(0, h.reftable_offset, 8);
+    qcow2_header_fini(&h);
+    for (uint64_t i = 100; !ext && i < 4096; i++)
+        if (peek(0, i, 8) == dir)
+            ext = i;
+    poke(0, 72, 1, 8);
+    struct {
+        uint64_t at, value;
+        unsigned bytes;
+        enum fate fate;
+    } cases[] = {
+        {72, 1, 8, GOOD},
+        {refblock + 2 * (table / cluster), 0, 2, GOOD},
+        {refblock + 2 * (table / cluster), 3, 2, GOOD},
+        {refblock + 2 * (dir / cluster), 0, 2, GOOD},
+        {a, 1000 * cluster, 8, INCONSISTENT},
+        {a, cluster, 8, INCONSISTENT},
+        {table, 1000 * cluster, 8, INCONSISTENT},
+        {table, TiB, 8, INCONSISTENT},
+        {table, 513, 8, INCONSISTENT},
+        {a + 8, UINT32_MAX, 4, GONE},
+        {ext, TiB, 8, GONE},
+        {ext, cluster, 8, GONE},
+    };
+    for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+        for (int at_once = 0; at_once < 2; at_once++) { /* else read-only first */
+            copy_disk(1, 0);
+            poke(1, cases[i].at, cases[i].value, cases[i].bytes);
+            if (!at_once)
+                world_close(world_open(1, true));
+            struct world *w = NULL;
+            int r = world_try(1, false, &w, &err);
+            CHECK_OK(r, err);
+            struct dirty_bitmap *bm = dirty_find(w->n, "a");
+            CHECK((!bm ? GONE : dirty_inconsistent(bm) ? INCONSISTENT : GOOD) == cases[i].fate);
+            CHECK(write_at(w, range_make(0, 300000), 4) == 0);
+            world_close(w);
+            check_disk(&memdisks[1], true);
+            CHECK(!(peek(1, 72, 8) & 1));
+        }
+    }
+}
+
 TEST(bits_of_all_bitmaps_are_bounded_together)
 {
     struct error err = ERROR_INIT;
@@ -1054,6 +1106,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(extra_data_is_kept),
     cmocka_unit_test(random_rubbish_in_directory_and_tables),
     cmocka_unit_test(a_directory_that_cannot_be_where_it_is),
+    cmocka_unit_test(bitmaps_of_an_image_with_the_dirty_bit),
     cmocka_unit_test(bits_of_all_bitmaps_are_bounded_together),
     cmocka_unit_test(tables_upon_tables),
     cmocka_unit_test(bitmaps_without_number),
