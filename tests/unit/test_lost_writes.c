@@ -13,7 +13,7 @@ enum { LANES = 2, JOBS = 6 };
 struct lane {
     struct dirty_bitmap *bitmap;
     struct node *target;
-    char name[8], job[8];
+    char name[8], job[24];
     bool full_next; /* the next one is a full one */
 };
 
