@@ -314,6 +314,23 @@ static int let_go(void *arg)
     return 0;
 }
 
+void export_io_error(struct export *e, bool is_read, int code)
+{
+    uint64_t now = clock_now_ns(), *told = &e->error_told_ns[!is_read];
+
+    if (*told && now - *told < IO_ERROR_EVERY_NS)
+        return;
+    *told = now;
+    CLEANUP(json_putp) struct json_object *data = json_object_new_object();
+    json_add_string(data, "device", "");
+    json_add_string(data, "node-name", node_name(e->edge->node));
+    json_add_string(data, "operation", is_read ? "read" : "write");
+    json_add_string(data, "action", "report");
+    json_add_bool(data, "nospace", code == ENOSPC);
+    json_add_string(data, "reason", strerror(code));
+    graph_raise(e->registry->graph, "BLOCK_IO_ERROR", data);
+}
+
 void export_ref(struct export *e)
 {
     e->refs++;

@@ -27,7 +27,8 @@ struct export
     size_t bitmap_count;
 
     unsigned refs;
-    bool user_owned; /* false: shutting down, no new clients */
+    bool user_owned;           /* false: shutting down, no new clients */
+    uint64_t error_told_ns[2]; /* when BLOCK_IO_ERROR was last raised: of a read, of a write */
     TAILQ_HEAD(, connection) connections;
     TAILQ_ENTRY(export) link;
 };
@@ -43,6 +44,10 @@ struct exports {
 };
 
 struct export *export_find_name(struct exports *x, struct nbd_string name);
+/* A client's request failed: raises BLOCK_IO_ERROR, but for each direction at most once in
+ * IO_ERROR_EVERY_NS, so that a broken disk does not drown who listens. */
+enum { IO_ERROR_EVERY_NS = 1000 * 1000 * 1000 };
+void export_io_error(struct export *e, bool is_read, int code);
 void export_ref(struct export *e);
 void export_unref(struct export *e);
 /* Drops the user's reference and disconnects the clients; nothing when it has happened. */

@@ -125,10 +125,22 @@ static void reply_error(struct pending *p, int code, const char *text)
     reply_queue(rp, NBD_CHUNK_SIZE + 6, rp->owned, n);
 }
 
+/* The disk said no, not we: the client hears it, and so does who listens to events. What a disk
+ * cannot do at all (-ENOTSUP) is no error of it. */
+static void reply_failed(struct pending *p, int r, const char *what)
+{
+    bool is_read = p->rq.type == NBD_CMD_READ || p->rq.type == NBD_CMD_CACHE ||
+                   p->rq.type == NBD_CMD_BLOCK_STATUS;
+
+    if (r != -ENOTSUP && r != -ENOMEM)
+        export_io_error(p->c->export, is_read, -r);
+    reply_error(p, -r, what);
+}
+
 static void reply_result(struct pending *p, int r, const char *what)
 {
     if (r < 0)
-        reply_error(p, -r, what);
+        reply_failed(p, r, what);
     else
         reply_simple(p, 0, NULL, 0);
 }
@@ -206,13 +218,13 @@ static void read_sparse(struct pending *p)
         bool zero;
         int r = next_run(e, at, end, &zero, &run_end);
         if (r < 0) {
-            reply_error(p, -r, "unable to check for holes");
+            reply_failed(p, r, "unable to check for holes");
             return;
         }
         if (!zero)
             r = edge_read(e, range_between(at, run_end), p->data + (at - p->rq.offset), 0);
         if (r < 0) {
-            reply_error(p, -r, "reading from file failed");
+            reply_failed(p, r, "reading from file failed");
             return;
         }
         (zero ? chunk_hole : chunk_data)(p, at, (uint32_t)(run_end - at), run_end == end);
@@ -229,7 +241,7 @@ static void do_read(struct pending *p)
     if (rq->flags & NBD_CMD_FLAG_FUA)
         r = edge_flush(e);
     if (r < 0) {
-        reply_error(p, -r, "flush failed");
+        reply_failed(p, r, "flush failed");
         return;
     }
     if (p->c->structured && !(rq->flags & NBD_CMD_FLAG_DF) && rq->length >= SPARSE_READ_MIN) {
@@ -238,7 +250,7 @@ static void do_read(struct pending *p)
     }
     r = edge_read(e, range_make(rq->offset, rq->length), p->data, 0);
     if (r < 0)
-        reply_error(p, -r, "reading from file failed");
+        reply_failed(p, r, "reading from file failed");
     else if (p->c->structured)
         chunk_data_or_none(p);
     else
@@ -350,7 +362,7 @@ static void do_block_status(struct pending *p)
         if (m->bitmaps[i])
             r = status_chunk(p, CONTEXT_FIRST_BITMAP + (uint32_t)i, !--left);
     if (r < 0)
-        reply_error(p, -r, "can't get block status");
+        reply_failed(p, r, "can't get block status");
 }
 
 /* ---- the others ---- */

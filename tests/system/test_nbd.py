@@ -420,6 +420,31 @@ def test_holes_are_told_in_structured_reads(served):
         assert got == bytes(MiB) + b"z" * 65536 + bytes(2 * MiB - 65536)
 
 
+# -- a disk that fails
+
+
+def test_a_failed_write_is_an_event_and_many_are_one(daemon, tmp):
+    image = tmp / "a.raw"
+    image.write_bytes(bytes(65536))
+    sock = tmp / "nbd.sock"
+    d = daemon("--blockdev", f"raw,node-name=disk,file.driver=file,file.filename={image}",
+               "--nbd-server", f"addr.type=unix,addr.path={sock}",
+               "--export", "nbd,id=e,node-name=disk,name=disk,writable=on",
+               prefix=("prlimit", "--fsize=32768"))
+    h = connect(nbd_uri(sock, "disk"))
+    h.pwrite(b"a" * 4096, 0)
+    for _ in range(100):
+        with pytest.raises(nbd.Error):
+            h.pwrite(b"b" * 4096, 32768)
+    event = d.qmp.wait_event("BLOCK_IO_ERROR")["data"]
+    assert event == {"device": "", "node-name": "disk", "operation": "write", "action": "report",
+                     "nospace": False, "reason": "File too large"}
+    assert h.pread(4096, 0) == b"a" * 4096  # the connection goes on
+    h.shutdown()
+    d.qmp.execute("query-block")
+    assert sum(e["event"] == "BLOCK_IO_ERROR" for e in d.qmp.history) < 10
+
+
 # -- limits
 
 
