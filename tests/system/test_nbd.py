@@ -39,7 +39,7 @@ def served(daemon, tmp):
 
 def test_nbdinfo_lists_and_describes(served):
     _, sock = served
-    info = json.loads(run_tool("nbdinfo", "--json", nbd_uri(sock, "disk")).stdout)
+    info = json.loads(run_tool("nbdinfo", "--no-content", "--json", nbd_uri(sock, "disk")).stdout)
     assert info["protocol"] == "newstyle-fixed" and info["structured"] is True
     e = info["exports"][0]
     assert e["export-name"] == "disk" and e["description"] == "a disk"
