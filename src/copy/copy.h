@@ -67,7 +67,7 @@ int copy_drop_unallocated(struct copy *c, uint64_t offset, uint64_t *next) MUST_
 /* The same for a known range, rounded inwards: nobody wants it any more. */
 void copy_drop(struct copy *c, struct range r);
 
-/* Registers the drivers copy-before-write and snapshot-access; once per graph. */
+/* Registers the drivers copy-before-write, snapshot-access and mirror_top; once per graph. */
 void copy_register_drivers(struct graph *g);
 
 /* ---- the copy-before-write filter, as the backup job uses it ---- */

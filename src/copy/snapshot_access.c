@@ -5,6 +5,7 @@
  * filter goes with the job, and must not go while somebody reads through it. */
 #include "block/driver.h"
 #include "copy/cbw.h"
+#include "copy/follow.h"
 
 static int access_open(struct node *n, struct json_object *options, struct error *err)
 {
@@ -75,4 +76,5 @@ void copy_register_drivers(struct graph *g)
 {
     graph_add_driver(g, &cbw_driver);
     graph_add_driver(g, &snapshot_access_driver);
+    graph_add_driver(g, &mirror_top_driver);
 }

@@ -657,6 +657,13 @@ static void succeed(struct dirty_bitmap *bm, bool new_base)
     dirty_release(s);
 }
 
+void dirty_restart(struct dirty_bitmap *bm)
+{
+    assert(bm->successor);
+    assert_quiet(bm->home->node);
+    bitmap_clear_all(bm->successor->bits);
+}
+
 void dirty_advance(struct dirty_bitmap *bm)
 {
     succeed(bm, true);

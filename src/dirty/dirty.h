@@ -111,6 +111,8 @@ int dirty_merge(struct dirty_bitmap *bm, struct dirty_bitmap *src, struct bitmap
 int dirty_start(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
 /* The start never happened (its transaction was not committed): bitmap OR successor, not busy. */
 void dirty_unstart(struct dirty_bitmap *bm);
+/* Quiesced: the successor forgets what it has recorded, because the job has that, too. */
+void dirty_restart(struct dirty_bitmap *bm);
 /* The successor becomes the bitmap. */
 void dirty_advance(struct dirty_bitmap *bm);
 /* REMAINING (NULL: the whole bitmap as at the start) is OR-ed into the successor, which becomes

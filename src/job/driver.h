@@ -38,6 +38,8 @@ struct job_driver {
     bool (*cancel)(struct job *j, bool force);
     void (*set_speed)(struct job *j, uint64_t speed);
     int (*complete)(struct job *j, struct error *err);
+    /* block-job-change; NULL: nothing can be changed. OPTIONS are lent. */
+    int (*change)(struct job *j, struct json_object *options, struct error *err);
     /* NULL: j->done and j->total. */
     void (*progress)(struct job *j, uint64_t *done, uint64_t *total);
 };

@@ -36,6 +36,7 @@ static const uint16_t accepted_in[JOB_VERBS] = {
     [JOB_VERB_COMPLETE] = TO(READY) | TO(STANDBY),
     [JOB_VERB_FINALIZE] = TO(PENDING),
     [JOB_VERB_DISMISS] = TO(CONCLUDED),
+    [JOB_VERB_CHANGE] = ALIVE,
 };
 
 #define RAN (TO(WAITING) | TO(PENDING) | TO(ABORTING) | TO(CONCLUDED) | TO(NULL))
@@ -60,7 +61,7 @@ const char *job_status_name(enum job_status s)
 const char *job_verb_name(enum job_verb v)
 {
     static const char *const names[JOB_VERBS] = {
-        "cancel", "pause", "resume", "set-speed", "complete", "finalize", "dismiss",
+        "cancel", "pause", "resume", "set-speed", "complete", "finalize", "dismiss", "change",
     };
     return names[v];
 }

@@ -45,6 +45,7 @@ enum job_verb {
     JOB_VERB_COMPLETE,
     JOB_VERB_FINALIZE,
     JOB_VERB_DISMISS,
+    JOB_VERB_CHANGE,
     JOB_VERBS,
 };
 
@@ -81,6 +82,9 @@ int jobs_do_block(struct jobs *js, const char *device, enum job_verb verb, bool 
 /* block-job-set-speed: bytes a second, 0 for no limit. */
 int jobs_set_speed(struct jobs *js, const char *device, int64_t speed,
                    struct error *err) MUST_CHECK;
+
+/* block-job-change: OPTIONS has `id`, `type`, and what that type of job can change. */
+int jobs_change(struct jobs *js, struct json_object *options, struct error *err) MUST_CHECK;
 
 struct json_object *jobs_query(struct jobs *js);       /* query-jobs: array of JobInfo */
 struct json_object *jobs_query_block(struct jobs *js); /* query-block-jobs: of BlockJobInfo */

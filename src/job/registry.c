@@ -121,6 +121,7 @@ static int act(struct job *j, enum job_verb verb, bool force, struct error *err)
     case JOB_VERB_DISMISS:
         return job_dismiss(j, err);
     case JOB_VERB_SET_SPEED:
+    case JOB_VERB_CHANGE:
     case JOB_VERBS:
         break;
     }
@@ -155,6 +156,27 @@ int jobs_set_speed(struct jobs *js, const char *device, int64_t speed, struct er
         return r;
     r = job_check_verb(j, JOB_VERB_SET_SPEED, err);
     return r < 0 ? r : job_set_speed(j, speed, err);
+}
+
+int jobs_change(struct jobs *js, struct json_object *options, struct error *err)
+{
+    struct job *j = NULL;
+    const char *type = json_get_string(options, "type", "");
+    int r = find_block(js, json_get_string(options, "id", ""), &j, err);
+    if (r == 0)
+        r = job_check_verb(j, JOB_VERB_CHANGE, err);
+    if (r < 0)
+        return r;
+    if (strcmp(type, j->driver->type) != 0)
+        return error_set(err, EINVAL, "Job '%s' is '%s' job, not '%s'", j->id, j->driver->type,
+                         type);
+    if (!j->driver->change)
+        return error_set(err, EINVAL, "Job type does not support change");
+    SHIELD();
+    job_ref(j); /* it may end meanwhile */
+    r = j->driver->change(j, options, err);
+    job_unref(j);
+    return r;
 }
 
 struct json_object *jobs_query(struct jobs *js)

@@ -1,4 +1,5 @@
 /* Commands about jobs: the verbs in both their forms, and the queries. */
+#include "job/mirror.h"
 #include "qmp/cmd.h"
 
 #define JOB_VERB(function, verb)                                                                   \
@@ -49,4 +50,19 @@ int cmd_blockdev_create(struct qmp_call *call, struct error *err)
 {
     return create_job_start(call->qmp->jobs, json_get_string(call->args, "job-id", ""),
                             json_get(call->args, "options"), err);
+}
+
+int cmd_block_job_change(struct qmp_call *call, struct error *err)
+{
+    return jobs_change(call->qmp->jobs, call->args, err);
+}
+
+int cmd_blockdev_mirror(struct qmp_call *call, struct error *err)
+{
+    return mirror_blockdev(call->qmp->jobs, call->args, err);
+}
+
+int cmd_drive_mirror(struct qmp_call *call, struct error *err)
+{
+    return mirror_drive(call->qmp->jobs, call->args, err);
 }

@@ -55,6 +55,31 @@ SCHEMA_OBJECT(BlockdevBackup, OPT("job-id", str), REQ("device", str), REQ("sync"
               OPT("auto-finalize", bool), OPT("auto-dismiss", bool), OPT("filter-node-name", str),
               OPT("x-perf", BackupPerf, .features = SCHEMA_UNSTABLE), REQ("target", str));
 
+static SCHEMA_ENUM(MirrorCopyMode, VALUE("background"), VALUE("write-blocking"));
+
+/* bitmap and bitmap-mode are Proxmox's, target-is-zero is newer QEMU's. */
+SCHEMA_OBJECT(BlockdevMirrorArg, OPT("job-id", str), REQ("device", str), REQ("target", str),
+              OPT("replaces", str), REQ("sync", MirrorSyncMode), OPT("bitmap", str),
+              OPT("bitmap-mode", BitmapSyncMode), OPT("speed", int), OPT("granularity", uint32),
+              OPT("buf-size", int), OPT("on-source-error", BlockdevOnError),
+              OPT("on-target-error", BlockdevOnError), OPT("filter-node-name", str),
+              OPT("copy-mode", MirrorCopyMode), OPT("auto-finalize", bool),
+              OPT("auto-dismiss", bool), OPT("target-is-zero", bool));
+
+SCHEMA_OBJECT(DriveMirror, OPT("job-id", str), REQ("device", str), REQ("target", str),
+              OPT("format", str), OPT("node-name", str), OPT("replaces", str),
+              REQ("sync", MirrorSyncMode), OPT("bitmap", str), OPT("bitmap-mode", BitmapSyncMode),
+              OPT("mode", NewImageMode), OPT("speed", int), OPT("granularity", uint32),
+              OPT("buf-size", int), OPT("on-source-error", BlockdevOnError),
+              OPT("on-target-error", BlockdevOnError), OPT("unmap", bool),
+              OPT("copy-mode", MirrorCopyMode), OPT("auto-finalize", bool),
+              OPT("auto-dismiss", bool));
+
+static SCHEMA_OBJECT(BlockJobChangeOptionsMirror, REQ("copy-mode", MirrorCopyMode));
+
+SCHEMA_UNION(BlockJobChangeOptions, "type", MEMBERS(REQ("id", str), REQ("type", JobType)),
+             BRANCHES(BRANCH("mirror", BlockJobChangeOptionsMirror)));
+
 SCHEMA_OBJECT(BlockDirtyBitmapAdd, REQ("node", str), REQ("name", str), OPT("granularity", uint32),
               OPT("persistent", bool), OPT("disabled", bool));
 

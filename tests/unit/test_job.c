@@ -204,7 +204,7 @@ static void the_tables_are_qemus(void **state)
         [JOB_VERB_CANCEL] = "01111111000",   [JOB_VERB_PAUSE] = "01111100000",
         [JOB_VERB_RESUME] = "01111100000",   [JOB_VERB_SET_SPEED] = "01111100000",
         [JOB_VERB_COMPLETE] = "00001100000", [JOB_VERB_FINALIZE] = "00000001000",
-        [JOB_VERB_DISMISS] = "00000000010",
+        [JOB_VERB_DISMISS] = "00000000010",  [JOB_VERB_CHANGE] = "01111100000", /* 8.2 */
     };
     for (int from = 0; from < JOB_STATUSES; from++) {
         for (int to = 0; to < JOB_STATUSES; to++)

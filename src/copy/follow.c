@@ -1,0 +1,528 @@
+/* Following a source that changes: see follow.h for what it promises.
+ *
+ * A chunk is in one of these states:
+ *
+ *     bit    its lock held by    state
+ *     set    nobody              to be copied
+ *     set    worker              about to be copied
+ *     clear  worker              on its way; set again when it fails or is written meanwhile
+ *     clear  nobody              the target has it
+ *     any    guest's write       write-blocking: source and target are being written
+ *
+ * Guests' writes are reported by the source's node after they have completed, well or not, so that
+ * also those are seen that do not come through the filter. A write that the filter itself brings to
+ * the target is not marked, or write-blocking would never be done: the filter says so beforehand
+ * (in_source), and one report of a range within its own is taken for it. Were it another's, then
+ * its own report, which still comes, marks the chunk.
+ *
+ * A write that covers a chunk in part goes to the target only where the chunk is clean. */
+#include "copy/follow.h"
+
+#include "block/driver.h"
+#include "copy/rate.h"
+#include "dirty/dirty.h"
+#include "rt/clock.h"
+#include "rt/sync.h"
+#include "rt/task.h"
+
+enum {
+    WORKERS = 16,
+    IO_MIN = 1024 * 1024,
+    IO_MAX = 16 * 1024 * 1024,
+    ZERO_RUN_MAX = 64 * 1024 * 1024,  /* of zeroes: nothing is read */
+    STATUS_AHEAD = 128 * 1024 * 1024, /* asked about at once */
+};
+#define IDLE_NS (NSEC_PER_SEC / 10)
+
+struct follow {
+    struct edge *source, *target; /* lent */
+    uint64_t size, granularity;
+    uint64_t unit; /* what is copied is whole ones of these: granularity, or more */
+    uint64_t buffer, io_bytes;
+    unsigned workers;
+    bool unmap, blocking;
+    bool failed; /* a guest's write has not reached the target, and no run since */
+    void (*on_failure)(void *opaque, int code);
+    void *opaque;
+
+    struct write_observer observer;
+    struct dirty_bitmap *shown;
+    struct bitmap *dirty; /* its bits */
+    struct rangelock locks;
+    TAILQ_HEAD(, follow_write) writes;
+
+    struct rate rate;
+    bool interrupted, idle;
+    struct event nudge;
+    uint64_t done, in_flight; /* bytes */
+
+    void *kept[WORKERS]; /* buffers of io_bytes */
+    unsigned kept_count;
+    struct range hint; /* what block status said last; guests may have changed it */
+    bool hint_zero;
+};
+
+/* ---- what guests write ---- */
+
+static void mark(struct follow *f, struct range r)
+{
+    bitmap_mark(f->dirty, r);
+    if (f->idle)
+        event_set(&f->nudge);
+}
+
+static void observer_mark(struct write_observer *o, struct range r)
+{
+    /* The source may still have the old bytes: only `written` counts. */
+}
+
+static void observer_written(struct write_observer *o, struct range r, int result)
+{
+    struct follow *f = container_of(o, struct follow, observer);
+    struct follow_write *w;
+
+    TAILQ_FOREACH (w, &f->writes, link) {
+        if (w->in_source && w->range.start <= r.start && range_end(r) <= range_end(w->range)) {
+            w->in_source = false;
+            return;
+        }
+    }
+    mark(f, r);
+}
+
+/* ---- coming and going ---- */
+
+static uint64_t default_granularity(struct node *target)
+{
+    uint64_t cluster = node_cluster_size(target);
+    if (cluster == 0 || !is_power_of_2(cluster))
+        return 64 * KiB;
+    return max_u64(4 * KiB, min_u64(cluster, 64 * KiB));
+}
+
+static void size_buffers(struct follow *f, uint64_t buffer)
+{
+    f->buffer = align_up(buffer ? buffer : (uint64_t)WORKERS * IO_MIN, f->granularity);
+    f->io_bytes = min_u64(max_u64(f->buffer / WORKERS, IO_MIN), f->buffer);
+    f->io_bytes = min_u64(align_up(f->io_bytes, 4096), IO_MAX);
+    f->workers = (unsigned)max_u64(1, min_u64(WORKERS, f->buffer / f->io_bytes));
+}
+
+int follow_new(struct edge *source, struct edge *target, const struct follow_options *options,
+               struct follow **ret, struct error *err)
+{
+    struct node *n = source->node;
+    struct dirty_bitmap *shown;
+    uint64_t granularity =
+        options->granularity ? options->granularity : default_granularity(target->node);
+    int r = dirty_add(n, NULL, granularity, options->blocking ? DIRTY_DISABLED : 0, &shown, err);
+    if (r < 0)
+        return r;
+
+    struct follow *f = xnew(struct follow);
+    f->source = source;
+    f->target = target;
+    f->size = node_size(n);
+    f->granularity = f->unit = granularity;
+    if (options->whole_clusters)
+        f->unit = max_u64(granularity, node_cluster_size(node_skip_filters(target->node)));
+    f->unmap = options->unmap;
+    f->blocking = options->blocking;
+    size_buffers(f, options->buffer);
+    f->shown = shown;
+    f->dirty = dirty_bits(shown);
+    rangelock_init(&f->locks);
+    event_init(&f->nudge);
+    TAILQ_INIT(&f->writes);
+    f->observer.mark = observer_mark;
+    f->observer.written = observer_written;
+    node_observe(n, &f->observer);
+    *ret = f;
+    return 0;
+}
+
+void follow_free(struct follow *f)
+{
+    assert(rangelock_idle(&f->locks) && TAILQ_EMPTY(&f->writes) && f->in_flight == 0);
+    node_unobserve(dirty_node(f->shown), &f->observer);
+    dirty_release(f->shown);
+    while (f->kept_count)
+        free(f->kept[--f->kept_count]);
+    free(f);
+}
+
+struct bitmap *follow_dirty(struct follow *f)
+{
+    return f->dirty;
+}
+
+uint64_t follow_buffer(const struct follow *f)
+{
+    return f->buffer;
+}
+
+void follow_progress(const struct follow *f, uint64_t *done, uint64_t *total)
+{
+    *done = f->done;
+    *total = f->done + f->in_flight + bitmap_count(f->dirty);
+}
+
+void follow_set_speed(struct follow *f, uint64_t speed)
+{
+    rate_set(&f->rate, speed);
+    event_set(&f->nudge);
+}
+
+void follow_interrupt(struct follow *f)
+{
+    f->interrupted = true;
+    event_set(&f->nudge);
+}
+
+void follow_resume(struct follow *f)
+{
+    f->interrupted = false;
+}
+
+/* ---- to begin with ---- */
+
+static bool zeroes_cheaply(const struct follow *f)
+{
+    const struct node *n = f->target->node;
+    return n->discard_unmap && (n->write_zeroes_flags & REQ_MAY_UNMAP);
+}
+
+int follow_zero_target(struct follow *f)
+{
+    if (!zeroes_cheaply(f)) {
+        bitmap_mark_all(f->dirty);
+        return 0;
+    }
+    for (uint64_t at = 0; at < f->size;) {
+        struct range r = range_make(at, min_u64(f->size - at, GiB));
+        int ret = edge_write_zeroes(f->target, r, f->unmap ? REQ_MAY_UNMAP : 0);
+        if (ret < 0)
+            return ret;
+        if (f->interrupted)
+            return -EINTR;
+        at = range_end(r);
+    }
+    return 1;
+}
+
+int follow_mark_allocated(struct follow *f, struct node *base, bool skip_zeroes)
+{
+    for (uint64_t at = 0; at < f->size;) {
+        struct range r = range_make(at, f->size - at);
+        uint64_t length = 0;
+        int ret;
+        if (skip_zeroes) {
+            struct block_status st;
+            ret = edge_status_above(f->source, NULL, true, r, &st);
+            if (ret == 0) {
+                length = st.length;
+                ret = !(st.flags & STATUS_ZERO);
+            }
+        } else {
+            ret = edge_allocated_above(f->source, base, base != NULL, r, &length);
+        }
+        if (ret < 0)
+            return ret;
+        if (length == 0)
+            length = r.length;
+        if (ret > 0)
+            bitmap_mark(f->dirty, range_make(at, length));
+        if (f->interrupted)
+            return -EINTR;
+        at += length;
+    }
+    return 0;
+}
+
+/* ---- copying ---- */
+
+static int copy_part(struct follow *f, struct range r, void **buf, bool *read_failed)
+{
+    if (!*buf) {
+        *buf = f->kept_count ? f->kept[--f->kept_count] : block_buffer(f->io_bytes);
+        if (!*buf)
+            return -ENOMEM;
+    }
+    int ret = edge_read(f->source, r, *buf, 0);
+    if (ret < 0) {
+        *read_failed = true;
+        return ret;
+    }
+    return edge_write(f->target, r, *buf, REQ_REGISTERED_BUF);
+}
+
+/* The first part of R that is of one kind, and which. What cannot be told is data. */
+static struct range look(struct follow *f, struct range r, bool *zero)
+{
+    struct block_status st;
+    *zero = false;
+    if (edge_status_above(f->source, NULL, true, r, &st) == 0 && st.length) {
+        *zero = st.flags & STATUS_ZERO;
+        r.length = min_u64(r.length, st.length);
+    }
+    if (!*zero)
+        r.length = min_u64(r.length, f->io_bytes);
+    return r;
+}
+
+/* Copies RUN, dirty or not, under its lock. */
+static int copy_run(struct follow *f, struct range run, bool *read_failed)
+{
+    RANGE_HOLDER(held);
+    void *buf = NULL;
+    struct range rest = run;
+    int r = rangelock_take(&f->locks, &held, run, RANGE_EXCLUSIVE);
+    assert(r == 0);
+
+    bitmap_clear(f->dirty, run);
+    f->in_flight += run.length;
+    while (r == 0 && !range_empty(rest)) {
+        bool zero;
+        struct range part = look(f, rest, &zero);
+        if (zero)
+            r = edge_write_zeroes(f->target, part, f->unmap ? REQ_MAY_UNMAP : 0);
+        else
+            r = copy_part(f, part, &buf, read_failed);
+        if (r == 0)
+            rest = range_between(range_end(part), range_end(rest));
+    }
+    f->in_flight -= run.length;
+    f->done += run.length - rest.length;
+    if (r < 0)
+        mark(f, rest);
+    if (buf && f->kept_count < ARRAY_SIZE(f->kept))
+        f->kept[f->kept_count++] = buf;
+    else
+        free(buf);
+    return r;
+}
+
+struct pass {
+    struct follow *follow;
+    struct scope workers;
+    struct semaphore slots;
+    int error; /* the first */
+    bool read_failed;
+};
+
+struct piece {
+    struct pass *pass;
+    struct range range;
+};
+
+static int work(void *arg)
+{
+    struct piece *p = arg;
+    struct pass *pass = p->pass;
+    bool read_failed = false;
+    SHIELD();
+
+    /* Another may have taken it meanwhile. */
+    int r = 0;
+    if (bitmap_any(pass->follow->dirty, p->range))
+        r = copy_run(pass->follow, p->range, &read_failed);
+    if (r < 0 && !pass->error) {
+        pass->error = r;
+        pass->read_failed = read_failed;
+    }
+    semaphore_give(&pass->slots, 1);
+    free(p);
+    return 0;
+}
+
+/* Cuts RUN to what a worker should take, as far as can be told without its lock. */
+static struct range cut_run(struct follow *f, struct range run, bool *zero)
+{
+    if (run.start < f->hint.start || run.start >= range_end(f->hint)) {
+        struct block_status st;
+        struct range ask = range_make(run.start, min_u64(STATUS_AHEAD, f->size - run.start));
+        f->hint = range_make(run.start, 1);
+        f->hint_zero = false;
+        if (edge_status_above(f->source, NULL, true, ask, &st) == 0 && st.length) {
+            f->hint = range_make(run.start, min_u64(st.length, ask.length));
+            f->hint_zero = st.flags & STATUS_ZERO;
+        }
+    }
+    uint64_t most = max_u64(f->io_bytes, f->unit);
+    *zero = f->hint_zero;
+    if (*zero)
+        most = max_u64(most, min_u64(range_end(f->hint) - run.start, ZERO_RUN_MAX));
+    run.length = min_u64(run.length, align_down(most, f->unit));
+    run = range_round_out(run, f->unit);
+    return range_intersect(run, range_make(0, f->size));
+}
+
+/* True: it may have waited, look again. */
+static bool wait_for_rate(struct follow *f)
+{
+    uint64_t at = rate_ready_at(&f->rate, clock_now_ns());
+    if (at == 0)
+        return false;
+    if (f->interrupted)
+        return true;
+    event_reset(&f->nudge);
+    int r = event_wait_until(&f->nudge, at);
+    (void)r; /* the moment, a new speed or an interruption: all mean looking again */
+    return true;
+}
+
+static void one_pass(struct pass *pass)
+{
+    struct follow *f = pass->follow;
+    uint64_t cursor = 0;
+    struct range run;
+
+    while (!pass->error && !f->interrupted && bitmap_next(f->dirty, cursor, ZERO_RUN_MAX, &run)) {
+        bool zero;
+        if (wait_for_rate(f))
+            continue;
+        run = cut_run(f, run, &zero);
+        int r = semaphore_take(&pass->slots, 1);
+        assert(r == 0);
+        struct piece *p = xnew(struct piece);
+        *p = (struct piece){pass, run};
+        if (!zero || !zeroes_cheaply(f))
+            rate_spend(&f->rate, clock_now_ns(), run.length);
+        scope_spawn(&pass->workers, work, p);
+        cursor = range_end(run);
+    }
+}
+
+int follow_run(struct follow *f, uint64_t enough, unsigned passes, bool *read_failed)
+{
+    SHIELD();
+    *read_failed = false;
+    f->failed = false;
+    while (!f->interrupted) {
+        if (bitmap_count(f->dirty) <= enough)
+            return 0;
+        struct pass pass = {.follow = f};
+        scope_init(&pass.workers);
+        semaphore_init(&pass.slots, f->workers);
+        one_pass(&pass);
+        int r = scope_join(&pass.workers);
+        assert(r == 0);
+        scope_fini(&pass.workers);
+
+        if (pass.error) {
+            *read_failed = pass.read_failed;
+            return pass.error;
+        }
+        if (passes && --passes == 0)
+            return 0;
+    }
+    return -EINTR;
+}
+
+int follow_drain(struct follow *f, bool *read_failed)
+{
+    struct range run;
+    *read_failed = false;
+    while (bitmap_next(f->dirty, 0, f->io_bytes, &run)) {
+        run = range_intersect(range_round_out(run, f->unit), range_make(0, f->size));
+        int r = copy_run(f, run, read_failed);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+void follow_idle(struct follow *f)
+{
+    SHIELD();
+    int r;
+    f->idle = true;
+    while (!f->interrupted && bitmap_count(f->dirty) == 0) {
+        event_reset(&f->nudge);
+        r = event_wait(&f->nudge);
+        assert(r == 0);
+    }
+    f->idle = false;
+    /* What is written once is often written again. */
+    event_reset(&f->nudge);
+    if (!f->interrupted)
+        r = event_wait_until(&f->nudge, clock_after_ns(IDLE_NS));
+    (void)r;
+}
+
+/* ---- write-blocking ---- */
+
+bool follow_blocking(const struct follow *f)
+{
+    return f->blocking;
+}
+
+void follow_set_blocking(struct follow *f)
+{
+    dirty_set_enabled(f->shown, false);
+    f->blocking = true;
+}
+
+void follow_on_failure(struct follow *f, void (*fn)(void *opaque, int code), void *opaque)
+{
+    f->on_failure = fn;
+    f->opaque = opaque;
+}
+
+bool follow_wants(const struct follow *f, struct range r, unsigned flags)
+{
+    /* Where whole clusters must be copied, a guest's write does not do. */
+    return f->blocking && !f->failed && f->unit == f->granularity &&
+           !(flags & REQ_WRITE_UNCHANGED) && !range_empty(r) && range_end(r) <= f->size;
+}
+
+void follow_write_begin(struct follow *f, struct follow_write *w, struct range r)
+{
+    w->range = r;
+    w->held.lock = NULL;
+    int ret =
+        rangelock_take(&f->locks, &w->held, range_round_out(r, f->granularity), RANGE_EXCLUSIVE);
+    assert(ret == 0); /* shielded, as every request */
+    w->in_source = true;
+    TAILQ_INSERT_TAIL(&f->writes, w, link);
+}
+
+/* Without the ends that lie in dirty chunks: these are copied whole, later. */
+static struct range clean_part(struct follow *f, struct range r)
+{
+    uint64_t start = r.start, end = range_end(r);
+    if (start % f->granularity && bitmap_get(f->dirty, start))
+        start = align_up(start, f->granularity);
+    if (end % f->granularity && end > start && bitmap_get(f->dirty, end - 1) && end < f->size)
+        end = align_down(end, f->granularity);
+    return start < end ? range_between(start, end) : range_make(start, 0);
+}
+
+void follow_write_end(struct follow *f, struct follow_write *w, int result, const void *buf,
+                      unsigned flags)
+{
+    TAILQ_REMOVE(&f->writes, w, link);
+    struct range part = clean_part(f, w->range);
+    if (result < 0) {
+        mark(f, w->range); /* nobody knows what the source has there now */
+    } else if (!range_empty(part)) {
+        const uint8_t *from = buf;
+        bitmap_clear(f->dirty, part);
+        f->in_flight += part.length;
+        if (buf)
+            result = edge_write(f->target, part, from + (part.start - w->range.start), 0);
+        else
+            result =
+                edge_write_zeroes(f->target, part, f->unmap ? flags & (unsigned)REQ_MAY_UNMAP : 0);
+        f->in_flight -= part.length;
+        if (result == 0) {
+            f->done += part.length;
+        } else {
+            mark(f, part);
+            f->failed = true;
+            if (f->on_failure)
+                f->on_failure(f->opaque, -result);
+        }
+    }
+    rangelock_release(&w->held);
+}
