@@ -85,7 +85,8 @@ struct job {
     int64_t speed;        /* bytes a second, 0: no limit */
     enum { JOB_IO_OK, JOB_IO_FAILED, JOB_IO_NOSPACE } io_status;
 
-    struct user user; /* of its edges */
+    struct user user;   /* of its edges */
+    struct user device; /* of those that QEMU has through an unnamed block device */
     TAILQ_HEAD(, job_node) nodes;
 };
 
@@ -112,7 +113,8 @@ void job_cancel_and_wait(struct job *j);
 void job_ref(struct job *j);
 void job_unref(struct job *j);
 
-/* Keeps NODE as NAME for the job's life and blocks all operations on it. */
+/* Keeps NODE as NAME for the job's life and blocks all operations on it. NAME "root": others are
+ * told of an unnamed block device, as QEMU calls what a mirror writes to. */
 int job_add_node(struct job *j, struct node *n, const char *name, unsigned perm, unsigned shared,
                  struct error *err) MUST_CHECK;
 void job_drop_nodes(struct job *j); /* graph_lock held */

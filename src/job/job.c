@@ -189,12 +189,23 @@ static char *describe_user(struct user *u)
     return xasprintf("%s job '%s'", j->driver->type, j->id);
 }
 
+static char *describe_device(struct user *u)
+{
+    return xstrdup("an unnamed block device");
+}
+
 static void ignore_edge(struct user *u, struct edge *e)
 {
 }
 
 static const struct user_ops job_user_ops = {
     .describe = describe_user,
+    .moved = ignore_edge,
+    .resized = ignore_edge,
+};
+
+static const struct user_ops job_device_ops = {
+    .describe = describe_device,
     .moved = ignore_edge,
     .resized = ignore_edge,
 };
@@ -255,6 +266,7 @@ int job_create(struct jobs *js, const struct job_driver *d, const struct job_opt
     j->pause_count = 1;
     j->speed = options->speed;
     j->user.ops = &job_user_ops;
+    j->device.ops = &job_device_ops;
     waitq_init(&j->wake);
     TAILQ_INIT(&j->nodes);
     TAILQ_INSERT_HEAD(&js->list, j, in_jobs);
@@ -278,7 +290,8 @@ int job_add_node(struct job *j, struct node *n, const char *name, unsigned perm,
                  struct error *err)
 {
     struct edge *e = NULL;
-    int r = edge_attach_user(&j->user, n, name, perm, shared, &e, err);
+    struct user *u = strcmp(name, "root") == 0 ? &j->device : &j->user;
+    int r = edge_attach_user(u, n, name, perm, shared, &e, err);
     if (r < 0)
         return r;
     e->stay = true; /* a later filter goes over what we work on, not between */

@@ -569,7 +569,7 @@ static int add_nodes(struct mirror *m, const struct plan *p, struct error *err)
         return error_set(err, EINVAL,
                          "Cannot mirror to a filter on top of a node in the source's backing "
                          "chain");
-    r = job_add_node(j, p->target, "target", PERM_WRITE, PERM_WRITE_UNCHANGED, err);
+    r = job_add_node(j, p->target, "root", PERM_WRITE, PERM_WRITE_UNCHANGED, err);
     if (r < 0)
         return r;
     m->to = TAILQ_FIRST(&j->nodes)->edge;
@@ -678,6 +678,20 @@ static int find_node(struct graph *g, struct json_object *args, const char *key,
     return 0;
 }
 
+static int find_root(struct graph *g, struct json_object *args, struct node **ret,
+                     struct error *err)
+{
+    struct edge *e;
+    int r = find_node(g, args, "device", ret, err);
+    if (r < 0)
+        return r;
+    TAILQ_FOREACH (e, &(*ret)->parents, in_parents) {
+        if (e->parent || strcmp(e->name, "root") != 0)
+            return error_set(err, EINVAL, "Need a root block node");
+    }
+    return 0;
+}
+
 int mirror_blockdev(struct jobs *js, struct json_object *args, struct error *err)
 {
     struct graph *g = jobs_graph(js);
@@ -686,7 +700,7 @@ int mirror_blockdev(struct jobs *js, struct json_object *args, struct error *err
 
     SHIELD();
     GRAPH_LOCKED(g);
-    int r = find_node(g, args, "device", &p.source, err);
+    int r = find_root(g, args, &p.source, err);
     if (r == 0)
         r = find_node(g, args, "target", &p.target, err);
     return r < 0 ? r : start(js, &p, sync, err);

@@ -166,7 +166,15 @@ static void finish(struct job *j, int result)
 static int verb_text(const char *id, enum job_verb v, const char *text)
 {
     struct error err = ERROR_INIT;
-    int r = v == JOB_VERB_SET_SPEED ? jobs_set_speed(js, id, 7, &err) : jobs_do(js, id, v, &err);
+    int r;
+    if (v == JOB_VERB_CHANGE) {
+        CLEANUP(json_putp) struct json_object *options = json_object_new_object();
+        json_add_string(options, "id", id);
+        json_add_string(options, "type", "mirror");
+        r = jobs_change(js, options, &err);
+    } else {
+        r = v == JOB_VERB_SET_SPEED ? jobs_set_speed(js, id, 7, &err) : jobs_do(js, id, v, &err);
+    }
     assert_string_equal(err.text, text);
     return r;
 }
@@ -256,13 +264,15 @@ IN_LOOP(each_verb_in_each_state)
                          job_status_name(s), job_verb_name(v));
             else if (v == JOB_VERB_PAUSE && paused)
                 strcpy(text, "Job is already paused");
+            else if (v == JOB_VERB_CHANGE)
+                strcpy(text, "Job type does not support change");
             int r = verb_text("j", v, text);
             assert_int_equal(r == 0, text[0] == '\0');
             if (r == 0 && v == JOB_VERB_SET_SPEED)
                 assert_int_equal(j->speed, 7);
             jobs_cancel_all(js);
-            verb_text("j", v,
-                      v == JOB_VERB_SET_SPEED ? "Block job 'j' not found" : "Job not found");
+            bool block = v == JOB_VERB_SET_SPEED || v == JOB_VERB_CHANGE;
+            verb_text("j", v, block ? "Block job 'j' not found" : "Job not found");
         }
     }
     return 0;

@@ -1,0 +1,254 @@
+"""blockdev-mirror: its states, its end with and without the pivot, what is refused, what queries show."""
+
+from ..table import disk, image, nbd_server, null, sequence
+
+DATA = ("write -P 1 0 1M", "write -P 2 2M 300k")
+
+
+def ask(t, *mask):
+    t("query-jobs", mask=mask)
+    t("query-block-jobs", mask=mask)
+
+
+def ready(t, job="j", **more):
+    """A mirror of a to t that has become ready."""
+    more.setdefault("sync", "full")
+    t("blockdev-mirror", job_id=job, device="a", target="t", **more)
+    t.wait_job(job, "ready")
+
+
+@sequence(disk("a", data=DATA), disk("t"))
+def mirror_completes(t):
+    """ready, complete, pivot."""
+    ready(t)
+    ask(t)
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    ask(t)
+    t.nodes()
+    t("blockdev-del", node_name="a")
+    t("blockdev-del", node_name="t")
+    t.finish()
+    t.content("t.qcow2")
+
+
+@sequence(disk("a", data=DATA), disk("t"))
+def mirror_cancelled_when_ready(t):
+    """Without force: completed, nobody moves. With: cancelled."""
+    ready(t)
+    t("block-job-cancel", device="j")
+    t.wait_job("j", "null")
+    ready(t)
+    t("block-job-cancel", device="j", force=True)
+    t.wait_job("j", "null")
+    ready(t)
+    t("job-cancel", id="j")
+    t.wait_job("j", "null")
+    t.nodes()
+
+
+@sequence(disk("a", data=DATA), disk("t"),
+          mask=["data.offset", "data.len"])
+def mirror_cancelled_early(t):
+    """Before it is ready every cancel is by force."""
+    t("blockdev-mirror", job_id="j", device="a", target="t", sync="full", speed=65536)
+    t("job-complete", id="j")
+    t("block-job-complete", device="j")
+    t("block-job-cancel", device="j")
+    t.wait_job("j", "null")
+
+
+@sequence(disk("a", data=DATA), disk("t"))
+def mirror_finalized(t):
+    """waiting and pending; finalize and dismiss by hand."""
+    ready(t, auto_finalize=False, auto_dismiss=False)
+    t("job-finalize", id="j")
+    t("job-dismiss", id="j")
+    t("job-complete", id="j")
+    t.wait_job("j", "pending")
+    ask(t)
+    t("job-complete", id="j")
+    t("job-pause", id="j")
+    t("job-finalize", id="j")
+    t.wait_job("j", "concluded")
+    ask(t)
+    t("job-dismiss", id="j")
+    ask(t)
+
+
+@sequence(disk("a", data=DATA), disk("t"), pauses=True)
+def mirror_standby(t):
+    """A ready job pauses to standby; complete and cancel there."""
+    ready(t)
+    t("job-pause", id="j")
+    t.wait_job("j", "standby")
+    ask(t)
+    t("job-pause", id="j")
+    t("block-job-cancel", device="j")
+    t("job-resume", id="j")
+    t.wait_job("j", "ready")
+    t("job-cancel", id="j")
+    t.wait_job("j", "null")
+
+
+@sequence(disk("a", data=DATA), disk("t"), nbd_server("a"))
+def mirror_follows_writes(t):
+    """What a guest writes is in the target; after the pivot it writes there."""
+    ready(t)
+    t.write("a", 0, 65536, 7)
+    t.write("a", 3 << 20, 4096, 8)
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.write("a", 65536, 65536, 9)
+    t.read("a", 0, 1 << 20)
+    t.nodes()
+    t.finish()
+    t.content("t.qcow2")
+    t.content("a.qcow2")
+
+
+@sequence(disk("a", data=DATA), disk("t"), nbd_server("a"))
+def mirror_write_blocking(t):
+    """copy-mode write-blocking."""
+    ready(t, copy_mode="write-blocking")
+    t.write("a", 0, 65536, 7)
+    t.write("a", (3 << 20) + 512, 512, 8)
+    t.nodes()
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.write("a", 65536, 65536, 9)
+    t.finish()
+    t.content("t.qcow2")
+    t.content("a.qcow2")
+
+
+@sequence(disk("a", data=DATA), disk("t"))
+def mirror_sync_none(t):
+    """Nothing is copied to begin with."""
+    ready(t, sync="none")
+    ask(t)
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+
+
+@sequence(image("base", data="write -P 3 0 2M"),
+          disk("a", data="write -P 1 0 1M", backing_file="base.qcow2", backing_fmt="qcow2"),
+          disk("t"))
+def mirror_sync_top(t):
+    """Only what the top image has."""
+    ready(t, sync="top")
+    ask(t)
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.finish()
+    t.content("t.qcow2")
+
+
+@sequence(image("base", data="write -P 3 0 2M"),
+          disk("a", data="write -P 1 0 1M", backing_file="base.qcow2", backing_fmt="qcow2"),
+          disk("t", fmt="raw", more="discard=unmap", file_more="discard=unmap"))
+def mirror_to_raw(t):
+    """A raw target that can be zeroed cheaply."""
+    ready(t)
+    ask(t)
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.finish()
+    t.content("t.raw")
+
+
+@sequence(disk("a", data=DATA), disk("t", more="discard=unmap", file_more="discard=unmap"))
+def mirror_to_unmapping(t):
+    """A qcow2 target that can be zeroed cheaply: only what is allocated counts."""
+    ready(t)
+    ask(t)
+    t("block-job-cancel", device="j")
+    t.wait_job("j", "null")
+
+
+@sequence(disk("a", data=DATA), disk("t"), disk("small", size="1M"))
+def mirror_of_other_size(t):
+    """Found out by the job itself."""
+    t("blockdev-mirror", job_id="j", device="a", target="small", sync="full", auto_dismiss=False)
+    t.wait_job("j", "concluded")
+    ask(t)
+    t("job-dismiss", id="j")
+
+
+@sequence(disk("a", size="0"), disk("t", size="0"))
+def mirror_of_nothing(t):
+    """An empty disk is ready at once."""
+    ready(t)
+    ask(t)
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+
+
+@sequence(disk("a", data=DATA), disk("t"), disk("u", more="read-only=on"),
+          image("base"), nbd_server("t"))
+def mirror_refused(t):
+    """What the command says of its arguments."""
+    m = {"device": "a", "target": "t", "job_id": "j", "sync": "full"}
+    t("blockdev-mirror")
+    for left_out in ("device", "target", "sync"):
+        t("blockdev-mirror", **{k: v for k, v in m.items() if k != left_out})
+    for more in ({"device": "x"}, {"target": "x"}, {"device": ""}, {"sync": "some"},
+                 {"granularity": 511}, {"granularity": 1000}, {"granularity": 128 << 20},
+                 {"granularity": -1}, {"buf_size": -1}, {"speed": -1}, {"job_id": "0"},
+                 {"copy_mode": "x"}, {"on_source_error": "x"}, {"on_target_error": "x"},
+                 {"target": "a"}, {"replaces": "x"}, {"replaces": "t"}, {"filter_node_name": "t"},
+                 {"filter_node_name": "0"}, {"target": "u"}, {"device": 1}, {"more": 1},
+                 {"unmap": True}):
+        t("blockdev-mirror", **{**m, **more})
+    t("blockdev-mirror", **m)    # its target is a guest's
+    t("query-jobs")
+
+
+@sequence(disk("a", data=DATA), disk("t"), disk("u"), disk("v"))
+def mirror_keeps_others_away(t):
+    """What can not be done with the nodes of a ready mirror."""
+    ready(t, filter_node_name="f")
+    t("blockdev-mirror", job_id="k", device="a", target="u", sync="full")
+    t("blockdev-mirror", job_id="k", device="u", target="t", sync="full")
+    t("blockdev-mirror", job_id="k", device="u", target="a", sync="full")
+    t("blockdev-backup", job_id="k", device="a", target="u", sync="full")
+    t("blockdev-backup", job_id="k", device="u", target="t", sync="full")
+    t("blockdev-mirror", job_id="j", device="u", target="v", sync="full")
+    t("blockdev-del", node_name="a")
+    t("blockdev-del", node_name="t")
+    t("blockdev-del", node_name="f")
+    t("block_resize", node_name="t", size=8 << 20)
+    t("block-export-add", type="nbd", id="e", node_name="t")
+    t("block-job-cancel", device="j")
+    t.wait_job("j", "null")
+    t("blockdev-del", node_name="t")
+
+
+@sequence(disk("a", data=DATA, file_node="a-file"), disk("t", fmt="raw"))
+def mirror_replaces(t):
+    """replaces: the source itself is all that can be named here."""
+    ready(t, replaces="a")
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t("blockdev-mirror", job_id="j", device="a", target="t", sync="full", replaces="a-file")
+
+
+@sequence(disk("a", data=DATA), disk("t"), nbd_server("a"))
+def mirror_shows_its_bitmap(t):
+    """The nodes while it runs: its filter and its nameless dirty bitmap."""
+    for more in ({}, {"filter_node_name": "f"}, {"granularity": 4096},
+                 {"copy_mode": "write-blocking", "granularity": 1048576}):
+        ready(t, **more)
+        t.nodes()
+        t("query-block")
+        t("block-job-cancel", device="j", force=True)
+        t.wait_job("j", "null")
+
+
+@sequence(disk("a", data=DATA), null("t", size=4 << 20))
+def mirror_to_null(t):
+    """A target that keeps nothing."""
+    ready(t)
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.nodes()
