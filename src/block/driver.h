@@ -152,6 +152,9 @@ int node_open_child(struct node *n, struct json_object *options, const char *key
 int node_attach_child(struct node *n, struct node *child, const char *key, unsigned role,
                       struct edge **ret, struct error *err) MUST_CHECK;
 
+/* Opens the backing image that N's header names, for a node that was opened without one. */
+int node_open_backing(struct node *n, struct error *err) MUST_CHECK;
+
 /* Takes bytes of this node's own range lock, e.g. around a read-modify-write. The request that the
  * driver is working on holds its own range, shared, already: a driver must not take it again. */
 int node_lock_range(struct node *n, struct range_holder *h, struct range r,

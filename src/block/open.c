@@ -315,6 +315,19 @@ static int open_backing(struct node *n, struct json_object *options, struct erro
     return node_attach_child(n, backing, "backing", ROLE_COW, NULL, err);
 }
 
+int node_open_backing(struct node *n, struct error *err)
+{
+    SHIELD();
+    GRAPH_LOCKED(n->graph);
+    CLEANUP(json_putp) struct json_object *options = json_object_new_object();
+    if (n->backing)
+        return 0;
+    int r = open_backing(n, options, err);
+    if (r == 0 && n->backing)
+        json_add_string(n->options, "backing", n->backing->node->name);
+    return r;
+}
+
 /* ---- one node ---- */
 
 /* FILENAME and a guess become options: returns the driver, or NULL in *RET to be probed. */

@@ -41,6 +41,7 @@ struct follow {
     uint64_t buffer, io_bytes;
     unsigned workers;
     bool unmap, blocking;
+    bool whole;  /* never a part of a unit, if the target does not have it */
     bool failed; /* a guest's write has not reached the target, and no run since */
     void (*on_failure)(void *opaque, int code);
     void *opaque;
@@ -124,7 +125,8 @@ int follow_new(struct edge *source, struct edge *target, const struct follow_opt
     f->target = target;
     f->size = node_size(n);
     f->granularity = f->unit = granularity;
-    if (options->whole_clusters)
+    f->whole = options->whole_clusters;
+    if (f->whole)
         f->unit = max_u64(granularity, node_cluster_size(node_skip_filters(target->node)));
     f->unmap = options->unmap;
     f->blocking = options->blocking;
@@ -270,14 +272,12 @@ static struct range look(struct follow *f, struct range r, bool *zero)
     return r;
 }
 
-/* Copies RUN, dirty or not, under its lock. */
-static int copy_run(struct follow *f, struct range run, bool *read_failed)
+/* Copies RUN, dirty or not; the caller holds its lock. */
+static int copy_held(struct follow *f, struct range run, bool *read_failed)
 {
-    RANGE_HOLDER(held);
     void *buf = NULL;
     struct range rest = run;
-    int r = rangelock_take(&f->locks, &held, run, RANGE_EXCLUSIVE);
-    assert(r == 0);
+    int r = 0;
 
     bitmap_clear(f->dirty, run);
     f->in_flight += run.length;
@@ -300,6 +300,14 @@ static int copy_run(struct follow *f, struct range run, bool *read_failed)
     else
         free(buf);
     return r;
+}
+
+static int copy_run(struct follow *f, struct range run, bool *read_failed)
+{
+    RANGE_HOLDER(held);
+    int r = rangelock_take(&f->locks, &held, run, RANGE_EXCLUSIVE);
+    assert(r == 0);
+    return copy_held(f, run, read_failed);
 }
 
 struct pass {
@@ -471,17 +479,15 @@ void follow_on_failure(struct follow *f, void (*fn)(void *opaque, int code), voi
 
 bool follow_wants(const struct follow *f, struct range r, unsigned flags)
 {
-    /* Where whole clusters must be copied, a guest's write does not do. */
-    return f->blocking && !f->failed && f->unit == f->granularity &&
-           !(flags & REQ_WRITE_UNCHANGED) && !range_empty(r) && range_end(r) <= f->size;
+    return f->blocking && !f->failed && !(flags & REQ_WRITE_UNCHANGED) && !range_empty(r) &&
+           range_end(r) <= f->size;
 }
 
 void follow_write_begin(struct follow *f, struct follow_write *w, struct range r)
 {
     w->range = r;
     w->held.lock = NULL;
-    int ret =
-        rangelock_take(&f->locks, &w->held, range_round_out(r, f->granularity), RANGE_EXCLUSIVE);
+    int ret = rangelock_take(&f->locks, &w->held, range_round_out(r, f->unit), RANGE_EXCLUSIVE);
     assert(ret == 0); /* shielded, as every request */
     w->in_source = true;
     TAILQ_INSERT_TAIL(&f->writes, w, link);
@@ -498,31 +504,47 @@ static struct range clean_part(struct follow *f, struct range r)
     return start < end ? range_between(start, end) : range_make(start, 0);
 }
 
+/* The same bytes to the target, as far as it has the rest of their chunks. */
+static int pass_on(struct follow *f, struct range r, const uint8_t *buf, unsigned flags)
+{
+    struct range part = clean_part(f, r);
+    int ret;
+
+    if (range_empty(part))
+        return 0;
+    bitmap_clear(f->dirty, part);
+    f->in_flight += part.length;
+    if (buf)
+        ret = edge_write(f->target, part, buf + (part.start - r.start), 0);
+    else
+        ret = edge_write_zeroes(f->target, part, f->unmap ? flags & (unsigned)REQ_MAY_UNMAP : 0);
+    f->in_flight -= part.length;
+    if (ret == 0)
+        f->done += part.length;
+    else
+        mark(f, part);
+    return ret;
+}
+
 void follow_write_end(struct follow *f, struct follow_write *w, int result, const void *buf,
                       unsigned flags)
 {
+    struct range r = w->range;
+    bool read_failed;
+    int ret = 0;
+
     TAILQ_REMOVE(&f->writes, w, link);
-    struct range part = clean_part(f, w->range);
-    if (result < 0) {
-        mark(f, w->range); /* nobody knows what the source has there now */
-    } else if (!range_empty(part)) {
-        const uint8_t *from = buf;
-        bitmap_clear(f->dirty, part);
-        f->in_flight += part.length;
-        if (buf)
-            result = edge_write(f->target, part, from + (part.start - w->range.start), 0);
-        else
-            result =
-                edge_write_zeroes(f->target, part, f->unmap ? flags & (unsigned)REQ_MAY_UNMAP : 0);
-        f->in_flight -= part.length;
-        if (result == 0) {
-            f->done += part.length;
-        } else {
-            mark(f, part);
-            f->failed = true;
-            if (f->on_failure)
-                f->on_failure(f->opaque, -result);
-        }
+    if (result < 0)
+        mark(f, r); /* nobody knows what the source has there now */
+    else if (f->whole && !range_aligned(r, f->unit))
+        ret = copy_held(f, range_intersect(range_round_out(r, f->unit), range_make(0, f->size)),
+                        &read_failed);
+    else
+        ret = pass_on(f, r, buf, flags);
+    if (ret < 0) {
+        f->failed = true;
+        if (f->on_failure)
+            f->on_failure(f->opaque, -ret);
     }
     rangelock_release(&w->held);
 }

@@ -24,7 +24,7 @@ struct follow_options {
     uint64_t granularity; /* bytes of a chunk; 0: by the target's cluster */
     uint64_t buffer;      /* bytes on their way at once; 0: 16 MiB */
     bool unmap;           /* zeroes may become holes */
-    bool whole_clusters;  /* the target has nothing behind its clusters: they are copied whole */
+    bool whole_clusters;  /* the target may have nothing behind its clusters: no part of one */
     bool blocking;        /* copy mode write-blocking */
 };
 
@@ -76,6 +76,9 @@ int mirror_top_insert(struct node *source, const char *name, struct node **filte
 struct edge *mirror_top_source(struct node *filter);
 /* Whom writes through FILTER shall reach; NULL: nobody. The filter is quiesced. */
 void mirror_top_set_follow(struct node *filter, struct follow *f);
+/* FILTER, quiesced until it is out, needs nothing of the source any more (once its permissions are
+ * worked out again). */
+void mirror_top_stop(struct node *filter);
 /* Takes it out again (quiesced) and drops the caller's reference. */
 void mirror_top_remove(struct node *filter);
 

@@ -9,6 +9,7 @@
 
 struct mirror_top {
     struct follow *follow; /* lent; NULL: nobody listens */
+    bool stopped;          /* no request comes any more */
 };
 
 static int mirror_top_open(struct node *n, struct json_object *options, struct error *err)
@@ -65,6 +66,16 @@ static int mirror_top_discard(struct node *n, struct range r)
     return edge_discard(n->file, r);
 }
 
+static void mirror_top_child_perm(struct node *n, struct edge *e, unsigned perm, unsigned shared,
+                                  unsigned *need, unsigned *share)
+{
+    node_default_child_perm(n, e, perm, shared, need, share);
+    if (((struct mirror_top *)n->state)->stopped) {
+        *need = 0;
+        *share = PERM_ALL;
+    }
+}
+
 int mirror_top_insert(struct node *source, const char *name, struct node **filter,
                       struct error *err)
 {
@@ -105,6 +116,12 @@ void mirror_top_set_follow(struct node *filter, struct follow *f)
     st->follow = f;
 }
 
+void mirror_top_stop(struct node *filter)
+{
+    struct mirror_top *st = filter->state;
+    st->stopped = true;
+}
+
 void mirror_top_remove(struct node *filter)
 {
     struct error err = ERROR_INIT;
@@ -127,4 +144,5 @@ const struct driver mirror_top_driver = {
     .write = mirror_top_write,
     .write_zeroes = mirror_top_write_zeroes,
     .discard = mirror_top_discard,
+    .child_perm = mirror_top_child_perm,
 };

@@ -33,6 +33,8 @@
 
 enum sync_mode { SYNC_FULL, SYNC_TOP, SYNC_NONE, SYNC_BITMAP };
 enum bitmap_mode { BITMAP_ON_SUCCESS, BITMAP_NEVER, BITMAP_ALWAYS };
+/* What the target gets behind it at the end: what it has; what its header names; a given node. */
+enum backing_mode { BACKING_AS_IT_IS, BACKING_OPENED, BACKING_GIVEN };
 enum { CATCH_UP_PASSES = 8, LAST_STEP_MIN = 16 * 1024 * 1024 };
 
 struct mirror {
@@ -43,6 +45,8 @@ struct mirror {
     struct edge *main, *to;       /* the job's, to the filter and to the target */
     enum sync_mode sync;
     bool zero_target, target_is_zero;
+    enum backing_mode backing_mode;
+    struct node *backing;        /* a reference; for BACKING_GIVEN, NULL: none */
     struct dirty_bitmap *bitmap; /* busy for us; NULL: none */
     enum bitmap_mode bitmap_mode;
     enum job_on_error on_source_error, on_target_error;
@@ -280,9 +284,41 @@ static int pivot(struct mirror *m)
     return r < 0 ? -EPERM : 0;
 }
 
+/* Behind the target goes what it was made on; guests' permissions, which the filter gives up for
+ * it, are tried on the target beforehand. */
+static int attach_backing(struct mirror *m)
+{
+    struct error err = ERROR_INIT;
+    struct node *target = node_skip_filters(m->target);
+    unsigned perm = 0, shared = PERM_ALL;
+    struct edge *e;
+    int r;
+
+    TAILQ_FOREACH (e, &m->filter->parents, in_parents) {
+        perm |= e->perm;
+        shared &= e->shared;
+    }
+    r = edge_set_perm(m->to, perm, shared, &err);
+    if (r == 0)
+        r = edge_set_perm(m->to, 0, PERM_ALL, &err);
+    if (r == 0 && m->backing_mode == BACKING_OPENED) {
+        r = node_open_backing(target, &err);
+    } else if (r == 0 && m->backing && !target->backing) {
+        mirror_top_stop(m->filter);
+        r = edge_set_perm(m->main, 0, PERM_ALL & ~PERM_RESIZE, &err);
+        if (r == 0)
+            r = node_attach_child(target, m->backing, "backing", ROLE_COW, NULL, &err);
+        if (r == 0)
+            json_add_string(target->options, "backing", node_name(m->backing));
+    }
+    if (r < 0)
+        log_error("job '%s': %s", m->job.id, err.text);
+    return r < 0 ? -EPERM : 0;
+}
+
 /* Takes everything apart; nobody is inside the source or the filter. Users are moved to the
  * target, or come back to the source. */
-static int take_apart(struct mirror *m, bool with_pivot)
+static int take_apart(struct mirror *m, bool success)
 {
     struct error err = ERROR_INIT;
     int r = 0;
@@ -294,7 +330,9 @@ static int take_apart(struct mirror *m, bool with_pivot)
     r = edge_set_perm(m->main, 0, PERM_ALL, &err);
     if (r == 0)
         r = edge_set_perm(m->to, 0, PERM_ALL, &err);
-    if (with_pivot)
+    if (success && m->backing_mode != BACKING_AS_IT_IS)
+        r = attach_backing(m);
+    if (r == 0 && success && m->completing)
         r = pivot(m);
     m->main = m->to = NULL;
     job_drop_nodes(&m->job);
@@ -315,7 +353,7 @@ static int exit_quiesced(struct mirror *m, bool success)
     if (success)
         r = drain(m, &read_failed);
     if (r == 0)
-        r = take_apart(m, success && m->completing);
+        r = take_apart(m, success);
     if (r == 0 && success && m->bitmap && m->bitmap_mode != BITMAP_NEVER)
         dirty_restart(m->bitmap);
     graph_quiesce_end(g, nodes, ARRAY_SIZE(nodes));
@@ -380,6 +418,7 @@ static void mirror_clean(struct job *j)
     }
     node_unref(steal(m->source));
     node_unref(steal(m->target));
+    node_unref(steal(m->backing));
 }
 
 static void mirror_free(struct job *j)
@@ -410,7 +449,10 @@ static const struct job_driver mirror_driver = {
 struct plan {
     struct json_object *args; /* lent */
     struct node *source, *target;
+    const char *sync_name;
     enum sync_mode sync;
+    enum backing_mode backing_mode;
+    struct node *backing;
     bool zero_target, whole_clusters;
     struct dirty_bitmap *bitmap;
     enum bitmap_mode bitmap_mode;
@@ -517,8 +559,9 @@ static bool chain_contains(struct node *top, const struct node *n)
     }
 }
 
-static int plan_make(struct plan *p, const char *sync, struct error *err)
+static int plan_make(struct plan *p, struct error *err)
 {
+    const char *sync = p->sync_name;
     p->sync = strcmp(sync, "full") == 0   ? SYNC_FULL
               : strcmp(sync, "top") == 0  ? SYNC_TOP
               : strcmp(sync, "none") == 0 ? SYNC_NONE
@@ -636,6 +679,8 @@ static int make_job(struct jobs *js, const struct plan *p, struct node *filter, 
     m->target = node_ref(p->target);
     m->sync = p->sync;
     m->zero_target = p->zero_target;
+    m->backing_mode = p->backing_mode;
+    m->backing = p->backing ? node_ref(p->backing) : NULL;
     m->target_is_zero = json_get_bool(args, "target-is-zero", false);
     m->on_source_error = p->on_source_error;
     m->on_target_error = p->on_target_error;
@@ -645,12 +690,12 @@ static int make_job(struct jobs *js, const struct plan *p, struct node *filter, 
     return 0;
 }
 
-static int start(struct jobs *js, struct plan *p, const char *sync, struct error *err)
+static int start(struct jobs *js, struct plan *p, struct error *err)
 {
     struct graph *g = jobs_graph(js);
     struct node *filter = NULL;
     struct mirror *m = NULL;
-    int r = plan_make(p, sync, err);
+    int r = plan_make(p, err);
     if (r < 0)
         return r;
 
@@ -696,17 +741,72 @@ int mirror_blockdev(struct jobs *js, struct json_object *args, struct error *err
 {
     struct graph *g = jobs_graph(js);
     const char *sync = json_get_string(args, "sync", "");
-    struct plan p = {.args = args, .zero_target = strcmp(sync, "full") == 0};
+    struct plan p = {.args = args, .sync_name = sync, .zero_target = strcmp(sync, "full") == 0};
 
     SHIELD();
     GRAPH_LOCKED(g);
     int r = find_root(g, args, &p.source, err);
     if (r == 0)
         r = find_node(g, args, "target", &p.target, err);
-    return r < 0 ? r : start(js, &p, sync, err);
+    return r < 0 ? r : start(js, &p, err);
+}
+
+/* P->target becomes a reference. */
+static int open_target(struct plan *p, struct error *err)
+{
+    const char *name = json_get_string(p->args, "node-name", NULL);
+    const char *target = json_get_string(p->args, "target", "");
+    bool existing = strcmp(json_get_string(p->args, "mode", ""), "existing") == 0;
+    const char *format =
+        json_get_string(p->args, "format", existing ? NULL : node_driver_name(p->source));
+
+    struct node *behind = node_backing(p->source);
+    if (!behind && strcmp(p->sync_name, "top") == 0)
+        p->sync_name = "full";
+    bool full = strcmp(p->sync_name, "full") == 0, none = strcmp(p->sync_name, "none") == 0;
+    if (none || full)
+        behind = none ? p->source : NULL;
+    p->backing = none || strcmp(p->sync_name, "top") == 0 ? behind : NULL;
+    p->backing_mode = existing ? BACKING_OPENED : BACKING_GIVEN;
+    p->zero_target = existing && full;
+    /* Until it has its backing image back, nothing is behind the target's clusters. */
+    p->whole_clusters = behind || (existing && !full);
+
+    int r = 0;
+    if (!existing)
+        r = graph_create_filename(
+            node_graph(p->source), target, format, behind ? node_filename(behind) : NULL,
+            behind ? node_driver_name(behind) : NULL, node_size(p->source), err);
+    if (r < 0)
+        return r;
+    CLEANUP(json_putp) struct json_object *options = json_object_new_object();
+    if (name)
+        json_add_string(options, "node-name", name);
+    if (p->source->discard_unmap)
+        json_add_string(options, "discard", "unmap");
+    json_add(options, "backing", NULL);
+    return graph_open_filename(node_graph(p->source), target, format, options, false, &p->target,
+                               err);
 }
 
 int mirror_drive(struct jobs *js, struct json_object *args, struct error *err)
 {
-    return error_set(err, ENOTSUP, "The command drive-mirror is not supported yet");
+    struct graph *g = jobs_graph(js);
+    struct plan p = {.args = args, .sync_name = json_get_string(args, "sync", "")};
+
+    SHIELD();
+    GRAPH_LOCKED(g);
+    int r = find_root(g, args, &p.source, err);
+    if (r == 0)
+        r = node_check_op(p.source, BLOCK_OP_MIRROR_SOURCE, err); /* before a file is made */
+    if (r == 0 && json_has(args, "replaces") && !json_has(args, "node-name"))
+        r = error_set(err, EINVAL,
+                      "a node-name must be provided when replacing a named node of the graph");
+    if (r == 0)
+        r = open_target(&p, err);
+    if (r < 0)
+        return r;
+    r = start(js, &p, err);
+    node_unref(p.target);
+    return r;
 }

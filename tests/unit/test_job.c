@@ -273,6 +273,7 @@ IN_LOOP(each_verb_in_each_state)
             jobs_cancel_all(js);
             bool block = v == JOB_VERB_SET_SPEED || v == JOB_VERB_CHANGE;
             verb_text("j", v, block ? "Block job 'j' not found" : "Job not found");
+            events[0] = '\0';
         }
     }
     return 0;

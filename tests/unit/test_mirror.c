@@ -540,6 +540,40 @@ JOB_TEST(the_bitmap_follows_its_table)
                 one_outcome(g, modes[m], what, enabled);
 }
 
+/* The target may be an image of the changes alone: never a part of one of its clusters. */
+JOB_TEST(an_image_of_changes_has_whole_clusters)
+{
+    enum { CLUSTER = 256 * 1024 };
+    for (int blocking = 0; blocking < 2; blocking++) {
+        struct guest gu;
+        two_disks(g, SIZE, CLUSTER);
+        memset(mem_of(s)->bytes, 0x11, SIZE);
+        struct dirty_bitmap *bm = bitmap_on_s(g, 65536);
+        guest_on(&gu, s, 1);
+        write_at(gu.edge, 5 * CLUSTER + 1024, 512, 0x22);
+        mirror_ok(parse("{'device':'s','target':'t','job-id':'j','sync':'incremental','bitmap':'b',"
+                        "'copy-mode':'%s'}",
+                        blocking ? "write-blocking" : "background"));
+        wait_for("j", "READY");
+        write_at(gu.edge, 7 * CLUSTER + 65536 * 3 + 512, 512, 0x33);
+        if (blocking) /* at once */
+            CHECK(memcmp(mem_of(t)->bytes + 7 * CLUSTER, mem_of(s)->bytes + 7 * CLUSTER, CLUSTER) ==
+                  0);
+        cancel_softly("j");
+        wait_for("j", "null");
+        for (int c = 0; c < SIZE / CLUSTER; c++) {
+            if (c == 5 || c == 7)
+                CHECK(memcmp(mem_of(t)->bytes + c * CLUSTER, mem_of(s)->bytes + c * CLUSTER,
+                             CLUSTER) == 0);
+            else
+                CHECK(all_zero(mem_of(t)->bytes + c * CLUSTER, CLUSTER));
+        }
+        CHECK(bitmap_count(dirty_bits(bm)) == 0);
+        edge_detach(gu.edge);
+        close_disks();
+    }
+}
+
 /* ---- verbs and texts ---- */
 
 JOB_TEST(what_is_refused)
@@ -659,6 +693,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(errors_report_stop_and_ignore),
     cmocka_unit_test(a_guests_write_survives_a_bad_target),
     cmocka_unit_test(the_bitmap_follows_its_table),
+    cmocka_unit_test(an_image_of_changes_has_whole_clusters),
     cmocka_unit_test(what_is_refused),
     cmocka_unit_test(the_copy_mode_is_changed),
     cmocka_unit_test(a_speed_limit_takes_effect),

@@ -252,3 +252,62 @@ def mirror_to_null(t):
     t("job-complete", id="j")
     t.wait_job("j", "null")
     t.nodes()
+
+
+@sequence(disk("a", data=DATA), disk("r", fmt="raw", data="write -P 5 0 64k"))
+def drive_mirror_full(t):
+    """A new file, in the source's format or another; it takes the source's place."""
+    t("drive-mirror", device="nosuch", target="$DIR/x", sync="full")
+    t("drive-mirror", job_id="j", device="a", target="$DIR/new.qcow2", sync="full", node_name="new")
+    t.wait_job("j", "ready")
+    ask(t)
+    t.nodes()
+    t("block-job-cancel", device="j")
+    t.wait_job("j", "null")
+    t("drive-mirror", job_id="j", device="a", target="$DIR/new.raw", sync="full", format="raw",
+      replaces="a")
+    t("drive-mirror", job_id="j", device="a", target="$DIR/new.raw", sync="full", format="raw")
+    t.wait_job("j", "ready")
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t("drive-mirror", job_id="j", device="r", target="$DIR/r2", sync="top", unmap=False)
+    t.wait_job("j", "ready")
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t("drive-mirror", job_id="j", device="r", target="$DIR/nosuch/x", sync="full")
+    t("drive-mirror", job_id="j", device="r", target="$DIR/x", sync="full", format="nosuch")
+    t("drive-mirror", job_id="j", device="r", target="$DIR/x", sync="full", mode="existing")
+    t.finish()
+    t.content("new.qcow2")
+    t.content("new.raw", fmt="raw")
+
+
+@sequence(image("base", data="write -P 3 0 2M"), image("t", data="write -P 9 0 3M"),
+          disk("a", data="write -P 1 512k 1M", backing_file="base.qcow2", backing_fmt="qcow2"))
+def drive_mirror_backing(t):
+    """What stands behind the target at the end."""
+    for sync, end in (("top", "block-job-cancel"), ("none", "block-job-cancel"),
+                      ("full", "block-job-cancel"), ("top", "block-job-complete")):
+        t("drive-mirror", job_id="j", device="a", target=f"$DIR/{sync}.qcow2", sync=sync,
+          node_name="new")
+        t.wait_job("j", "ready")
+        t(end, device="j")
+        t.wait_job("j", "null")
+        t.nodes()
+    t.finish()
+    for sync in ("top", "full"):
+        t.content(f"{sync}.qcow2")
+
+
+@sequence(image("base", data="write -P 3 0 2M"), image("t", data="write -P 9 0 3M"),
+          disk("a", data="write -P 1 512k 1M", backing_file="base.qcow2", backing_fmt="qcow2"))
+def drive_mirror_existing(t):
+    """A file that is there."""
+    t("drive-mirror", job_id="j", device="a", target="$DIR/t.qcow2", sync="full", mode="existing",
+      format="qcow2")
+    t.wait_job("j", "ready")
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.nodes()
+    t.finish()
+    t.content("t.qcow2")
