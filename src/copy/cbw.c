@@ -395,6 +395,7 @@ const struct driver cbw_driver = {
     .name = "copy-before-write",
     .state_size = sizeof(struct cbw),
     .is_filter = true,
+    .child_stays = true, /* what remains is a bitmap of the child */
     .named_as_file = true,
     .flushes_primary_only = true, /* a slow target is not in a guest's way */
     .known_options = (const char *const[]){"bitmap", "on-cbw-error", "cbw-timeout", NULL},

@@ -14,8 +14,7 @@
  * the target is not marked, or write-blocking would never be done: the filter says so beforehand
  * (in_source), and one report of a range within its own is taken for it. Were it another's, then
  * its own report, which still comes, marks the chunk.
- *
- * A write that covers a chunk in part goes to the target only where the chunk is clean. */
+ */
 #include "copy/follow.h"
 
 #include "block/driver.h"
@@ -493,36 +492,22 @@ void follow_write_begin(struct follow *f, struct follow_write *w, struct range r
     TAILQ_INSERT_TAIL(&f->writes, w, link);
 }
 
-/* Without the ends that lie in dirty chunks: these are copied whole, later. */
-static struct range clean_part(struct follow *f, struct range r)
+/* The same bytes to the target. A chunk that is covered in part is as clean as it was. */
+static int pass_on(struct follow *f, struct range r, const void *buf, unsigned flags)
 {
-    uint64_t start = r.start, end = range_end(r);
-    if (start % f->granularity && bitmap_get(f->dirty, start))
-        start = align_up(start, f->granularity);
-    if (end % f->granularity && end > start && bitmap_get(f->dirty, end - 1) && end < f->size)
-        end = align_down(end, f->granularity);
-    return start < end ? range_between(start, end) : range_make(start, 0);
-}
-
-/* The same bytes to the target, as far as it has the rest of their chunks. */
-static int pass_on(struct follow *f, struct range r, const uint8_t *buf, unsigned flags)
-{
-    struct range part = clean_part(f, r);
     int ret;
 
-    if (range_empty(part))
-        return 0;
-    bitmap_clear(f->dirty, part);
-    f->in_flight += part.length;
+    bitmap_clear(f->dirty, r);
+    f->in_flight += r.length;
     if (buf)
-        ret = edge_write(f->target, part, buf + (part.start - r.start), 0);
+        ret = edge_write(f->target, r, buf, 0);
     else
-        ret = edge_write_zeroes(f->target, part, f->unmap ? flags & (unsigned)REQ_MAY_UNMAP : 0);
-    f->in_flight -= part.length;
+        ret = edge_write_zeroes(f->target, r, f->unmap ? flags & (unsigned)REQ_MAY_UNMAP : 0);
+    f->in_flight -= r.length;
     if (ret == 0)
-        f->done += part.length;
+        f->done += r.length;
     else
-        mark(f, part);
+        mark(f, r);
     return ret;
 }
 

@@ -260,7 +260,7 @@ static bool can_replace(struct node *n, const struct node *to)
         struct edge *e = node_filtered(n);
         if (n == to)
             return true;
-        if (!e)
+        if (!e || n->driver->child_stays)
             return false;
         n = e->node;
     }
