@@ -154,7 +154,7 @@ def mirror_to_raw(t):
     t("job-complete", id="j")
     t.wait_job("j", "null")
     t.finish()
-    t.content("t.raw")
+    t.content("t.raw", fmt="raw")
 
 
 @sequence(disk("a", data=DATA), disk("t", more="discard=unmap", file_more="discard=unmap"))
@@ -311,3 +311,29 @@ def drive_mirror_existing(t):
     t.nodes()
     t.finish()
     t.content("t.qcow2")
+
+
+@sequence(disk("a", data=DATA), disk("t"))
+def mirror_at_the_end(t):
+    """The daemon ends while a mirror is ready."""
+    ready(t)
+    t.finish()
+
+
+@sequence(disk("a", data=DATA), disk("t"), disk("u"))
+def mirror_chained(t):
+    """From a to t, and from there to u, which is then mirrored back."""
+    ready(t)
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t("blockdev-mirror", job_id="k", device="t", target="u", sync="full")
+    t.wait_job("k", "ready")
+    t("job-complete", id="k")
+    t.wait_job("k", "null")
+    t("blockdev-mirror", job_id="l", device="u", target="a", sync="full")
+    t.wait_job("l", "ready")
+    t("block-job-cancel", device="l")
+    t.wait_job("l", "null")
+    t.nodes()
+    t.finish()
+    t.content("u.qcow2")
