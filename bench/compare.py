@@ -120,6 +120,22 @@ class Side:
         return rate
 
 
+    def mirror(self):
+        """Disk bytes a second until a full mirror is ready."""
+        self.count += 1
+        name = f"m{self.count}"
+        path = create_image(self.dir / f"{name}.qcow2", size=args.size * MIB)
+        self.qmp.execute("blockdev-add", driver="qcow2", node_name=name,
+                         file={"driver": "file", "filename": str(path)})
+        began = time.monotonic()
+        self.qmp.execute("blockdev-mirror", job_id=name, device="disk", target=name, sync="full")
+        self.qmp.wait_event("BLOCK_JOB_READY", device=name, timeout=300)
+        ended = time.monotonic()
+        self.qmp.execute("block-job-cancel", device=name)
+        self.end_backup(name, path)
+        return args.size * MIB / (ended - began)
+
+
 MEASUREMENTS = [
     ("4k random read", "MiB/s", MIB, lambda side: side.fio("randread", "4k", 16)),
     ("4k random write", "MiB/s", MIB, lambda side: side.fio("randwrite", "4k", 16)),
@@ -127,6 +143,7 @@ MEASUREMENTS = [
     ("1M sequential write", "MiB/s", MIB, lambda side: side.fio("write", "1M", 4)),
     ("full backup", "MiB/s", MIB, Side.full),
     ("1 % incremental", "a second", 1, Side.one_percent),
+    ("full mirror", "MiB/s", MIB, Side.mirror),
     ("4k random write during a backup", "MiB/s", MIB, Side.writes_under_backup),
 ]
 

@@ -81,7 +81,7 @@ struct driver {
     const char *protocol; /* "file" for file names "file:..."; NULL: there is a `file` child */
     size_t state_size;
     bool is_filter;            /* content is that of its ROLE_FILTERED child */
-    bool child_stays;          /* a filter that knows things of its child: no other takes its place */
+    bool child_stays;          /* a filter that has its child's bitmaps: no other for it */
     bool named_as_file;        /* its file name is that of its primary child */
     bool flushes_primary_only; /* a flush from above is not one of its other children */
     bool supports_backing;

@@ -2,10 +2,11 @@
 
 import json
 import struct
+import time
 
 import pytest
 from tidemark_testlib import (
-    Daemon, QSD, Exited, compare, create_image, check_image, qemu_img, qemu_io, sha256_of,
+    Daemon, QSD, Exited, compare, connect, create_image, check_image, nbd_uri, qemu_img, qemu_io, sha256_of,
 )
 
 MIB = 1 << 20
@@ -102,3 +103,52 @@ def test_backups_of_one_disk_may_end_together(daemon, tmp):
     d.stop()
     for target in targets:
         assert compare(disk, target)
+
+
+def mirrored(daemon, tmp):
+    disk = create_image(tmp / "disk.qcow2", size=8 * MIB)
+    target = create_image(tmp / "target.qcow2", size=8 * MIB)
+    sock = tmp / "nbd.sock"
+    d = daemon("--blockdev", qcow2(disk, "disk"), "--blockdev", qcow2(target, "target"),
+               "--nbd-server", f"addr.type=unix,addr.path={sock}",
+               "--export", "nbd,id=e,node-name=disk,name=disk,writable=on")
+    return d, connect(nbd_uri(sock, "disk")), disk, target
+
+
+def test_a_failed_mirror_from_a_bitmap_is_resumed(daemon, tmp):
+    d, guest, disk, target = mirrored(daemon, tmp)
+    arguments = {"job_id": "m", "device": "disk", "target": "target", "sync": "bitmap",
+                 "bitmap": "b", "bitmap_mode": "always"}
+    d.qmp.execute("block-dirty-bitmap-add", node="disk", name="b")
+    guest.pwrite(b"x" * (4 * MIB), 0)
+    d.qmp.execute("blockdev-mirror", speed=MIB, **arguments)
+    d.qmp.wait_job("m", "running")
+    guest.pwrite(b"y" * 4096, 6 * MIB)
+    time.sleep(0.5)
+    d.qmp.execute("job-cancel", id="m")
+    d.qmp.wait_job("m", "null")
+    left = d.qmp.bitmaps("disk")["b"]["count"]
+    assert 0 < left < 4 * MIB    # what was copied need not be copied again
+    d.qmp.execute("blockdev-mirror", **arguments)
+    d.qmp.wait_event("BLOCK_JOB_READY", device="m")
+    d.qmp.execute("block-job-cancel", device="m")
+    d.qmp.wait_job("m", "null")
+    assert d.qmp.bitmaps("disk")["b"]["count"] == 0
+    guest.shutdown()
+    d.stop()
+    assert compare(disk, target)
+
+
+def test_guests_go_on_while_a_mirror_is_pending(daemon, tmp):
+    d, guest, disk, target = mirrored(daemon, tmp)
+    d.qmp.execute("blockdev-mirror", job_id="m", device="disk", target="target", sync="full",
+                  auto_finalize=False)
+    d.qmp.wait_event("BLOCK_JOB_READY", device="m")
+    d.qmp.execute("job-complete", id="m")
+    d.qmp.wait_job("m", "pending")
+    guest.pwrite(b"z" * 4096, 4096)
+    d.qmp.execute("job-finalize", id="m")
+    d.qmp.wait_job("m", "null")
+    guest.shutdown()
+    d.stop()
+    assert compare(disk, target)
