@@ -584,6 +584,82 @@ JOB_TEST(an_image_of_changes_has_whole_clusters)
     }
 }
 
+/* ---- the pivot ---- */
+
+/* A filter of the user's: what is below it is replaced, its users stay on it. */
+static struct node *user_filter(struct graph *g)
+{
+    struct error err = ERROR_INIT;
+    struct node *n = NULL;
+    CLEANUP(json_putp)
+    struct json_object *o =
+        parse("{'driver':'mirror_top','node-name':'over','source':'s','discard':'unmap'}");
+    int r = graph_open(g, o, &n, &err);
+    CHECK_OK(r, err);
+    return n;
+}
+
+JOB_TEST(a_node_below_a_filter_is_replaced)
+{
+    struct guest gu;
+    two_disks(g, SIZE, 0);
+    fill_disk(s, 8);
+    struct node *over = user_filter(g);
+    guest_on(&gu, over, 1);
+    mirror_ok(parse("{'device':'over','target':'t','job-id':'j','sync':'full','replaces':'s'}"));
+    wait_for("j", "READY");
+    write_at(gu.edge, 4096, 512, 0x71);
+    verb_ok("j", JOB_VERB_COMPLETE);
+    wait_for("j", "null");
+    CHECK(strstr(events, "j:COMPLETED j:concluded"));
+    CHECK(gu.edge->node == over && over->file->node == t && TAILQ_EMPTY(&s->parents));
+    CHECK(same(SIZE));
+    write_at(gu.edge, 8192, 512, 0x72);
+    CHECK(mem_of(t)->bytes[8192] == 0x72 && !same(SIZE));
+    edge_detach(gu.edge);
+    node_unref(over);
+    close_disks();
+}
+
+JOB_TEST(a_pivot_that_fails_moves_nobody)
+{
+    struct guest gu;
+    two_disks(g, SIZE, 0);
+    memset(mem_of(s)->bytes, 0x11, SIZE);
+    struct node *over = user_filter(g);
+    struct dirty_bitmap *bm = bitmap_on_s(g, 65536);
+    guest_on(&gu, over, 1);
+    mirror_ok(parse("{'device':'over','target':'t','job-id':'j','sync':'full','replaces':'s'}"));
+    wait_for("j", "READY");
+    over->file->frozen = true;
+    verb_ok("j", JOB_VERB_COMPLETE);
+    wait_for("j", "null");
+    CHECK(strstr(events, "j:aborting j:COMPLETED(Operation not permitted) j:concluded j:null"));
+    CHECK(gu.edge->node == over && over->file->node == s);
+    over->file->frozen = false;
+    write_at(gu.edge, 8192, 512, 0x72);
+    CHECK(mem_of(s)->bytes[8192] == 0x72);
+    CHECK(TAILQ_EMPTY(&t->parents) && bitmap_count(dirty_bits(bm)) == 65536);
+    edge_detach(gu.edge);
+    node_unref(over);
+    close_disks();
+}
+
+JOB_TEST(a_target_that_is_zero_gets_no_zeroes)
+{
+    two_disks(g, SIZE, 0);
+    memset(mem_of(s)->bytes + SIZE / 2, 0x42, 65536);
+    mirror_ok(parse("{'device':'s','target':'t','job-id':'j','sync':'full','target-is-zero':true,"
+                    "'granularity':65536}"));
+    wait_for("j", "READY");
+    CHECK(same(SIZE));
+    for (unsigned c = 0; c < CHUNKS; c++)
+        CHECK(mem_of(t)->written[c] == (c == CHUNKS / 2));
+    verb_ok("j", JOB_VERB_COMPLETE);
+    wait_for("j", "null");
+    close_disks();
+}
+
 /* ---- verbs and texts ---- */
 
 JOB_TEST(what_is_refused)
@@ -704,6 +780,9 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_guests_write_survives_a_bad_target),
     cmocka_unit_test(the_bitmap_follows_its_table),
     cmocka_unit_test(an_image_of_changes_has_whole_clusters),
+    cmocka_unit_test(a_node_below_a_filter_is_replaced),
+    cmocka_unit_test(a_pivot_that_fails_moves_nobody),
+    cmocka_unit_test(a_target_that_is_zero_gets_no_zeroes),
     cmocka_unit_test(what_is_refused),
     cmocka_unit_test(the_copy_mode_is_changed),
     cmocka_unit_test(a_speed_limit_takes_effect),
