@@ -337,3 +337,24 @@ def mirror_chained(t):
     t.nodes()
     t.finish()
     t.content("u.qcow2")
+
+
+@sequence(image("base", data="write -P 3 0 2M"),
+          disk("a", data="write -P 1 512k 1M", backing_file="base.qcow2", backing_fmt="qcow2"),
+          nbd_server("a"))
+def drive_mirror_with_a_guest(t):
+    """sync none and top with a guest: the source, or its backing image, is behind the target then."""
+    for sync, end in (("none", "block-job-cancel"), ("top", "block-job-cancel"),
+                      ("none", "block-job-complete")):
+        t("drive-mirror", job_id="j", device="a", target=f"$DIR/{sync}.qcow2", sync=sync)
+        t.wait_job("j", "ready")
+        t.write("a", 65536 * 3, 512, 0x44)
+        t.write("a", 0, 65536, 0x45)
+        t(end, device="j")
+        t.wait_job("j", "null")
+        t.write("a", 65536 * 5, 4096, 0x46)
+        t.read("a", 0, 1 << 20)
+    t.nodes()
+    t.finish()
+    t.content("none.qcow2")
+    t.content("a.qcow2")
