@@ -2,6 +2,7 @@
 #pragma once
 
 #include "block/block.h"
+#include "block/debug_event.h"
 #include "rt/sync.h"
 
 /* What a child is to its parent (QEMU's BdrvChildRole). */
@@ -132,6 +133,11 @@ struct driver {
     void (*reopen_commit)(struct node *n, void *plan);
     void (*reopen_abort)(struct node *n, void *plan);
 
+    /* The gate has closed: what is inside should not be held up on purpose any longer. */
+    void (*quiesced)(struct node *n);
+    /* Something above does EVENT with this node; must not wait. Raised by node_debug_event. */
+    void (*debug_event)(struct node *n, enum debug_event event);
+
     int (*create)(struct graph *g, struct json_object *options, struct error *err);
     uint64_t (*cluster_size)(const struct node *n);
     uint64_t (*allocated_bytes)(struct node *n); /* actual-size */
@@ -155,6 +161,12 @@ int node_attach_child(struct node *n, struct node *child, const char *key, unsig
 
 /* Opens the backing image that N's header names, for a node that was opened without one. */
 int node_open_backing(struct node *n, struct error *err) MUST_CHECK;
+
+static inline void node_debug_event(struct node *n, enum debug_event event)
+{
+    if (n->driver->debug_event)
+        n->driver->debug_event(n, event);
+}
 
 /* Takes bytes of this node's own range lock, e.g. around a read-modify-write. The request that the
  * driver is working on holds its own range, shared, already: a driver must not take it again. */
@@ -186,4 +198,5 @@ int node_apply_auto_read_only(struct node *n, const char *text, struct error *er
 bool node_will_be_writable(const struct node *n);
 
 /* The drivers of this room; graph_new adds them. */
-extern const struct driver driver_file, driver_raw, driver_null_co, driver_qcow2;
+extern const struct driver driver_file, driver_raw, driver_null_co, driver_qcow2, driver_blkdebug,
+    driver_throttle;

@@ -222,6 +222,24 @@ char *json_as_qemu(struct json_object *obj)
     return text;
 }
 
+void json_add_flat(struct json_object *to, const char *key, struct json_object *value)
+{
+    if (json_object_is_type(value, json_type_array)) {
+        for (size_t i = 0; i < json_object_array_length(value); i++) {
+            CLEANUP(memory_freep) char *name = xasprintf("%s.%zu", key, i);
+            json_add_flat(to, name, json_object_array_get_idx(value, i));
+        }
+    } else if (json_object_is_type(value, json_type_object)) {
+        json_object_object_foreach(value, k, v)
+        {
+            CLEANUP(memory_freep) char *name = xasprintf("%s.%s", key, k);
+            json_add_flat(to, name, v);
+        }
+    } else {
+        json_object_object_add(to, key, value ? json_copy(value) : NULL);
+    }
+}
+
 /* The options that change what a guest sees; true: there are others than driver and filename. */
 static bool add_strong_options(struct node *n, struct json_object *to)
 {
@@ -234,7 +252,7 @@ static bool add_strong_options(struct node *n, struct json_object *to)
         struct json_object *v = json_get(n->options, *o);
         if (!v)
             continue;
-        json_add(to, *o, json_copy(v));
+        json_add_flat(to, *o, v);
         any = true;
     }
     return any;

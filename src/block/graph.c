@@ -61,6 +61,8 @@ struct graph *graph_new(void)
     graph_add_driver(g, &driver_raw);
     graph_add_driver(g, &driver_null_co);
     graph_add_driver(g, &driver_qcow2);
+    graph_add_driver(g, &driver_blkdebug);
+    graph_add_driver(g, &driver_throttle);
     return g;
 }
 

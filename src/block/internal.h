@@ -108,6 +108,8 @@ char *node_absolute_filename(struct node *n, const char *filename, struct error 
 int json_filename_parse(const char *filename, struct json_object **ret, struct error *err);
 /* Dotted members become nested objects, in place. */
 void json_unflatten(struct json_object *obj);
+/* Lists and objects become dotted members, as QEMU keeps options: "inject-error.0.event". */
+void json_add_flat(struct json_object *to, const char *key, struct json_object *value);
 struct json_object *node_full_options(struct node *n);
 /* As QEMU writes it: ", " and ": ", members in the order of its hash table. */
 char *json_as_qemu(struct json_object *obj);

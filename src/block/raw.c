@@ -71,6 +71,7 @@ static int raw_read(struct node *n, struct range r, void *buf, unsigned flags)
 {
     int result = adjust(n->state, &r, false);
 
+    node_debug_event(n->file->node, DEBUG_read_aio);
     return result < 0 ? result : edge_read(n->file, r, buf, flags);
 }
 
@@ -94,6 +95,7 @@ static int raw_write(struct node *n, struct range r, const void *buf, unsigned f
     if (n->probed && r.start == 0 && r.length >= PROBE_BYTES && !looks_raw(n, buf))
         return -EPERM;
     result = adjust(n->state, &r, true);
+    node_debug_event(n->file->node, DEBUG_write_aio);
     return result < 0 ? result : edge_write(n->file, r, buf, flags);
 }
 

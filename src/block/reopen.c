@@ -163,6 +163,42 @@ static void note_first(const char *key, char **first)
     *first = xstrdup(key);
 }
 
+/* Of the option KEY, a list perhaps, what was there and is not given now. */
+static void note_gone(const char *key, struct json_object *was, struct json_object *now,
+                      char **first)
+{
+    CLEANUP(json_putp) struct json_object *before = json_object_new_object();
+    CLEANUP(json_putp) struct json_object *after = json_object_new_object();
+
+    json_add_flat(before, key, was);
+    if (now)
+        json_add_flat(after, key, now);
+    json_object_object_foreach(before, name, value)
+    {
+        (void)value;
+        if (!json_object_object_get_ex(after, name, NULL))
+            note_first(name, first);
+    }
+}
+
+/* What is given and was not, or was something else. */
+static void note_changed(const char *key, struct json_object *was, struct json_object *now,
+                         char **first)
+{
+    CLEANUP(json_putp) struct json_object *before = json_object_new_object();
+    CLEANUP(json_putp) struct json_object *after = json_object_new_object();
+
+    if (was)
+        json_add_flat(before, key, was);
+    json_add_flat(after, key, now);
+    json_object_object_foreach(after, name, value)
+    {
+        struct json_object *old = json_get(before, name);
+        if (!old || !json_object_equal(old, value))
+            note_first(name, first);
+    }
+}
+
 static int check_resets(const struct entry *en, struct error *err)
 {
     CLEANUP(json_putp) struct json_object *own = own_options(en->n);
@@ -170,10 +206,10 @@ static int check_resets(const struct entry *en, struct error *err)
 
     json_object_object_foreach(own, key, value)
     {
-        (void)value;
-        if (!json_object_object_get_ex(en->options, key, NULL) && !is_listed(always_reset, key) &&
-            !is_listed(en->n->driver->mutable_options, key) && strcmp(key, "backing"))
-            note_first(key, &first);
+        if (is_listed(always_reset, key) || is_listed(en->n->driver->mutable_options, key) ||
+            !strcmp(key, "backing"))
+            continue;
+        note_gone(key, value, json_get(en->options, key), &first);
     }
     return first ? error_set(err, EINVAL, "Option '%s' cannot be reset to its default value", first)
                  : 0;
@@ -220,7 +256,7 @@ static int check_unchanged(const struct entry *en, struct error *err)
              !strcmp(json_object_get_string(value), e->node->name)))
             continue;
         if (!old || !json_object_equal(old, value))
-            note_first(key, &first);
+            note_changed(key, old, value, &first);
     }
     return first ? error_set(err, EINVAL, "Cannot change the option '%s'", first) : 0;
 }

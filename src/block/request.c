@@ -48,6 +48,8 @@ void request_leave(struct node *n)
 static void quiesce_one(struct node *n)
 {
     n->gate++;
+    if (n->driver->quiesced)
+        n->driver->quiesced(n);
     while (n->inside)
         (void)!waitq_wait(&n->emptied);
 }
@@ -162,15 +164,17 @@ static int read_bounced(struct node *n, struct range r, uint8_t *buf, unsigned f
 
 static int write_aligned(struct node *n, struct range r, const uint8_t *buf, unsigned flags)
 {
-    while (r.length) {
+    int result = 0;
+
+    node_debug_event(n, DEBUG_pwritev);
+    while (r.length && result == 0) {
         struct range piece = next_piece(n, r, n->limits.max_transfer);
-        int result = n->driver->write(n, piece, buf, flags);
-        if (result < 0)
-            return result;
+        result = n->driver->write(n, piece, buf, flags);
         buf += piece.length;
         r = rest_of(r, piece);
     }
-    return 0;
+    node_debug_event(n, DEBUG_pwritev_done);
+    return result < 0 ? result : 0;
 }
 
 /* Through a buffer of ours; the ends that R does not cover are read first. BUF NULL: zeroes.
@@ -188,12 +192,20 @@ static int write_bounced(struct node *n, struct range r, const uint8_t *buf, uns
         struct range piece = next_piece(n, whole, BOUNCE_BYTES);
         struct range part = range_intersect(piece, r);
 
-        if (part.start > piece.start)
+        if (part.start > piece.start) {
+            node_debug_event(n, DEBUG_pwritev_rmw_head);
             result = read_aligned(n, range_make(piece.start, align), bounce, 0);
+            if (result == 0)
+                node_debug_event(n, DEBUG_pwritev_rmw_after_head);
+        }
         if (result == 0 && range_end(part) < range_end(piece) &&
-            !(part.start > piece.start && piece.length == align))
+            !(part.start > piece.start && piece.length == align)) {
+            node_debug_event(n, DEBUG_pwritev_rmw_tail);
             result = read_aligned(n, range_make(range_end(piece) - align, align),
                                   bounce + piece.length - align, 0);
+            if (result == 0)
+                node_debug_event(n, DEBUG_pwritev_rmw_after_tail);
+        }
         if (result < 0)
             break;
         if (buf)
@@ -207,36 +219,46 @@ static int write_bounced(struct node *n, struct range r, const uint8_t *buf, uns
     return result;
 }
 
+/* The driver likes multiples of ALIGN (which need not be a power of two) and takes no more than
+ * LIMIT (0: any number) at once: an end that is no multiple goes by itself. */
+static struct range next_liked_piece(struct range r, uint64_t align, uint64_t limit)
+{
+    uint64_t into = r.start % align;
+
+    if (into)
+        r.length = min_u64(r.length, align - into);
+    else if (r.length >= align)
+        r.length -= r.length % align;
+    if (limit && r.length > limit)
+        r.length = limit;
+    return r;
+}
+
 /* R is aligned to request_alignment. -ENOTSUP: the driver cannot, and must not be by-passed. */
 static int zeroes_aligned(struct node *n, struct range r, unsigned flags)
 {
     uint64_t align = n->limits.write_zeroes_alignment;
     uint64_t limit = n->limits.max_write_zeroes;
     unsigned known = flags & n->write_zeroes_flags;
+    int result = 0;
 
     if (align < n->limits.request_alignment)
         align = n->limits.request_alignment;
     if ((flags & REQ_NO_FALLBACK) && !(n->write_zeroes_flags & REQ_NO_FALLBACK))
         return -ENOTSUP;
-    while (r.length) {
-        struct range piece = r, body = range_round_in(r, align);
-        int result = -ENOTSUP;
+    node_debug_event(n, DEBUG_pwritev_zero);
+    while (r.length && result == 0) {
+        struct range piece = next_liked_piece(r, align, limit);
 
-        /* The driver likes ALIGN: an end that is not goes by itself. */
-        if (r.start & (align - 1))
-            piece.length = min_u64(r.length, align - (r.start & (align - 1)));
-        else if (body.length)
-            piece = body;
-        piece = next_piece(n, piece, limit);
+        result = -ENOTSUP;
         if (n->driver->write_zeroes)
             result = n->driver->write_zeroes(n, piece, known);
         if (result == -ENOTSUP && !(flags & REQ_NO_FALLBACK))
             result = write_bounced(n, piece, NULL, flags & n->write_flags);
-        if (result < 0)
-            return result;
         r = rest_of(r, piece);
     }
-    return 0;
+    node_debug_event(n, DEBUG_pwritev_done);
+    return result;
 }
 
 static int zeroes_any(struct node *n, struct range r, unsigned flags)
@@ -453,15 +475,9 @@ static int discard_pieces(struct node *n, struct range r)
     if (!n->driver->discard) /* another node than a moment ago */
         return 0;
     while (r.length) {
-        struct range piece = r, body = range_round_in(r, align);
-        int result;
+        struct range piece = next_liked_piece(r, align, n->limits.max_discard);
+        int result = n->driver->discard(n, piece);
 
-        if (r.start & (align - 1))
-            piece.length = min_u64(r.length, align - (r.start & (align - 1)));
-        else if (body.length)
-            piece = body;
-        piece = next_piece(n, piece, n->limits.max_discard);
-        result = n->driver->discard(n, piece);
         if (result < 0 && result != -ENOTSUP)
             return result;
         r = rest_of(r, piece);
@@ -494,13 +510,19 @@ int node_flush(struct node *n)
 {
     LOCKED(&n->flush_lock);
     uint64_t generation = n->write_generation;
-    struct edge *e;
+    struct edge *e, *primary = node_primary(n);
     int result = 0;
 
+    if (primary)
+        node_debug_event(primary->node, DEBUG_flush_to_os);
     if (n->driver->flush_to_os)
         result = n->driver->flush_to_os(n);
-    if (result == 0 && !n->cache_no_flush && n->driver->flush && n->flushed_generation < generation)
-        result = n->driver->flush(n);
+    if (result == 0 && !n->cache_no_flush && n->flushed_generation < generation) {
+        if (primary)
+            node_debug_event(primary->node, DEBUG_flush_to_disk);
+        if (n->driver->flush)
+            result = n->driver->flush(n);
+    }
     TAILQ_FOREACH (e, &n->children, in_children) {
         if (result < 0)
             break;

@@ -9,6 +9,7 @@
 #include "daemon/daemon.h"
 
 #include "base/log.h"
+#include "block/throttle_group.h"
 #include "copy/copy.h"
 #include "dirty/dirty.h"
 #include "persist/persist.h"
@@ -58,6 +59,7 @@ static void end_everything(struct daemon *d)
 {
     SHIELD();
 
+    throttle_groups_lift(d->graph); /* from here on haste is better than limits */
     mutex_lock_shielded(&d->qmp->in_band); /* for good: no command begins any more */
     exports_close_all(d->exports);
     jobs_cancel_all(d->jobs);

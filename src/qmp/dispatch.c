@@ -154,7 +154,7 @@ struct qmp *qmp_new(struct graph *g, struct jobs *js, struct exports *x)
     q->graph = g;
     q->jobs = js;
     q->exports = x;
-    q->objects = objects_new();
+    q->objects = objects_new(g);
     TAILQ_INIT(&q->monitors);
     mutex_init(&q->in_band);
     event_init(&q->quit);

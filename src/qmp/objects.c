@@ -2,6 +2,7 @@
 #include "qmp/objects.h"
 
 #include "base/id.h"
+#include "block/throttle_group.h"
 #include "rt/io.h"
 
 #include <fcntl.h>
@@ -14,11 +15,13 @@ struct object {
 
 struct objects {
     TAILQ_HEAD(, object) list;
+    struct graph *graph;
 };
 
-struct objects *objects_new(void)
+struct objects *objects_new(struct graph *g)
 {
     struct objects *o = xnew(struct objects);
+    o->graph = g;
     TAILQ_INIT(&o->list);
     return o;
 }
@@ -105,12 +108,17 @@ int objects_add(struct objects *o, struct json_object *options, struct error *er
 {
     const char *id = json_get_string(options, "id", "");
     const char *type = json_get_string(options, "qom-type", "");
+    bool is_group = !strcmp(type, "throttle-group");
+    struct throttle_limits limits;
     int r = 0;
 
     if (!id_well_formed(id))
         return error_set(err, EINVAL, "Parameter 'id' expects an identifier");
     if (!strcmp(type, "iothread"))
         r = check_iothread(options, err);
+    throttle_limits_init(&limits);
+    if (is_group)
+        r = throttle_limits_parse(&limits, options, err);
     if (r < 0)
         return r;
     if (find(o, id))
@@ -118,6 +126,8 @@ int objects_add(struct objects *o, struct json_object *options, struct error *er
                          "attempt to add duplicate property '%s' to object (type 'container')", id);
     if (!strcmp(type, "secret"))
         r = check_secret(options, err);
+    if (is_group)
+        r = throttle_group_add(o->graph, id, &limits, err);
     if (r < 0)
         return r;
     struct object *one = xnew(struct object);
@@ -133,6 +143,9 @@ int objects_del(struct objects *o, const char *id, struct error *err)
 
     if (!one)
         return error_set(err, ENOENT, "object '%s' not found", id);
+    if (!strcmp(json_get_string(one->options, "qom-type", ""), "throttle-group") &&
+        throttle_group_remove(o->graph, id) == -EBUSY)
+        return error_set(err, EBUSY, "object '%s' is in use, can not be deleted", id);
     object_free(o, one);
     return 0;
 }

@@ -6,7 +6,9 @@
 
 struct objects;
 
-struct objects *objects_new(void);
+struct graph;
+/* Throttle groups are GRAPH's. */
+struct objects *objects_new(struct graph *g);
 void objects_free(struct objects *o);
 
 /* OPTIONS is ObjectOptions as the schema passed it. */

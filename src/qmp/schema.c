@@ -22,6 +22,7 @@ SCHEMA_DEFINE(number, NUMBER);
 SCHEMA_DEFINE(null, NULL);
 SCHEMA_DEFINE(any, ANY);
 SCHEMA_DEFINE(int, INT, .min = INT64_MIN, .max = INT64_MAX);
+SCHEMA_DEFINE(int32, INT, .min = INT32_MIN, .max = INT32_MAX, .ctype = "int32_t");
 SCHEMA_DEFINE(int64, INT, .min = INT64_MIN, .max = INT64_MAX);
 SCHEMA_DEFINE(uint8, UINT, .max = UINT8_MAX, .ctype = "uint8_t");
 SCHEMA_DEFINE(uint16, UINT, .max = UINT16_MAX, .ctype = "uint16_t");

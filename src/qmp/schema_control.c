@@ -79,7 +79,7 @@ static SCHEMA_ENUM(ObjectType, VALUE("iothread"), VALUE("secret"), LATER("authz-
                    LATER("pr-manager-helper"), LATER("qtest"), LATER("rng-builtin"),
                    LATER("rng-egd"), LATER("rng-random"), LATER("secret_keyring"),
                    LATER("sev-guest"), LATER("thread-context"), LATER("s390-pv-guest"),
-                   LATER("throttle-group"), LATER("tls-creds-anon"), LATER("tls-creds-psk"),
+                   VALUE("throttle-group"), LATER("tls-creds-anon"), LATER("tls-creds-psk"),
                    LATER("tls-creds-x509"), LATER("tls-cipher-suites"), LATER("x-remote-object"),
                    LATER("x-vfio-user-server"));
 
@@ -93,8 +93,41 @@ static SCHEMA_OBJECT(SecretProperties, OPT("loaded", bool, .features = SCHEMA_DE
                      OPT("format", QCryptoSecretFormat), OPT("keyid", str), OPT("iv", str),
                      OPT("data", str), OPT("file", str));
 
+static SCHEMA_OBJECT(ThrottleLimits, OPT("iops-total", int), OPT("iops-total-max", int),
+                     OPT("iops-total-max-length", int), OPT("iops-read", int),
+                     OPT("iops-read-max", int), OPT("iops-read-max-length", int),
+                     OPT("iops-write", int), OPT("iops-write-max", int),
+                     OPT("iops-write-max-length", int), OPT("bps-total", int),
+                     OPT("bps-total-max", int), OPT("bps-total-max-length", int),
+                     OPT("bps-read", int), OPT("bps-read-max", int),
+                     OPT("bps-read-max-length", int), OPT("bps-write", int),
+                     OPT("bps-write-max", int), OPT("bps-write-max-length", int),
+                     OPT("iops-size", int));
+
+static SCHEMA_OBJECT(ThrottleGroupProperties, OPT("limits", ThrottleLimits),
+                     OPT("x-iops-total", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-iops-total-max", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-iops-total-max-length", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-iops-read", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-iops-read-max", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-iops-read-max-length", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-iops-write", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-iops-write-max", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-iops-write-max-length", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-bps-total", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-bps-total-max", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-bps-total-max-length", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-bps-read", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-bps-read-max", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-bps-read-max-length", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-bps-write", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-bps-write-max", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-bps-write-max-length", int, .features = SCHEMA_UNSTABLE),
+                     OPT("x-iops-size", int, .features = SCHEMA_UNSTABLE));
+
 SCHEMA_UNION(ObjectOptions, "qom-type", MEMBERS(REQ("qom-type", ObjectType), REQ("id", str)),
-             BRANCHES(BRANCH("iothread", IothreadProperties), BRANCH("secret", SecretProperties)));
+             BRANCHES(BRANCH("iothread", IothreadProperties), BRANCH("secret", SecretProperties),
+                      BRANCH("throttle-group", ThrottleGroupProperties)));
 
 static SCHEMA_ENUM(MonitorMode, VALUE("readline"), VALUE("control"));
 

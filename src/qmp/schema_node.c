@@ -7,14 +7,14 @@ SCHEMA_ENUM(BlockdevDetectZeroesOptions, VALUE("off"), VALUE("on"), VALUE("unmap
 SCHEMA_ENUM(Qcow2CompressionType, VALUE("zlib"), VALUE("zstd"));
 
 SCHEMA_ENUM(BlockdevDriver, VALUE("copy-before-write"), VALUE("file"), VALUE("snapshot-access"),
-            VALUE("null-co"), VALUE("qcow2"), VALUE("raw"), LATER("blkdebug"),
+            VALUE("null-co"), VALUE("qcow2"), VALUE("raw"), VALUE("blkdebug"),
             LATER("blklogwrites"), LATER("blkreplay"), LATER("blkverify"), LATER("bochs"),
             LATER("cloop"), LATER("compress"), LATER("copy-on-read"), LATER("dmg"), LATER("ftp"),
             LATER("ftps"), LATER("gluster"), LATER("host_cdrom"), LATER("host_device"),
             LATER("http"), LATER("https"), LATER("io_uring"), LATER("iscsi"), LATER("luks"),
             LATER("nbd"), LATER("nfs"), LATER("null-aio"), LATER("nvme"), LATER("nvme-io_uring"),
             LATER("parallels"), LATER("preallocate"), LATER("qcow"), LATER("qed"), LATER("quorum"),
-            LATER("rbd"), LATER("replication"), LATER("ssh"), LATER("throttle"), LATER("vdi"),
+            LATER("rbd"), LATER("replication"), LATER("ssh"), VALUE("throttle"), LATER("vdi"),
             LATER("vhdx"), LATER("virtio-blk-vfio-pci"), LATER("virtio-blk-vhost-user"),
             LATER("virtio-blk-vhost-vdpa"), LATER("vmdk"), LATER("vpc"), LATER("vvfat"));
 
@@ -85,6 +85,56 @@ static SCHEMA_OBJECT(BlockdevOptionsQcow2, REQ("file", BlockdevRef),
 static SCHEMA_OBJECT(BlockdevOptionsRaw, REQ("file", BlockdevRef), OPT("offset", int),
                      OPT("size", int));
 
+static SCHEMA_ENUM(
+    BlkdebugEvent, VALUE("l1_update"), VALUE("l1_grow_alloc_table"), VALUE("l1_grow_write_table"),
+    VALUE("l1_grow_activate_table"), VALUE("l2_load"), VALUE("l2_update"),
+    VALUE("l2_update_compressed"), VALUE("l2_alloc_cow_read"), VALUE("l2_alloc_write"),
+    VALUE("read_aio"), VALUE("read_backing_aio"), VALUE("read_compressed"), VALUE("write_aio"),
+    VALUE("write_compressed"), VALUE("vmstate_load"), VALUE("vmstate_save"), VALUE("cow_read"),
+    VALUE("cow_write"), VALUE("reftable_load"), VALUE("reftable_grow"), VALUE("reftable_update"),
+    VALUE("refblock_load"), VALUE("refblock_update"), VALUE("refblock_update_part"),
+    VALUE("refblock_alloc"), VALUE("refblock_alloc_hookup"), VALUE("refblock_alloc_write"),
+    VALUE("refblock_alloc_write_blocks"), VALUE("refblock_alloc_write_table"),
+    VALUE("refblock_alloc_switch_table"), VALUE("cluster_alloc"), VALUE("cluster_alloc_bytes"),
+    VALUE("cluster_free"), VALUE("flush_to_os"), VALUE("flush_to_disk"), VALUE("pwritev_rmw_head"),
+    VALUE("pwritev_rmw_after_head"), VALUE("pwritev_rmw_tail"), VALUE("pwritev_rmw_after_tail"),
+    VALUE("pwritev"), VALUE("pwritev_zero"), VALUE("pwritev_done"), VALUE("empty_image_prepare"),
+    VALUE("l1_shrink_write_table"), VALUE("l1_shrink_free_l2_clusters"), VALUE("cor_write"),
+    VALUE("cluster_alloc_space"), VALUE("none"));
+
+static SCHEMA_ENUM(BlkdebugIOType, VALUE("read"), VALUE("write"), VALUE("write-zeroes"),
+                   VALUE("discard"), VALUE("flush"), VALUE("block-status"));
+
+static SCHEMA_OBJECT(BlkdebugInjectErrorOptions, REQ("event", BlkdebugEvent), OPT("state", int),
+                     OPT("iotype", BlkdebugIOType), OPT("errno", int), OPT("sector", int),
+                     OPT("once", bool), OPT("immediately", bool));
+static SCHEMA_LIST(BlkdebugInjectErrorOptions);
+
+static SCHEMA_OBJECT(BlkdebugSetStateOptions, REQ("event", BlkdebugEvent), OPT("state", int),
+                     REQ("new_state", int));
+static SCHEMA_LIST(BlkdebugSetStateOptions);
+
+/* Ours: a request that meets it is held up. */
+static SCHEMA_OBJECT(XTidemarkDelayOptions, REQ("event", BlkdebugEvent), OPT("state", int),
+                     OPT("iotype", BlkdebugIOType), OPT("sector", int), OPT("once", bool),
+                     REQ("delay-ns", uint64));
+static SCHEMA_LIST(XTidemarkDelayOptions);
+
+static SCHEMA_ENUM(BlockPermission, VALUE("consistent-read"), VALUE("write"),
+                   VALUE("write-unchanged"), VALUE("resize"));
+static SCHEMA_LIST(BlockPermission);
+
+static SCHEMA_OBJECT(BlockdevOptionsBlkdebug, REQ("image", BlockdevRef), OPT("config", str),
+                     OPT("align", int), OPT("max-transfer", int32), OPT("opt-write-zero", int32),
+                     OPT("max-write-zero", int32), OPT("opt-discard", int32),
+                     OPT("max-discard", int32), OPT("inject-error", BlkdebugInjectErrorOptionsList),
+                     OPT("set-state", BlkdebugSetStateOptionsList),
+                     OPT("take-child-perms", BlockPermissionList),
+                     OPT("unshare-child-perms", BlockPermissionList),
+                     OPT("x-tidemark-delay", XTidemarkDelayOptionsList));
+
+static SCHEMA_OBJECT(BlockdevOptionsThrottle, REQ("throttle-group", str), REQ("file", BlockdevRef));
+
 static SCHEMA_OBJECT(BlockdevOptionsGenericFormat, REQ("file", BlockdevRef));
 
 SCHEMA_UNION(BlockdevOptions, "driver",
@@ -92,10 +142,12 @@ SCHEMA_UNION(BlockdevOptions, "driver",
                      OPT("discard", BlockdevDiscardOptions), OPT("cache", BlockdevCacheOptions),
                      OPT("read-only", bool), OPT("auto-read-only", bool), OPT("force-share", bool),
                      OPT("detect-zeroes", BlockdevDetectZeroesOptions)),
-             BRANCHES(BRANCH("copy-before-write", BlockdevOptionsCbw),
+             BRANCHES(BRANCH("blkdebug", BlockdevOptionsBlkdebug),
+                      BRANCH("copy-before-write", BlockdevOptionsCbw),
                       BRANCH("file", BlockdevOptionsFile), BRANCH("null-co", BlockdevOptionsNull),
                       BRANCH("qcow2", BlockdevOptionsQcow2), BRANCH("raw", BlockdevOptionsRaw),
-                      BRANCH("snapshot-access", BlockdevOptionsGenericFormat)));
+                      BRANCH("snapshot-access", BlockdevOptionsGenericFormat),
+                      BRANCH("throttle", BlockdevOptionsThrottle)));
 
 static SCHEMA_LIST(BlockdevOptions);
 

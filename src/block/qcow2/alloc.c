@@ -43,21 +43,27 @@ static int write_filled(struct qcow2 *q, const struct placing *p, struct range r
     uint64_t end = range_end(r);
 
     if (p->fresh && edge_is_zero(q, p->guest.start, r.start) &&
-        edge_is_zero(q, end, range_end(p->guest)))
+        edge_is_zero(q, end, range_end(p->guest))) {
+        file_event(q, DEBUG_write_aio);
         return file_write(q, p->host + head, buf, r.length);
-    if (!head && !tail)
+    }
+    if (!head && !tail) {
+        file_event(q, DEBUG_write_aio);
         return file_write(q, p->host, buf, r.length);
+    }
 
     if (p->guest.length <= MERGED_BYTES) {
         CLEANUP(memory_freep) uint8_t *all = block_buffer(p->guest.length);
         if (!all)
             return -ENOMEM;
+        file_event(q, DEBUG_cow_read);
         int ret = head ? qcow2_read_range(q, range_make(p->guest.start, head), all) : 0;
         if (ret == 0 && tail)
             ret = qcow2_read_range(q, range_make(end, tail), all + head + r.length);
         if (ret < 0)
             return ret;
         memcpy(all + head, buf, r.length);
+        file_event(q, DEBUG_write_aio);
         return file_write(q, p->host, all, p->guest.length);
     }
 
@@ -78,13 +84,16 @@ static int write_filled(struct qcow2 *q, const struct placing *p, struct range r
         }
         for (uint64_t at = 0; at < edges[i].length; at += MERGED_BYTES) {
             uint64_t n = min_u64(MERGED_BYTES, edges[i].length - at);
+            file_event(q, DEBUG_cow_read);
             int ret = qcow2_read_range(q, range_make(edges[i].start + at, n), edge);
+            file_event(q, DEBUG_cow_write);
             if (ret == 0)
                 ret = file_write(q, place + at, edge, n);
             if (ret < 0)
                 return ret;
         }
     }
+    file_event(q, DEBUG_write_aio);
     return file_write(q, p->host + head, buf, r.length);
 }
 

@@ -98,6 +98,7 @@ static int write_alone(struct cache *c, struct cache_slot *s)
     cache_mark_clean(c, s);
     s->writing++;
     c->alone++;
+    file_event(c->q, DEBUG_refblock_update_part);
     r = file_write(c->q, offset, copy, c->slice_bytes);
     c->alone--;
     s->writing--;
@@ -176,6 +177,7 @@ static int get(struct cache *c, uint64_t offset, bool zeroed, struct cache_slot 
             return 0;
         }
         s->state = SLOT_LOADING;
+        file_event(c->q, c == &c->q->l2_cache ? DEBUG_l2_load : DEBUG_refblock_load);
         r = file_read(c->q, offset, s->data, c->slice_bytes);
         if (r < 0)
             unhash(c, s);

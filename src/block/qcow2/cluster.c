@@ -143,8 +143,10 @@ static int new_l2_table(struct qcow2 *q, uint64_t *offset)
     if (r < 0)
         return r;
     cache_forget(&q->l2_cache, *offset, q->cluster_size); /* of a table that was here before */
-    if (!fresh)
+    if (!fresh) {
+        file_event(q, DEBUG_l2_alloc_write);
         r = file_write_zeroes(q, *offset, q->cluster_size);
+    }
     if (r < 0)
         refcount_unalloc(q, *offset, 1);
     return r;
@@ -160,6 +162,7 @@ static int copy_l2_table(struct qcow2 *q, uint64_t index, uint64_t old)
     if (!buf)
         return -ENOMEM;
     int r = check_l2_offset(q, old, index);
+    file_event(q, DEBUG_l2_alloc_cow_read);
     if (r == 0)
         r = file_read(q, old, buf, q->cluster_size);
     if (r == 0)
@@ -167,6 +170,7 @@ static int copy_l2_table(struct qcow2 *q, uint64_t index, uint64_t old)
     if (r < 0)
         return r;
     cache_forget(&q->l2_cache, offset, q->cluster_size);
+    file_event(q, DEBUG_l2_alloc_write);
     r = file_write(q, offset, buf, q->cluster_size);
     if (r < 0) {
         refcount_unalloc(q, offset, 1);

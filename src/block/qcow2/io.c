@@ -26,6 +26,7 @@ static int fragment_run(void *arg)
 {
     SHIELD();
     struct fragment *f = arg;
+    file_event(f->q, f->write ? DEBUG_write_aio : DEBUG_read_aio);
     int r = f->write ? file_write(f->q, f->host, f->buf, f->length)
                      : file_read(f->q, f->host, f->buf, f->length);
     epoch_leave(f->q, f->epoch);
@@ -104,8 +105,10 @@ static int read_compressed(struct qcow2 *q, uint64_t entry, uint64_t inside, uin
                                     (unsigned long long)extent.start);
             r = -EIO;
         }
-        if (r == 0)
+        if (r == 0) {
+            file_event(q, DEBUG_read_compressed);
             r = file_read(q, extent.start, in, extent.length);
+        }
         epoch_leave(q, epoch);
         if (r == 0) {
             struct inflate_job j = {in, extent.length, out, q->cluster_size};
@@ -146,8 +149,10 @@ static int read_piece(struct qcow2 *q, struct fragments *fs, uint64_t guest,
 {
     switch (m->type) {
     case MAP_UNALLOCATED:
-        if (q->node->backing)
+        if (q->node->backing) {
+            file_event(q, DEBUG_read_backing_aio);
             return edge_read(q->node->backing, range_make(guest, m->length), buf, 0);
+        }
         memset(buf, 0, m->length);
         return 0;
     case MAP_ZERO:
@@ -185,6 +190,7 @@ int qcow2_read_range(struct qcow2 *q, struct range r, uint8_t *buf)
             if (ret < 0)
                 return ret;
             unsigned epoch = epoch_enter(q);
+            file_event(q, DEBUG_read_aio);
             ret = file_read(q, m.host, buf, r.length);
             epoch_leave(q, epoch);
             return ret;

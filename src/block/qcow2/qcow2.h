@@ -211,6 +211,11 @@ static inline void entry_store(uint8_t *data, uint32_t index, uint64_t v)
 
 /* ---- file.c: the file below ---- */
 
+/* What is about to be done with it, for blkdebug below. */
+static inline void file_event(struct qcow2 *q, enum debug_event event)
+{
+    node_debug_event(q->file->node, event);
+}
 int file_read(struct qcow2 *q, uint64_t offset, void *buf, uint64_t length);
 int file_write(struct qcow2 *q, uint64_t offset, const void *buf, uint64_t length);
 int file_write_zeroes(struct qcow2 *q, uint64_t offset, uint64_t length);

@@ -242,6 +242,7 @@ static int grow_reftable(struct qcow2 *q, uint64_t min_entries)
         entry_store(buf + (k << q->cluster_bits), i, bigger.entries[i]);
 
     r = qcow2_check_overlap(q, base << q->cluster_bits, bytes, META_NONE);
+    file_event(q, DEBUG_refblock_alloc_write_blocks);
     if (r == 0)
         r = file_write(q, base << q->cluster_bits, buf, bytes);
     if (r == 0)
@@ -255,6 +256,7 @@ static int grow_reftable(struct qcow2 *q, uint64_t min_entries)
     uint64_t old_offset = q->reftable.offset, old_clusters = q->header.reftable_clusters;
     q->header.reftable_offset = bigger.offset;
     q->header.reftable_clusters = (uint32_t)clusters;
+    file_event(q, DEBUG_refblock_alloc_switch_table);
     r = qcow2_write_header(q);
     if (r == 0)
         r = file_flush(q);
@@ -281,6 +283,7 @@ static int grow_reftable(struct qcow2 *q, uint64_t min_entries)
 static int make_block_for(struct qcow2 *q, uint64_t cluster)
 {
     uint64_t index = cluster >> q->refblock_bits;
+    file_event(q, DEBUG_refblock_alloc);
     if (index >= q->reftable.n)
         return grow_reftable(q, index + 1);
     uint64_t at = skip_referenced(q, cluster, 1);
@@ -350,6 +353,7 @@ void refcount_trim_space(struct qcow2 *q)
 
 int refcount_alloc(struct qcow2 *q, uint64_t wanted, uint64_t *offset, uint64_t *got, bool *fresh)
 {
+    file_event(q, DEBUG_cluster_alloc);
     LOCKED(&q->alloc_lock);
     uint32_t per_slice = q->refcount_cache.slice_bytes / 2;
     for (;;) {
@@ -408,6 +412,7 @@ static uint64_t covered_clusters(const struct qcow2 *q)
 
 int refcount_alloc_bytes(struct qcow2 *q, uint64_t bytes, uint64_t *offset)
 {
+    file_event(q, DEBUG_cluster_alloc_bytes);
     LOCKED(&q->alloc_lock);
     uint64_t n = clusters_of(q, bytes), run = 0, cluster;
     uint64_t end = covered_clusters(q);

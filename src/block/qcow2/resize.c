@@ -23,6 +23,7 @@ static int grow_l1(struct qcow2 *q, uint64_t n, uint64_t size, struct error *err
     uint64_t offset = 0, bytes = align_up(n * 8, SECTOR);
     CLEANUP(memory_freep) uint8_t *buf = block_buffer(bytes);
     int r = buf ? table_alloc(&bigger, (uint32_t)n) : -ENOMEM;
+    file_event(q, DEBUG_l1_grow_alloc_table);
     if (r == 0)
         r = refcount_alloc_bytes(q, n * 8, &offset);
     if (r == 0)
@@ -32,6 +33,7 @@ static int grow_l1(struct qcow2 *q, uint64_t n, uint64_t size, struct error *err
         memset(buf, 0, bytes);
         for (uint32_t i = 0; i < n; i++)
             entry_store(buf, i, bigger.entries[i]);
+        file_event(q, DEBUG_l1_grow_write_table);
         r = file_write(q, offset, buf, bytes);
     }
     if (r == 0)
@@ -41,6 +43,7 @@ static int grow_l1(struct qcow2 *q, uint64_t n, uint64_t size, struct error *err
         q->header.l1_offset = offset;
         q->header.l1_size = (uint32_t)n;
         q->header.size_bytes = size;
+        file_event(q, DEBUG_l1_grow_activate_table);
         r = qcow2_write_header(q);
         if (r == 0)
             r = file_flush(q);

@@ -169,6 +169,7 @@ struct writers {
     struct qcow2 *q;
     struct copies *copies;
     enum metadata_kind kind;
+    enum debug_event event;
     size_t next;
 };
 
@@ -180,6 +181,7 @@ static int write_some(void *arg)
         struct copy *c = &w->copies->items[w->next++];
         /* L1 and refcount table lie where the header says; their own range is not asked about. */
         int r = w->kind == META_NONE ? 0 : qcow2_check_overlap(w->q, c->offset, c->length, w->kind);
+        file_event(w->q, w->event);
         if (r == 0)
             r = file_write(w->q, c->offset, c->data, c->length);
         if (r < 0)
@@ -188,9 +190,10 @@ static int write_some(void *arg)
     return 0;
 }
 
-static int write_copies(struct qcow2 *q, struct copies *c, enum metadata_kind kind)
+static int write_copies(struct qcow2 *q, struct copies *c, enum metadata_kind kind,
+                        enum debug_event event)
 {
-    struct writers w = {q, c, kind, 0};
+    struct writers w = {q, c, kind, event, 0};
     if (c->n <= 2)
         return write_some(&w);
     SCOPE(writers);
@@ -228,6 +231,8 @@ static void free_now(struct qcow2 *q, const struct freed *f)
     uint64_t cluster = f->offset >> q->cluster_bits;
     bool pass = f->type == FREE_REQUEST && q->request_as_node ? q->node->discard_unmap
                                                               : q->pass_discard[f->type];
+
+    file_event(q, DEBUG_cluster_free);
     for (uint64_t i = 0; i < f->clusters;) {
         /* Discard those whose last reference this is, while nobody can take them yet. */
         uint64_t run = 0;
@@ -299,23 +304,23 @@ static int one_round(struct qcow2 *q)
     }
 
     if (r == 0)
-        r = write_copies(q, &refcounts, META_REFBLOCK);
+        r = write_copies(q, &refcounts, META_REFBLOCK, DEBUG_refblock_update_part);
     if (r == 0) /* evictions of before the instant belong to step 1, too */
         r = wait_for_lone_writes(&q->refcount_cache, alone_failed);
     if (r == 0 && reftable.n) {
         r = file_flush(q);
         if (r == 0)
-            r = write_copies(q, &reftable, META_NONE);
+            r = write_copies(q, &reftable, META_NONE, DEBUG_refblock_alloc_hookup);
     }
     if (r == 0 && (l2.n || l1.n)) {
         r = file_flush(q);
         if (r == 0)
-            r = write_copies(q, &l2, META_L2);
+            r = write_copies(q, &l2, META_L2, DEBUG_l2_update);
     }
     if (r == 0 && l1.n) {
         r = l2.n ? file_flush(q) : 0;
         if (r == 0)
-            r = write_copies(q, &l1, META_NONE);
+            r = write_copies(q, &l1, META_NONE, DEBUG_l1_update);
     }
     if (r == 0 && taken.n)
         r = file_flush(q);
