@@ -25,12 +25,12 @@ def commands_later(t):
 @sequence(image("x"), image("r", "raw"))
 def drivers_later(t):
     """Drivers of QEMU that we do not have: refused by their names, at the root and below."""
-    for driver in ("blkdebug", "blklogwrites", "blkreplay", "blkverify", "bochs", "cloop", "compress",
+    for driver in ("blklogwrites", "blkreplay", "blkverify", "bochs", "cloop", "compress",
                    "copy-on-read", "dmg", "host_device", "luks", "nbd", "null-aio", "parallels",
-                   "preallocate", "qcow", "qed", "quorum", "throttle", "vdi", "vhdx", "vmdk", "vpc"):
+                   "preallocate", "qcow", "qed", "quorum", "vdi", "vhdx", "vmdk", "vpc"):
         t("blockdev-add", driver=driver, node_name="n")
     t("blockdev-add", driver="raw", node_name="n", file={"driver": "nbd"})
-    t("blockdev-add", driver="raw", node_name="n", file={"driver": "throttle"})
+    t("blockdev-add", driver="raw", node_name="n", file={"driver": "quorum"})
 
 
 @sequence(disk("a"), disk("t"))
@@ -44,7 +44,7 @@ def grouped_later(t):
 @sequence(null("n"))
 def objects_later(t):
     """Objects without users yet."""
-    for kind in ("throttle-group", "tls-creds-x509", "tls-creds-psk", "tls-creds-anon", "authz-simple"):
+    for kind in ("tls-creds-x509", "tls-creds-psk", "tls-creds-anon", "authz-simple"):
         t("object-add", qom_type=kind, id="o")
         t("object-del", id="o")
 
