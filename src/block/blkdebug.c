@@ -96,6 +96,34 @@ static int take_limits(struct node *n, struct json_object *options, struct error
     return r;
 }
 
+/* "blkdebug:CONFIG:IMAGE", or the path of an image when the driver was named. */
+static int blkdebug_parse_filename(const char *filename, struct json_object *options,
+                                   struct error *err)
+{
+    struct json_object *image;
+    const char *colon;
+
+    if (!strncmp(filename, "blkdebug:", 9)) {
+        filename += 9;
+        colon = strchr(filename, ':');
+        if (!colon)
+            return error_set(err, EINVAL, "blkdebug requires both config file and image path");
+        if (colon != filename) {
+            CLEANUP(memory_freep)
+            char *config = xasprintf("%.*s", (int)(colon - filename), filename);
+            json_add_string(options, "config", config);
+        }
+        filename = colon + 1;
+    }
+    if (json_has(options, "image"))
+        return error_set(err, EINVAL, "Can't specify 'image' and a file name at the same time");
+    image = json_object_new_object();
+    json_add_string(image, "driver", "file");
+    json_add_string(image, "filename", filename);
+    json_add(options, "image", image);
+    return 0;
+}
+
 /* "blkdebug:CONFIG:IMAGE" when that says it all; no name otherwise. */
 static void take_filename(struct node *n, struct json_object *options)
 {
@@ -271,6 +299,7 @@ const struct driver driver_blkdebug = {
     .is_filter = true,
     .strong_options = blkdebug_strong,
     .known_options = blkdebug_options,
+    .parse_filename = blkdebug_parse_filename,
     .open = blkdebug_open,
     .close = blkdebug_close,
     .read = blkdebug_read,

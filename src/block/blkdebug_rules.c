@@ -180,7 +180,7 @@ static int parse_config(struct debug_rules *r, char *text, struct error *err)
 static int read_config(struct debug_rules *r, const char *path, struct error *err)
 {
     struct stat st;
-    int fd = io_open(path, O_RDONLY, 0);
+    int fd = io_open(path, O_RDONLY | O_NONBLOCK, 0); /* a pipe must not hold us up */
     if (fd < 0)
         return error_set_errno(err, -fd, "Could not read blkdebug config file");
     int ret = io_fstat(fd, &st);

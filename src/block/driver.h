@@ -96,6 +96,9 @@ struct driver {
     const char *const
         *mutable_options; /* those that a reopen may leave out: back to their default */
 
+    /* "PROTOCOL:REST" as options; NULL: the option `filename` has it all. */
+    int (*parse_filename)(const char *filename, struct json_object *options, struct error *err);
+
     /* OPTIONS: this node's object, generic options already taken, "file" made a node's name. The
      * driver opens its children with node_open_child, sets size_bytes (block/ rounds it up to 512)
      * and limits. Waits. On error its close is not called; block/ detaches its children.

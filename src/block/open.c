@@ -368,6 +368,13 @@ static int fill_options(struct graph *g, struct json_object *options, const char
             json_add_string(options, "filename", path);
         }
     }
+    if (d && parse && d->parse_filename) {
+        CLEANUP(memory_freep) char *text = xstrdup(json_get_string(options, "filename", ""));
+        json_object_object_del(options, "filename");
+        r = d->parse_filename(text, options, err);
+        if (r < 0)
+            return r;
+    }
     *ret = d;
     return 0;
 }

@@ -218,13 +218,11 @@ TEST(permissions_are_taken_and_kept_from_others)
 
 static const char *write_config(const char *text)
 {
-    static char path[] = "/tmp/tidemark-blkdebug-XXXXXX";
-    static int fd = -1;
+    static char path[64];
 
-    if (fd < 0)
-        fd = mkstemp(path);
-    CHECK(fd >= 0 && ftruncate(fd, 0) == 0);
-    CHECK(pwrite(fd, text, strlen(text), 0) == (ssize_t)strlen(text));
+    snprintf(path, sizeof path, "/tmp/tidemark-blkdebug-%ld", (long)getpid());
+    FILE *f = fopen(path, "w");
+    CHECK(f && fputs(text, f) >= 0 && fclose(f) == 0);
     return path;
 }
 
@@ -266,6 +264,34 @@ TEST(a_configuration_file_is_as_good_as_options)
         CHECK_TEXT(err, bad[i][1]);
     }
     unlink(path);
+}
+
+TEST(a_file_name_may_have_it_all)
+{
+    struct test_user u;
+    struct error err = ERROR_INIT;
+    struct node *n = NULL;
+    char disk[] = "/tmp/tidemark-blkdebug-disk-XXXXXX";
+    int fd = mkstemp(disk);
+    const char *path =
+        write_config("[inject-error]\nevent = \"none\"\niotype = \"read\"\nerrno = \"28\"\n");
+    CLEANUP(memory_freep) char *name = xasprintf("blkdebug:%s:%s", path, disk);
+
+    CHECK(fd >= 0 && ftruncate(fd, 1 << 20) == 0);
+    int r = graph_open_filename(g, name, "raw", NULL, false, &n, &err);
+    CHECK_OK(r, err);
+    {
+        CLEANUP(edge_detachp) struct edge *e = attach(&u, n, PERM_ALL, PERM_ALL);
+        CHECK(!strcmp(node_filename(n), name));
+        node_unref(n);
+        CHECK(write_at(e, 0, 512) == 0);
+        CHECK(read_at(e, 0) == -ENOSPC);
+    }
+    CHECK(graph_open_filename(g, "blkdebug:x", "raw", NULL, false, &n, &err) == -EINVAL);
+    CHECK_TEXT(err, "blkdebug requires both config file and image path");
+    unlink(disk);
+    unlink(path);
+    close(fd);
 }
 
 /* ---- events of a qcow2 image, on the disk that it stands on ---- */
@@ -337,6 +363,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(impossible_limits_are_refused),
     cmocka_unit_test(permissions_are_taken_and_kept_from_others),
     cmocka_unit_test(a_configuration_file_is_as_good_as_options),
+    cmocka_unit_test(a_file_name_may_have_it_all),
     cmocka_unit_test(a_qcow2_image_names_what_it_does),
 };
 UNIT_MAIN(tests)
