@@ -122,11 +122,13 @@ TEST(error_zero_spares_a_request)
 {
     struct test_user u;
     CLEANUP(edge_detachp)
-    struct edge *e = open_debug(g, &u,
-                                ", 'inject-error': [{'event': 'none', 'errno': 0, 'sector': 0}, "
-                                "{'event': 'none', 'errno': 5}]");
+    struct edge *e =
+        open_debug(g, &u,
+                   ", 'inject-error': [{'event': 'none', 'errno': 0, 'sector': 0, 'once': true}, "
+                   "{'event': 'none', 'errno': 5}]");
 
     CHECK(read_at(e, 0) == 0);
+    CHECK(read_at(e, 0) == 0); /* and is not used up by it */
     CHECK(read_at(e, 512) == -EIO);
 }
 
@@ -164,6 +166,9 @@ TEST(forced_limits_cut_requests)
     for (unsigned i = 0; i < 60000; i++)
         CHECK(bytes[i] == ((i >= 1000 && i < 2000) || (i >= 42000 && i < 51000) ? 0x5a : 0));
     CHECK(below(g)->zeroes == 1); /* 12288..36864; what is smaller is written out */
+    unsigned writes = below(g)->writes;
+    CHECK(edge_write_zeroes(e, range_make(0, 49152), 0) == 0);
+    CHECK(below(g)->zeroes == 3 && below(g)->writes == writes); /* two of 24576 */
     CHECK(edge_discard(e, range_make(0, 50000)) == 0);
 }
 
