@@ -366,3 +366,38 @@ def throttle_command_line(t):
         t.run("--object", options)
     t.run("--object", "throttle-group,id=g", "--blockdev",
           "throttle,node-name=t,throttle-group=nosuch,file.driver=null-co")
+
+
+# -- mirror over disks that fail
+
+
+MIRROR = {"job-id": "j", "sync": "full", "auto-dismiss": False}
+
+
+def _mirrors(where, kind, option):
+    for policy in ("report", "ignore", "stop"):
+        def run(t, policy=policy):
+            name = "a" if where == "source" else "t"
+            t("blockdev-add", driver="blkdebug", node_name="b", image=name,
+              inject_error=failing(kind, errno=28, once=True))
+            ends = {"device": "b", "target": "t"} if where == "source" else {"device": "a", "target": "b"}
+            t("blockdev-mirror", {**MIRROR, **ends, option: policy})
+            if policy == "stop":
+                t.wait("BLOCK_JOB_ERROR", device="j")
+                t.settle()
+                t("block-job-resume", device="j")
+            if policy != "report":
+                t.wait("BLOCK_JOB_READY", device="j")
+                t("block-job-cancel", device="j")
+            t.wait_job("j")
+            t("query-jobs")
+            t("job-dismiss", id="j")
+            if policy != "report":
+                t.content("t.raw", fmt="raw", length=4 << 20)
+        run.__name__ = f"mirror_error_at_{where}_{policy}"
+        run.__doc__ = f"A mirror, ENOSPC once, {option}={policy}."
+        sequence(SOURCE, disk("t", "raw"))(run)
+
+
+_mirrors("source", "read", "on-source-error")
+_mirrors("target", "write", "on-target-error")
