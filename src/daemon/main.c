@@ -59,7 +59,7 @@ static void end_everything(struct daemon *d)
 {
     SHIELD();
 
-    throttle_groups_lift(d->graph); /* from here on haste is better than limits */
+    throttle_groups_lift(d->graph);        /* from here on haste is better than limits */
     mutex_lock_shielded(&d->qmp->in_band); /* for good: no command begins any more */
     exports_close_all(d->exports);
     jobs_cancel_all(d->jobs);
