@@ -116,6 +116,7 @@ int main(int argc, char **argv)
     struct error err = ERROR_INIT;
 
     log_set_program("tidemarkd");
+    process_keep_memory();
     options_scan(&s.options);
     if (s.options.daemonize && process_background_begin(&err) < 0) {
         log_error("going to the background: %s", err.text);
