@@ -52,11 +52,3 @@ int buffer_printf(struct buffer *b, const char *fmt, ...)
     b->length += (size_t)n;
     return 0;
 }
-
-void buffer_drop_front(struct buffer *b, size_t n)
-{
-    assert(n <= b->length);
-    if (n)
-        memmove(b->data, b->data + n, b->length - n);
-    b->length -= n;
-}

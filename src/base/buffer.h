@@ -15,4 +15,3 @@ void buffer_fini(struct buffer *b); /* frees; the buffer is empty and usable aga
 uint8_t *buffer_reserve(struct buffer *b, size_t n);
 int buffer_append(struct buffer *b, const void *bytes, size_t n); /* 0 or -ENOMEM */
 int buffer_printf(struct buffer *b, const char *fmt, ...) PRINTF(2, 3);
-void buffer_drop_front(struct buffer *b, size_t n); /* N <= length */

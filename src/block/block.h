@@ -77,7 +77,6 @@ void node_unref(struct node *n); /* the last one closes it: waits, shielded */
 DEFINE_CLEANUP(struct node *, node_unref, node_unrefp)
 
 const char *node_name(const struct node *n);
-const struct driver *node_driver(const struct node *n);
 const char *node_driver_name(const struct node *n);
 struct graph *node_graph(const struct node *n);
 uint64_t node_size(const struct node *n); /* bytes */

@@ -313,11 +313,6 @@ const char *node_name(const struct node *n)
     return n->name;
 }
 
-const struct driver *node_driver(const struct node *n)
-{
-    return n->driver;
-}
-
 const char *node_driver_name(const struct node *n)
 {
     return n->driver->name;

@@ -228,11 +228,6 @@ struct throttle_group *throttle_group_find(struct graph *g, const char *name)
     return NULL;
 }
 
-const char *throttle_group_name(const struct throttle_group *group)
-{
-    return group->name;
-}
-
 int throttle_group_add(struct graph *g, const char *name, const struct throttle_limits *l,
                        struct error *err)
 {

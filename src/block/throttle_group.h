@@ -50,7 +50,6 @@ int throttle_group_add(struct graph *g, const char *name, const struct throttle_
                        struct error *err) MUST_CHECK;
 int throttle_group_remove(struct graph *g, const char *name); /* -EBUSY: somebody is in it */
 struct throttle_group *throttle_group_find(struct graph *g, const char *name);
-const char *throttle_group_name(const struct throttle_group *group);
 /* The end of the program: nobody waits any more, in any group. */
 void throttle_groups_lift(struct graph *g);
 

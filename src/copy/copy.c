@@ -139,11 +139,6 @@ const struct bitmap *copy_saved(const struct copy *c)
     return c->saved;
 }
 
-bool copy_busy(const struct copy *c)
-{
-    return c->busy;
-}
-
 struct copy_progress copy_progress(const struct copy *c)
 {
     return (struct copy_progress){c->done, c->done + bitmap_count(c->remaining)};

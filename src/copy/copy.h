@@ -32,7 +32,6 @@ uint64_t copy_chunk_bytes(const struct copy *c);
 /* What remains; lent. May be changed before the first copy. */
 struct bitmap *copy_remaining(struct copy *c);
 const struct bitmap *copy_saved(const struct copy *c); /* what has reached the target; lent */
-bool copy_busy(const struct copy *c);                  /* is a chunk on its way? */
 
 /* Copied so far, and that plus what remains: bytes in whole chunks, guests' part included. */
 struct copy_progress {

@@ -532,11 +532,6 @@ void dirty_unhide(struct dirty_bitmap *bm)
 
 /* ---- changing ---- */
 
-void dirty_set_persistent(struct dirty_bitmap *bm, bool persistent)
-{
-    bm->persistent = persistent;
-}
-
 void dirty_set_enabled(struct dirty_bitmap *bm, bool enabled)
 {
     if (bm->enabled == enabled)

@@ -89,7 +89,6 @@ void dirty_release(struct dirty_bitmap *bm); /* from memory only: nameless ones,
  * but the handle finds it, and its name is free. */
 void dirty_hide(struct dirty_bitmap *bm);
 void dirty_unhide(struct dirty_bitmap *bm);
-void dirty_set_persistent(struct dirty_bitmap *bm, bool persistent);
 void dirty_set_enabled(struct dirty_bitmap *bm, bool enabled); /* quiesced */
 void dirty_set_busy(struct dirty_bitmap *bm, bool busy);
 void dirty_set_readonly(struct dirty_bitmap *bm, bool readonly);

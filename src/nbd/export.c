@@ -60,11 +60,6 @@ struct export *export_find_name(struct exports *x, struct nbd_string name)
     return NULL;
 }
 
-bool exports_any(struct exports *x)
-{
-    return !TAILQ_EMPTY(&x->list);
-}
-
 void exports_each_node(struct exports *x, void (*fn)(void *opaque, struct node *n), void *opaque)
 {
     struct export *e;

@@ -25,7 +25,6 @@ int export_del(struct exports *x, const char *id, bool hard, struct error *err);
 /* nbd-server-add: the older words for the same; OPTIONS is NbdServerAddOptions. */
 int export_add_legacy(struct exports *x, struct json_object *options, struct error *err);
 struct json_object *exports_info(struct exports *x); /* BlockExportInfo of each, newest first */
-bool exports_any(struct exports *x);
 /* The nodes that exports stand on, for query-block: calls FN for each export's node. */
 void exports_each_node(struct exports *x, void (*fn)(void *opaque, struct node *n), void *opaque);
 /* Shuts all exports down and waits until they are gone (nbd-server-stop, quit). */
