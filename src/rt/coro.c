@@ -44,6 +44,7 @@
 #endif
 
 #if CORO_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #include <sanitizer/lsan_interface.h>
 #endif
@@ -340,6 +341,10 @@ void coro_init(struct coro *c, void (*entry)(void *arg), void *arg)
 void coro_fini(struct coro *c)
 {
     VALGRIND_STACK_DEREGISTER(c->valgrind_id);
+#if CORO_ASAN
+    /* Who never returned has left its frames' red zones, for the next stack at this address. */
+    __asan_unpoison_memory_region(c->stack, c->stack_bytes);
+#endif
 #if CORO_TSAN
     __tsan_destroy_fiber(c->tsan_fiber);
 #endif

@@ -2,6 +2,7 @@
  * the _full ones, the fsync of a directory, signals. */
 #include "rt/io.h"
 
+#include "rt/clock.h"
 #include "rt/loop.h"
 
 #include <errno.h>
@@ -116,6 +117,21 @@ int io_stat(const char *path, struct stat *ret)
     return (int)WAITING(.kind = IO_STAT, .path = path, .ret = ret);
 }
 
+int io_statx(const char *path, struct statx *ret)
+{
+    return (int)WAITING(.kind = IO_STATX, .path = path, .ret = ret);
+}
+
+int io_fstatx(int fd, struct statx *ret)
+{
+    return (int)WAITING(.kind = IO_STATX, .fd = fd, .ret = ret);
+}
+
+int io_fstatfs(int fd, struct statfs *ret)
+{
+    return (int)WAITING(.kind = IO_STATFS, .fd = fd, .ret = ret);
+}
+
 int64_t io_seek(int fd, uint64_t offset, int whence)
 {
     return WAITING(.kind = IO_SEEK, .fd = fd, .offset = offset, .flags = whence);
@@ -143,6 +159,11 @@ int io_rename(const char *from, const char *to)
     return (int)WAITING(.kind = IO_RENAME, .path = from, .path2 = to);
 }
 
+int io_link(const char *from, const char *to)
+{
+    return (int)WAITING(.kind = IO_LINK, .path = from, .path2 = to);
+}
+
 int io_mkdir(const char *path, mode_t mode)
 {
     return (int)WAITING(.kind = IO_MKDIR, .path = path, .mode = mode);
@@ -167,6 +188,70 @@ int io_ioctl(int fd, unsigned long request, void *arg)
 int io_realpath(const char *path, char **ret)
 {
     return (int)WAITING(.kind = IO_REALPATH, .path = path, .ret = ret);
+}
+
+int io_map(int fd, size_t length, void **ret)
+{
+    return (int)WAITING(.kind = IO_MAP, .fd = fd, .length = length, .ret = ret);
+}
+
+void io_unmap(void *at, size_t length)
+{
+    if (at)
+        AT_ONCE(.kind = IO_UNMAP, .buf = at, .length = length);
+}
+
+/* ---- this boot ---- */
+
+/* A small file of the kernel's, as text. */
+static int read_text(const char *path, char *buf, size_t size)
+{
+    int fd = io_open(path, O_RDONLY, 0);
+    if (fd < 0)
+        return fd;
+    ssize_t n = io_pread(fd, buf, size - 1, 0);
+    io_close(fd);
+    if (n < 0)
+        return (int)n;
+    buf[n] = '\0';
+    return 0;
+}
+
+int io_boot_id(uint8_t ret[BOOT_ID_BYTES])
+{
+    char text[64];
+    unsigned digits = 0;
+    uint8_t id[BOOT_ID_BYTES] = {0};
+    int r = read_text("/proc/sys/kernel/random/boot_id", text, sizeof text);
+    if (r < 0)
+        return r;
+    for (const char *c = text; *c && digits < 2 * BOOT_ID_BYTES; c++) {
+        static const char hex[] = "0123456789abcdef";
+        const char *at = strchr(hex, *c);
+        if (at && *c != '-') {
+            id[digits / 2] = (uint8_t)(id[digits / 2] << 4 | (at - hex));
+            digits++;
+        }
+    }
+    if (digits != 2 * BOOT_ID_BYTES)
+        return -EIO;
+    memcpy(ret, id, sizeof id);
+    return 0;
+}
+
+int io_boot_us(uint64_t *ret)
+{
+    char text[64];
+    unsigned long long seconds = 0;
+    unsigned hundredths = 0;
+    int r = read_text("/proc/uptime", text, sizeof text);
+    if (r < 0)
+        return r;
+    if (sscanf(text, "%llu.%2u", &seconds, &hundredths) != 2)
+        return -EIO;
+    uint64_t now = clock_wall_us(), up = seconds * 1000000 + hundredths * UINT64_C(10000);
+    *ret = now > up ? now - up : 0;
+    return 0;
 }
 
 /* ---- sockets, pipes, terminals ---- */

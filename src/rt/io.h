@@ -14,6 +14,7 @@
 
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/uio.h>
 
 /* ---- files ---- */
@@ -29,6 +30,10 @@ int io_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
 int io_ftruncate(int fd, uint64_t size_bytes);
 int io_fstat(int fd, struct stat *ret);
 int io_stat(const char *path, struct stat *ret);
+/* With the time of birth, where the file system knows it (stx_mask has STATX_BTIME). */
+int io_statx(const char *path, struct statx *ret);
+int io_fstatx(int fd, struct statx *ret);
+int io_fstatfs(int fd, struct statfs *ret);
 /* SEEK_DATA or SEEK_HOLE from OFFSET; the position, or -ENXIO past the last data. */
 int64_t io_seek(int fd, uint64_t offset, int whence);
 /* An open file description lock (F_OFD_SETLK) on [offset, offset+length); TYPE F_RDLCK,
@@ -38,11 +43,22 @@ int io_lock(int fd, int type, uint64_t offset, uint64_t length);
 int io_lock_test(int fd, int type, uint64_t offset, uint64_t length);
 int io_unlink(const char *path);
 int io_rename(const char *from, const char *to);
+int io_link(const char *from, const char *to); /* -EEXIST rather than replacing */
 int io_mkdir(const char *path, mode_t mode);
 int io_sync_dir_of(const char *path);                   /* fsync of the directory that holds PATH */
 int io_ioctl(int fd, unsigned long request, void *arg); /* on a worker thread */
 /* The resolved path (realpath); caller frees *RET. */
 int io_realpath(const char *path, char **ret);
+/* The first LENGTH bytes of a file as memory, shared with whoever has it mapped and outliving
+ * all of them as the file does. Pages are touched here, not at first use; who maps has
+ * reserved them (io_fallocate), or a full file system is a SIGBUS later. */
+int io_map(int fd, size_t length, void **ret);
+void io_unmap(void *at, size_t length); /* at once */
+
+/* ---- this boot of the machine ---- */
+enum { BOOT_ID_BYTES = 16 };
+int io_boot_id(uint8_t ret[BOOT_ID_BYTES]); /* random, the same until the next boot */
+int io_boot_us(uint64_t *ret);              /* when it began, by clock_wall_us(), to 10 ms */
 
 /* ---- sockets, pipes, terminals ---- */
 int io_socket(int domain, int type,

@@ -61,6 +61,7 @@ struct loop {
     struct task_queue all; /* not ended */
     size_t tasks, idle_count;
     struct timers timers;
+    bool dead;          /* loop_die: nobody runs any more */
     struct loop *outer; /* what ran on this thread before */
 };
 

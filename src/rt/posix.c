@@ -11,6 +11,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/signalfd.h>
 #include <time.h>
@@ -91,6 +92,23 @@ static int64_t do_sync_dir(const struct io_op *op)
     return r == -EINVAL ? 0 : r; /* a file system whose directories need none */
 }
 
+static int64_t do_statx(const struct io_op *op)
+{
+    unsigned mask = STATX_BASIC_STATS | STATX_BTIME;
+    if (op->path)
+        return RETRY(statx(AT_FDCWD, op->path, 0, mask, op->ret));
+    return RETRY(statx(op->fd, "", AT_EMPTY_PATH, mask, op->ret));
+}
+
+static int64_t do_map(const struct io_op *op)
+{
+    void *at = mmap(NULL, op->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, op->fd, 0);
+    if (at == MAP_FAILED)
+        return -errno;
+    *(void **)op->ret = at;
+    return 0;
+}
+
 static int64_t do_realpath(const struct io_op *op)
 {
     char *path = realpath(op->path, NULL);
@@ -147,6 +165,10 @@ int64_t posix_do(const struct io_op *op)
         return RETRY(fstat(fd, op->ret));
     case IO_STAT:
         return RETRY(stat(op->path, op->ret));
+    case IO_STATX:
+        return do_statx(op);
+    case IO_STATFS:
+        return RETRY(fstatfs(fd, op->ret));
     case IO_SEEK:
         return RETRY(lseek(fd, (off_t)op->offset, op->flags));
     case IO_LOCK:
@@ -157,6 +179,8 @@ int64_t posix_do(const struct io_op *op)
         return RETRY(unlink(op->path));
     case IO_RENAME:
         return RETRY(rename(op->path, op->path2));
+    case IO_LINK:
+        return RETRY(link(op->path, op->path2));
     case IO_MKDIR:
         return RETRY(mkdir(op->path, op->mode));
     case IO_SYNC_DIR:
@@ -165,6 +189,10 @@ int64_t posix_do(const struct io_op *op)
         return RETRY(ioctl(fd, op->request, op->ret));
     case IO_REALPATH:
         return do_realpath(op);
+    case IO_MAP:
+        return do_map(op);
+    case IO_UNMAP:
+        return RETRY(munmap(op->buf, op->length));
     case IO_WORKER:
         return op->fn(op->ret);
     case IO_CLOSE:

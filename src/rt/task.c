@@ -354,12 +354,42 @@ static void run_batch(struct loop *l)
 {
     TAILQ_CONCAT(&l->batch, &l->ready, queue);
     struct task *next;
-    while ((next = TAILQ_FIRST(&l->batch))) {
+    while (!l->dead && (next = TAILQ_FIRST(&l->batch))) {
         TAILQ_REMOVE(&l->batch, next, queue);
         next->state = TASK_RUNNING;
         l->running = next;
         coro_switch(&l->host, &next->coro);
     }
+}
+
+/* ---- a program that is killed ---- */
+
+void loop_die(void)
+{
+    struct loop *l = current;
+    struct task *t = l->running;
+    l->dead = true;
+    if (t) {
+        l->running = NULL;
+        coro_switch(&t->coro, &l->host);
+        abort();
+    }
+}
+
+/* Their stacks go as they are. */
+static void bury_all(struct loop *l)
+{
+    struct task *t;
+    free_all(l, &l->doomed);
+    free_all(l, &l->idle);
+    while ((t = TAILQ_FIRST(&l->all))) {
+        TAILQ_REMOVE(&l->all, t, all);
+        coro_rest(&t->coro);
+        coro_fini(&t->coro);
+        free(t);
+    }
+    l->tasks = 0;
+    l->timers.count = 0; /* they lay on the stacks */
 }
 
 struct main_call {
@@ -396,12 +426,14 @@ int loop_run_in(struct world *w, task_fn *main, void *arg)
     current = l;
     struct scope root;
     scope_init(&root);
-    struct main_call call = {.fn = main, .arg = arg};
+    struct main_call call = {.fn = main, .arg = arg, .result = -EOWNERDEAD};
     scope_spawn(&root, call_main, &call);
 
     unsigned turns = 0;
     while (l->tasks) {
         run_batch(l);
+        if (l->dead)
+            break;
         free_all(l, &l->doomed);
         if (l->timers.count)
             timers_fire(&l->timers, w->now_ns(w));
@@ -409,11 +441,15 @@ int loop_run_in(struct world *w, task_fn *main, void *arg)
             if (++turns < TURNS_WITHOUT_WORLD)
                 continue;
             w->turn(w, 0);
-        } else if (l->tasks && !w->turn(w, timers_next_ns(&l->timers))) {
+        } else if (l->tasks && !w->turn(w, timers_next_ns(&l->timers)) && !l->dead) {
             deadlock(l);
         }
+        if (l->dead)
+            break;
         turns = 0;
     }
+    if (l->dead)
+        bury_all(l);
     free_all(l, &l->idle);
     timers_fini(&l->timers);
     coro_fini_host(&l->host);

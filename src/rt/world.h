@@ -22,15 +22,19 @@ enum io_kind {
     IO_TRUNCATE,  /* fd, offset: the new size */
     IO_FSTAT,     /* fd, ret: struct stat */
     IO_STAT,      /* path, ret: struct stat */
+    IO_STATX,     /* fd, or path when it is not NULL; ret: struct statx */
+    IO_STATFS,    /* fd, ret: struct statfs */
     IO_SEEK,      /* fd, offset, flags: whence */
     IO_LOCK,      /* fd, flags: type, offset, length */
     IO_LOCK_TEST, /* the same */
     IO_UNLINK,    /* path */
     IO_RENAME,    /* path, path2 */
+    IO_LINK,      /* path, path2 */
     IO_MKDIR,     /* path, mode */
     IO_SYNC_DIR,  /* path: of the directory itself */
     IO_IOCTL,     /* fd, request, ret: the argument */
     IO_REALPATH,  /* path, ret: char ** */
+    IO_MAP,       /* fd, length, ret: void ** */
     /* what waits for a peer: the world gives up when the task is cancelled */
     IO_RECV,    /* fd, buf, length */
     IO_SEND,    /* fd, buf, length */
@@ -42,6 +46,7 @@ enum io_kind {
     IO_WORKER, /* fn, ret: its argument */
     /* at once */
     IO_CLOSE,         /* fd */
+    IO_UNMAP,         /* buf, length */
     IO_SOCKET,        /* flags, flags2, flags3: domain, type, protocol */
     IO_SOCKETPAIR,    /* ret: int[2] */
     IO_BIND,          /* fd, buf: struct sockaddr *, length */
@@ -98,6 +103,10 @@ struct world *world_here(void);
 void task_suspend_uncancelled(void);
 /* Lets the others run once, cancelled or not. */
 void task_yield_uncancelled(void);
+/* For a simulator: the program is killed. No task of the running loop ever runs on, what they
+ * hold is not given back, and loop_run_in() returns -EOWNERDEAD. Called by a task it does not
+ * return; by the world's turn(), which then returns. */
+void loop_die(void);
 
 /* ---- the real worlds ---- */
 struct world *world_threads_open(int *error); /* NULL and a negative errno */

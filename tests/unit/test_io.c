@@ -776,9 +776,63 @@ IN_LOOP(random_bytes_are_not_all_the_same)
     return 0;
 }
 
+IN_LOOP(a_mapped_file_is_the_files_own_memory)
+{
+    char path[200], other[200], read_back[5] = "";
+    void *a = NULL, *b = NULL;
+    in_dir(path, sizeof path, "mapped");
+    in_dir(other, sizeof other, "linked");
+    int fd = io_open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
+    assert_true(fd >= 0);
+    assert_int_equal(io_fallocate(fd, 0, 0, 8192), 0);
+    assert_int_equal(io_map(fd, 8192, &a), 0);
+    assert_int_equal(io_map(fd, 8192, &b), 0);
+    memcpy((char *)a + 4096, "tide", 5);
+    assert_string_equal((char *)b + 4096, "tide");
+    io_unmap(a, 8192);
+    assert_int_equal(io_pread_full(fd, read_back, 5, 4096), 0);
+    assert_string_equal(read_back, "tide");
+    io_unmap(b, 8192);
+
+    struct statx by_fd, by_path;
+    struct statfs fs;
+    assert_int_equal(io_link(path, other), 0);
+    assert_int_equal(io_link(path, other), -EEXIST);
+    assert_int_equal(io_fstatx(fd, &by_fd), 0);
+    assert_int_equal(io_statx(other, &by_path), 0);
+    assert_int_equal(by_fd.stx_ino, by_path.stx_ino);
+    assert_int_equal(by_path.stx_nlink, 2);
+    assert_int_equal(by_path.stx_size, 8192);
+    if (by_fd.stx_mask & STATX_BTIME)
+        assert_true(by_fd.stx_btime.tv_sec > 0);
+    assert_int_equal(io_fstatfs(fd, &fs), 0);
+    assert_true(fs.f_type != 0);
+    io_close(fd);
+    assert_int_equal(io_unlink(path), 0);
+    assert_int_equal(io_unlink(other), 0);
+    assert_int_equal(io_statx(other, &by_path), -ENOENT);
+    return 0;
+}
+
+IN_LOOP(a_boot_has_a_name_and_a_beginning)
+{
+    uint8_t a[BOOT_ID_BYTES] = {0}, b[BOOT_ID_BYTES] = {1};
+    uint64_t since = 0, again = 0;
+    assert_int_equal(io_boot_id(a), 0);
+    assert_int_equal(io_boot_id(b), 0);
+    assert_memory_equal(a, b, sizeof a);
+    assert_int_equal(io_boot_us(&since), 0);
+    assert_int_equal(io_boot_us(&again), 0);
+    assert_true(since > 0 && since <= clock_wall_us());
+    assert_true(again - since + 20000 < 40000);
+    return 0;
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_file_keeps_what_is_written),
     cmocka_unit_test(locks_are_the_open_files),
+    cmocka_unit_test(a_mapped_file_is_the_files_own_memory),
+    cmocka_unit_test(a_boot_has_a_name_and_a_beginning),
     cmocka_unit_test(hundreds_of_requests_in_flight),
     cmocka_unit_test(a_file_operation_is_awaited_when_cancelled),
     cmocka_unit_test(four_megabytes_go_through_a_socket_and_back),

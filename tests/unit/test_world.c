@@ -212,9 +212,61 @@ static void one_seed_is_one_history(void **state)
     assert_int_equal(f.performed, g.performed);
 }
 
+/* ---- a killed program ---- */
+
+struct victim {
+    struct fake *fake;
+    int steps;
+    bool in_turn;
+};
+
+static int dies_at_the_tenth(void *arg)
+{
+    struct victim *v = arg;
+    SHIELD();
+    while (sleep_until(clock_after_ns(1000)) == 0) {
+        if (++v->steps == 10 && !v->in_turn)
+            loop_die();
+        assert_true(v->steps <= 10);
+    }
+    return 0;
+}
+
+static int spawns_victims(void *arg)
+{
+    SCOPE(s);
+    for (int i = 0; i < 4; i++)
+        scope_spawn(&s, dies_at_the_tenth, arg);
+    int r = scope_join(&s);
+    fail_msg("nobody comes back from the dead");
+    return r;
+}
+
+static bool dying_turn(struct world *w, uint64_t deadline_ns)
+{
+    bool r = fake_turn(w, deadline_ns);
+    if (FAKE(w)->turns == 3)
+        loop_die();
+    return r;
+}
+
+static void of_a_killed_program_nothing_runs_on(void **state)
+{
+    struct fake f = fake_world(1), g = fake_world(1);
+    struct victim v = {&f}, in_turn = {.fake = &g, .in_turn = true};
+    assert_int_equal(loop_run_in(&f.world, spawns_victims, &v), -EOWNERDEAD);
+    assert_int_equal(v.steps, 10);
+    g.world.turn = dying_turn;
+    assert_int_equal(loop_run_in(&g.world, spawns_victims, &in_turn), -EOWNERDEAD);
+    assert_int_equal(in_turn.steps, 8);
+    struct fake h = fake_world(1); /* and the next one on this thread lives */
+    assert_int_equal(loop_run_in(&h.world, sleeps_a_day, NULL), 0);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_day_passes_in_no_time),
     cmocka_unit_test(sleepers_wake_in_the_order_of_their_deadlines),
     cmocka_unit_test(one_seed_is_one_history),
+    cmocka_unit_test(of_a_killed_program_nothing_runs_on),
 };
 UNIT_MAIN(tests)
