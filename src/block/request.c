@@ -15,6 +15,8 @@
 
 #include "block/internal.h"
 
+#include "base/broken.h"
+
 #include <isa-l/mem_routines.h>
 
 void *block_buffer(size_t n)
@@ -421,10 +423,13 @@ static int change(struct edge *e, enum change what, struct range r, const void *
         goto out;
     if (range_end(r) > n->size_bytes)
         grow(n, range_end(r));
-    if (observed)
+    bool late = BROKEN(marked_after_data) || BROKEN(failed_write_not_marked);
+    if (observed && !late)
         result = announce(n, r);
     if (result == 0) {
         result = drive_change(n, what, r, buf, flags);
+        if (observed && late && (result == 0 || BROKEN(marked_after_data)))
+            announce(n, r);
         n->write_generation++;
         if (observed)
             announce_end(n, r, result);

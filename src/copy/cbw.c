@@ -12,6 +12,7 @@
  * snapshot stays whole), or the snapshot (it is broken for good, guests notice nothing). */
 #include "copy/cbw.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "dirty/dirty.h"
@@ -31,11 +32,6 @@ struct cbw {
     bool idle;           /* saves nothing any more */
     struct scope late;   /* saves that outlived their timeout */
 };
-
-__attribute__((weak)) bool copy_holds_guest_writes(void)
-{
-    return true;
-}
 
 /* ---- saving ---- */
 
@@ -79,10 +75,7 @@ static int save_until(struct cbw *st, struct range r, uint64_t deadline_ns)
 static int save_before(struct node *n, struct range r, unsigned flags)
 {
     struct cbw *st = n->state;
-    if ((flags & REQ_WRITE_UNCHANGED) || st->broken || st->idle)
-        return 0;
-
-    if (!copy_holds_guest_writes())
+    if ((flags & REQ_WRITE_UNCHANGED) || st->broken || st->idle || BROKEN(cbw_without_wait))
         return 0;
 
     SHIELD();

@@ -15,6 +15,7 @@
  * write. Both come to copy_piece(), which asks again under the lock what still remains. */
 #include "copy/copy.h"
 
+#include "base/broken.h"
 #include "block/driver.h"
 #include "copy/rate.h"
 #include "dirty/dirty.h"
@@ -204,6 +205,8 @@ static int copy_piece(struct copy *c, struct range piece, bool zero, bool *read_
         run = range_intersect(run, piece);
         if (range_empty(run))
             break;
+        if (BROKEN(chunk_taken_before_copied))
+            bitmap_clear(c->remaining, run);
         r = write_run(c, run, zero, read_failed);
         if (r == 0) {
             bitmap_clear(c->remaining, run);
@@ -228,6 +231,8 @@ int copy_hold(struct copy *c, struct range r)
             break;
         bool read_failed;
         int ret = copy_piece(c, run, false, &read_failed);
+        if (ret < 0 && BROKEN(failed_save_not_remaining))
+            bitmap_clear(c->remaining, run);
         if (ret < 0)
             return ret;
         all = range_between(range_end(run), range_end(all));

@@ -82,7 +82,3 @@ struct copy *cbw_copy(struct node *filter); /* lent; NULL when the node is none 
 /* Flushes the target, then the source, through the filter's edges. */
 int cbw_flush_target(struct node *filter) MUST_CHECK;
 int cbw_flush_source(struct node *filter) MUST_CHECK;
-
-/* True in the product. A test program may define its own that says false: then guest writes do not
- * wait for the save of what they overwrite, and the instant tests must fail. */
-bool copy_holds_guest_writes(void);

@@ -17,6 +17,7 @@
  */
 #include "copy/follow.h"
 
+#include "base/broken.h"
 #include "block/driver.h"
 #include "copy/rate.h"
 #include "dirty/dirty.h"
@@ -278,7 +279,8 @@ static int copy_held(struct follow *f, struct range run, bool *read_failed)
     struct range rest = run;
     int r = 0;
 
-    bitmap_clear(f->dirty, run);
+    if (!BROKEN(mirror_clears_after_copy))
+        bitmap_clear(f->dirty, run);
     f->in_flight += run.length;
     while (r == 0 && !range_empty(rest)) {
         bool zero;
@@ -292,6 +294,8 @@ static int copy_held(struct follow *f, struct range run, bool *read_failed)
     }
     f->in_flight -= run.length;
     f->done += run.length - rest.length;
+    if (BROKEN(mirror_clears_after_copy))
+        bitmap_clear(f->dirty, run);
     if (r < 0)
         mark(f, rest);
     if (buf && f->kept_count < ARRAY_SIZE(f->kept))
@@ -506,7 +510,7 @@ static int pass_on(struct follow *f, struct range r, const void *buf, unsigned f
     f->in_flight -= r.length;
     if (ret == 0)
         f->done += r.length;
-    else
+    else if (!BROKEN(refused_guest_write_not_marked))
         mark(f, r);
     return ret;
 }

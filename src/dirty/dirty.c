@@ -23,6 +23,7 @@
  * its format) cannot refuse; then the bitmap says that it cannot be trusted (inconsistent). */
 #include "dirty/dirty.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 
@@ -576,7 +577,7 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
 void dirty_restore(struct dirty_bitmap *bm, struct bitmap *old)
 {
     assert(bitmap_size(old) == bitmap_size(bm->bits));
-    if (bm->marked_since)
+    if (bm->marked_since && !BROKEN(undone_clear_drops_marks))
         bitmap_merge(old, bm->bits);
     bitmap_free(bm->bits);
     bm->bits = old;
@@ -621,7 +622,7 @@ int dirty_start(struct dirty_bitmap *bm, struct error *err)
         return no_memory(bm->home->node, bm->name, dirty_granularity(bm), err);
     assert_quiet(bm->home->node);
     bm->successor = enlist(bm->home, NULL, bits);
-    bm->successor->enabled = bm->enabled;
+    bm->successor->enabled = bm->enabled || BROKEN(successor_of_disabled_records);
     bm->enabled = false;
     bm->busy = true;
     return 0;
@@ -670,6 +671,8 @@ int dirty_roll_back(struct dirty_bitmap *bm, const struct bitmap *remaining)
 
     if (!remaining)
         remaining = bm->bits;
+    if (BROKEN(successor_not_merged))
+        bitmap_clear_all(bm->successor->bits);
     bitmap_merge_range(bm->successor->bits, remaining, range_make(0, bitmap_size(remaining)));
     succeed(bm, new_base);
     return 0;

@@ -18,6 +18,7 @@
  * failed, and with `always` all remains. */
 #include "job/backup.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 #include "copy/copy.h"
 #include "dirty/dirty.h"
@@ -52,6 +53,8 @@ struct node *backup_filter(struct job *j)
 {
     return backup_of(j)->filter;
 }
+
+static void backup_commit(struct job *j);
 
 /* ---- running ---- */
 
@@ -91,6 +94,8 @@ static int backup_run(struct job *j, struct error *err)
         int r = copy_run(b->copy, &b->limits, &read_failed);
         if (r == -EINTR)
             continue;
+        if (r == 0 && BROKEN(outcome_at_completion))
+            backup_commit(j);
         if (r == 0 || j->force_cancel)
             return 0;
         enum job_on_error on_error = read_failed ? b->on_source_error : b->on_target_error;
@@ -147,7 +152,7 @@ static int flush_both(struct backup *b)
     int r = cbw_flush_target(b->filter);
     if (r == 0 && b->made)
         flush_directory(b);
-    if (r == 0 && b->bitmap)
+    if (r == 0 && b->bitmap && !BROKEN(source_not_flushed))
         r = cbw_flush_source(b->filter);
     if (r < 0)
         b->flush_failed = true;
@@ -172,7 +177,7 @@ static void backup_commit(struct job *j)
     struct backup *b = backup_of(j);
     if (!b->bitmap)
         return;
-    if (b->bitmap_mode == BITMAP_NEVER)
+    if (b->bitmap_mode == BITMAP_NEVER && !BROKEN(never_advances))
         roll_back(b, NULL);
     else
         dirty_advance(b->bitmap);
@@ -186,7 +191,11 @@ static void keep_achieved(struct backup *b)
     /* As it is before the flush: what guests save during the flush is not covered by it. */
     CLEANUP(bitmap_freep) struct bitmap *remaining = bitmap_dup(copy_remaining(b->copy));
 
-    if (remaining && flush_both(b) == 0)
+    if (BROKEN(remaining_after_flush) && flush_both(b) == 0)
+        roll_back(b, copy_remaining(b->copy));
+    else if (BROKEN(remaining_lost))
+        dirty_advance(b->bitmap);
+    else if (remaining && flush_both(b) == 0)
         roll_back(b, remaining);
     else if (b->sync != SYNC_BITMAP) {
         /* Nothing of it may be relied on, and the bitmap did not say what there was. */

@@ -6,6 +6,7 @@
  * group is being concluded it says so (`concluding`) and verbs wait. */
 #include "job/driver.h"
 
+#include "base/broken.h"
 #include "base/id.h"
 #include "base/log.h"
 #include "rt/task.h"
@@ -386,7 +387,7 @@ static void group_abort(struct job *first)
 
     struct job *j;
     TAILQ_FOREACH (j, &grp->jobs, in_group) {
-        if (j != first) {
+        if (j != first && !(j->started && BROKEN(sibling_not_cancelled))) {
             ask_to_cancel(j, true);
             if (j->started)
                 job_kick(j);

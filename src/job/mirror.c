@@ -23,6 +23,7 @@
  * is lost the target is flushed, then the source. */
 #include "job/mirror.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "copy/follow.h"
@@ -174,6 +175,8 @@ static int mirror_run(struct job *j, struct error *err)
             r = edge_flush(m->to);
             if (r == 0)
                 job_ready(j);
+            if (r == 0 && m->bitmap && BROKEN(mirror_bitmap_cleared_at_ready))
+                bitmap_clear_all(dirty_bits(m->bitmap));
         } else if (r == 0 && ending(m)) {
             r = drain_quiesced(m, &read_failed);
             if (r == 0 && !m->failed)
@@ -350,11 +353,12 @@ static int exit_quiesced(struct mirror *m, bool success)
 
     GRAPH_LOCKED(g);
     graph_quiesce_begin(g, nodes, ARRAY_SIZE(nodes));
-    if (success)
+    if (success && !BROKEN(mirror_pivots_before_last_chunk))
         r = drain(m, &read_failed);
     if (r == 0)
         r = take_apart(m, success);
-    if (r == 0 && success && m->bitmap && m->bitmap_mode != BITMAP_NEVER)
+    if (r == 0 && success && m->bitmap && m->bitmap_mode != BITMAP_NEVER &&
+        !BROKEN(mirror_restart_forgotten))
         dirty_restart(m->bitmap);
     graph_quiesce_end(g, nodes, ARRAY_SIZE(nodes));
     return r;

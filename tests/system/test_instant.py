@@ -161,12 +161,13 @@ def test_each_backup_is_one_instant(tidemarkd, tmp, cluster_size):
     assert complaint is None, complaint
 
 
-def test_without_the_wait_the_instant_is_lost(tmp):
-    """A build in which guest writes do not wait for the save of what they overwrite."""
-    binary = os.environ.get("TIDEMARK_NOWAIT") or os.path.join(
-        os.path.dirname(find_tidemarkd()), "../../tests/system/tidemarkd-nowait")
+def test_without_the_wait_the_instant_is_lost(tmp, monkeypatch):
+    """With a deliberate fault: guest writes do not wait for the save of what they overwrite."""
+    binary = os.environ.get("TIDEMARK_BREAKABLE") or os.path.join(
+        os.path.dirname(find_tidemarkd()), "../../tests/faults/tidemarkd-breakable")
     if not os.path.exists(binary):
         pytest.skip(f"{binary} is not built")
+    monkeypatch.setenv("TIDEMARK_BROKEN", "cbw_without_wait")
     complaint = run_backups(binary, tmp, 25, "64k", seed=3)
     assert complaint is not None
     assert "newer" in complaint or "torn" in complaint, complaint

@@ -227,8 +227,8 @@ static void one_outcome(struct graph *g, const char *sync, const char *mode, enu
         else
             want[c] = user[c] || successor[c];
         if (bitmap_get(dirty_bits(bm), (uint64_t)c * 65536) != want[c]) {
-            fprintf(stderr, "sync %s, mode %s, %s: chunk %d is %s; %s\n", sync, mode,
-                    outcome_names[what], c, want[c] ? "clean" : "dirty", events);
+            fprintf(stderr, "%s:%d: sync %s, mode %s, %s: chunk %d is %s; %s\n", __FILE__, __LINE__,
+                    sync, mode, outcome_names[what], c, want[c] ? "clean" : "dirty", events);
             abort();
         }
     }

@@ -47,8 +47,8 @@ static void check_lane(struct history *h, const struct lane *l)
     for (uint64_t i = 0; i < h->size; i++) {
         if (now[i] == kept[i] || bitmap_get(dirty_bits(l->bitmap), i))
             continue;
-        fprintf(stderr, "seed %llu: lane %s: byte %#llx is lost; events: %s\n",
-                (unsigned long long)h->seed, l->name, (unsigned long long)i, events);
+        fprintf(stderr, "%s:%d: seed %llu: lane %s: byte %#llx is lost; events: %s\n", __FILE__,
+                __LINE__, (unsigned long long)h->seed, l->name, (unsigned long long)i, events);
         abort();
     }
 }
