@@ -117,7 +117,7 @@ struct edge {
     char *name; /* "root", "file", "backing", "target", ... */
     unsigned role;
     unsigned perm, shared;         /* PERM_*: needed; allowed to others */
-    bool frozen;                   /* may not be moved or cut (a job relies on it) */
+    bool frozen;                   /* by edge_freeze */
     bool stay;                     /* node_insert_filter leaves this edge where it is */
     TAILQ_ENTRY(edge) in_parents;  /* of node */
     TAILQ_ENTRY(edge) in_children; /* of parent */
@@ -130,6 +130,10 @@ int edge_attach_user(struct user *u, struct node *n, const char *name, unsigned 
 void edge_detach(struct edge *e); /* drops its reference; shielded, may close nodes */
 DEFINE_CLEANUP(struct edge *, edge_detach, edge_detachp)
 int edge_set_perm(struct edge *e, unsigned perm, unsigned shared, struct error *err) MUST_CHECK;
+/* E may not be moved or cut until it is thawed: somebody relies on it. -EPERM if it leads to a
+ * filter that comes and goes with a job; so such a filter can always be taken out. */
+int edge_freeze(struct edge *e, struct error *err) MUST_CHECK;
+void edge_thaw(struct edge *e);
 
 /* ---- changing what stands where; all hold graph_lock ---- */
 

@@ -83,6 +83,7 @@ struct driver {
     size_t state_size;
     bool is_filter;            /* content is that of its ROLE_FILTERED child */
     bool child_stays;          /* a filter that has its child's bitmaps: no other for it */
+    bool comes_and_goes;       /* no edge to it can be frozen */
     bool named_as_file;        /* its file name is that of its primary child */
     bool flushes_primary_only; /* a flush from above is not one of its other children */
     bool supports_backing;

@@ -163,6 +163,19 @@ void edge_detach(struct edge *e)
     node_unref(n);
 }
 
+int edge_freeze(struct edge *e, struct error *err)
+{
+    if (e->node->driver->comes_and_goes)
+        return error_set(err, EPERM, "Cannot freeze '%s' link to '%s'", e->name, e->node->name);
+    e->frozen = true;
+    return 0;
+}
+
+void edge_thaw(struct edge *e)
+{
+    e->frozen = false;
+}
+
 /* ---- moving ---- */
 
 struct moved {

@@ -137,6 +137,7 @@ const struct driver mirror_top_driver = {
     .name = "mirror_top",
     .state_size = sizeof(struct mirror_top),
     .is_filter = true,
+    .comes_and_goes = true,
     .named_as_file = true,
     .known_options = (const char *const[]){"source", NULL},
     .open = mirror_top_open,

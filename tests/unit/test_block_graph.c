@@ -161,12 +161,12 @@ TEST(what_is_frozen_or_stays)
     struct edge *job = attach(&v, n, PERM_CONSISTENT_READ, PERM_ALL);
     struct error err = ERROR_INIT;
 
-    e->frozen = true;
+    CHECK(edge_freeze(e, NULL) == 0);
     job->stay = true;
     CHECK(node_insert_filter(f, n, &err) == -EPERM);
     CHECK_TEXT(err, "Cannot change 'root' link to 'd'");
     CHECK(e->node == n && job->node == n);
-    e->frozen = false;
+    edge_thaw(e);
     CHECK(node_insert_filter(f, n, NULL) == 0);
     CHECK(e->node == f && job->node == n && f->file->node == n);
     CHECK(node_remove_filter(f, NULL) == 0);

@@ -631,12 +631,12 @@ JOB_TEST(a_pivot_that_fails_moves_nobody)
     guest_on(&gu, over, 1);
     mirror_ok(parse("{'device':'over','target':'t','job-id':'j','sync':'full','replaces':'s'}"));
     wait_for("j", "READY");
-    over->file->frozen = true;
+    CHECK(edge_freeze(over->file, NULL) == 0);
     verb_ok("j", JOB_VERB_COMPLETE);
     wait_for("j", "null");
     CHECK(strstr(events, "j:aborting j:COMPLETED(Operation not permitted) j:concluded j:null"));
     CHECK(gu.edge->node == over && over->file->node == s);
-    over->file->frozen = false;
+    edge_thaw(over->file);
     write_at(gu.edge, 8192, 512, 0x72);
     CHECK(mem_of(s)->bytes[8192] == 0x72);
     CHECK(TAILQ_EMPTY(&t->parents) && bitmap_count(dirty_bits(bm)) == 65536);
@@ -714,10 +714,15 @@ JOB_TEST(what_is_refused)
     wait_for("j", "READY");
     mirror_fails("Need a root block node",
                  parse("{'device':'s','target':'small','job-id':'k','sync':'full'}"));
-    CHECK(graph_find(g, "f") != NULL);
+    struct guest gu;
+    struct error err = ERROR_INIT;
+    guest_on(&gu, graph_find(g, "f"), 1);
+    CHECK(edge_freeze(gu.edge, &err) == -EPERM); /* the filter must be able to go */
+    CHECK_TEXT(err, "Cannot freeze 'root' link to 'f'");
     verb_ok("j", JOB_VERB_CANCEL);
     wait_for("j", "null");
-    CHECK(!graph_find(g, "f"));
+    CHECK(!graph_find(g, "f") && gu.edge->node == s);
+    edge_detach(gu.edge);
     CHECK(TAILQ_EMPTY(&s->parents) && TAILQ_EMPTY(&t->parents));
     node_unref(small);
     close_disks();
