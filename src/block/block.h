@@ -285,6 +285,8 @@ struct json_object *node_stats(struct node *n);
 
 /* blockdev-reopen of several nodes at once, all or nothing. OPTIONS: array of BlockdevOptions. */
 int graph_reopen(struct graph *g, struct json_object *options, struct error *err) MUST_CHECK;
+/* The same for one option of one node; all else stays as it is. graph_lock held. */
+int node_set_read_only(struct node *n, bool read_only, struct error *err) MUST_CHECK;
 /* blockdev-create's work: OPTIONS is BlockdevCreateOptions. Runs in the create job. */
 int graph_create(struct graph *g, struct json_object *options, struct error *err) MUST_CHECK;
 /* drive-backup's mode=absolute-paths: makes FILENAME in FORMAT, SIZE, optional backing. */

@@ -579,35 +579,64 @@ static int reopen_quiesced(struct graph *g, struct entries *all, struct error *e
     return r;
 }
 
+static int reopen_collected(struct graph *g, struct entries *all, struct error *err)
+{
+    struct node **nodes;
+    struct entry *en;
+    size_t n = 0;
+    int r;
+
+    TAILQ_FOREACH (en, all, link)
+        n++;
+    nodes = xcalloc(n + 1, sizeof *nodes);
+    n = 0;
+    TAILQ_FOREACH (en, all, link)
+        nodes[n++] = en->n;
+    graph_quiesce_begin(g, nodes, n);
+    r = reopen_quiesced(g, all, err);
+    graph_quiesce_end(g, nodes, n);
+    free(nodes);
+    return r;
+}
+
+static void forget(struct entries *all)
+{
+    struct entry *en;
+
+    while ((en = TAILQ_FIRST(all))) {
+        TAILQ_REMOVE(all, en, link);
+        node_unref(en->n);
+        json_object_put(en->options);
+        free(en);
+    }
+}
+
 int graph_reopen(struct graph *g, struct json_object *options, struct error *err)
 {
     SHIELD();
     GRAPH_LOCKED(g);
     struct entries all = TAILQ_HEAD_INITIALIZER(all);
-    struct entry *en;
-    struct node **nodes;
-    size_t n = 0;
     int r = 0;
 
     for (size_t i = 0; r == 0 && i < json_object_array_length(options); i++)
         r = collect_named(g, &all, json_object_array_get_idx(options, i), err);
-    TAILQ_FOREACH (en, &all, link)
-        n++;
-    nodes = xcalloc(n + 1, sizeof *nodes);
-    n = 0;
-    TAILQ_FOREACH (en, &all, link)
-        nodes[n++] = en->n;
-    if (r == 0) {
-        graph_quiesce_begin(g, nodes, n);
-        r = reopen_quiesced(g, &all, err);
-        graph_quiesce_end(g, nodes, n);
-    }
-    free(nodes);
-    while ((en = TAILQ_FIRST(&all))) {
-        TAILQ_REMOVE(&all, en, link);
-        node_unref(en->n);
-        json_object_put(en->options);
-        free(en);
-    }
+    if (r == 0)
+        r = reopen_collected(g, &all, err);
+    forget(&all);
+    return r;
+}
+
+int node_set_read_only(struct node *n, bool read_only, struct error *err)
+{
+    SHIELD();
+    GRAPH_LOCKED(n->graph);
+    struct entries all = TAILQ_HEAD_INITIALIZER(all);
+    CLEANUP(json_putp) struct json_object *options = json_object_new_object();
+
+    json_add_bool(options, "read-only", read_only);
+    int r = collect(&all, n, options, true, NULL, 0, err);
+    if (r == 0)
+        r = reopen_collected(n->graph, &all, err);
+    forget(&all);
     return r;
 }

@@ -280,6 +280,12 @@ static int pivot(struct mirror *m)
                       "Can no longer replace '%s' by '%s', because it can no longer be guaranteed "
                       "that doing so would not lead to an abrupt change of visible data",
                       node_name(from), node_name(m->target));
+    /* The target shall be to its new users what the source was to them. If it cannot, and they do
+     * not mind, that is fine. */
+    if (r == 0 && node_read_only(from) != node_read_only(m->target) &&
+        node_set_read_only(m->target, node_read_only(from), NULL) < 0)
+        log_warning("job '%s': node '%s' cannot be made read-%s as '%s' is", m->job.id,
+                    node_name(m->target), node_read_only(from) ? "only" : "write", node_name(from));
     if (r == 0)
         r = node_replace(from, m->target, &err);
     if (r < 0)

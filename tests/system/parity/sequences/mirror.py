@@ -320,6 +320,33 @@ def mirror_at_the_end(t):
     t.finish()
 
 
+@sequence(disk("a", data=DATA, more="read-only=on"), disk("t"),
+          disk("b", fmt="raw", more="read-only=on"), disk("u", fmt="raw", file_node="u-file"))
+def mirror_of_a_read_only_disk(t):
+    """What takes the place of a read-only disk becomes read-only, and its file with it."""
+    ready(t)
+    t("block-job-cancel", device="j")
+    t.wait_job("j", "null")
+    t.nodes()
+    ready(t)
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.nodes()
+    t("blockdev-mirror", job_id="k", device="a", target="t", sync="full")
+    t("blockdev-mirror", job_id="k", device="b", target="u", sync="full", auto_finalize=False)
+    t.wait_job("k", "ready")
+    t("job-complete", id="k")
+    t.wait_job("k", "pending")
+    t("job-finalize", id="k")
+    t.wait_job("k", "null")
+    t.nodes()
+    t("blockdev-reopen", options=[{"driver": "qcow2", "node-name": "t", "read-only": False,
+                                   "file": {"driver": "file", "filename": "$DIR/t.qcow2"}}])
+    t("block-dirty-bitmap-add", node="t", name="b")
+    t("blockdev-del", node_name="u")
+    t.nodes()
+
+
 @sequence(disk("a", data=DATA), disk("t"), disk("u"))
 def mirror_chained(t):
     """From a to t, and from there to u, which is then mirrored back."""
