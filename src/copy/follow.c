@@ -43,6 +43,7 @@ struct follow {
     bool unmap, blocking;
     bool whole;  /* never a part of a unit, if the target does not have it */
     bool failed; /* a guest's write has not reached the target, and no run since */
+    bool synced; /* nothing was dirty or on its way, and nothing became dirty since */
     void (*on_failure)(void *opaque, int code);
     void *opaque;
 
@@ -68,6 +69,7 @@ struct follow {
 static void mark(struct follow *f, struct range r)
 {
     bitmap_mark(f->dirty, r);
+    f->synced = false;
     if (f->idle)
         event_set(&f->nudge);
 }
@@ -410,7 +412,9 @@ int follow_run(struct follow *f, uint64_t enough, unsigned passes, bool *read_fa
     *read_failed = false;
     f->failed = false;
     while (!f->interrupted) {
-        if (bitmap_count(f->dirty) <= enough)
+        uint64_t dirty = bitmap_count(f->dirty);
+        f->synced = dirty == 0;
+        if (dirty <= enough)
             return 0;
         struct pass pass = {.follow = f};
         scope_init(&pass.workers);
@@ -466,6 +470,11 @@ void follow_idle(struct follow *f)
 bool follow_blocking(const struct follow *f)
 {
     return f->blocking;
+}
+
+bool follow_synced(const struct follow *f)
+{
+    return f->blocking && f->synced;
 }
 
 void follow_set_blocking(struct follow *f)

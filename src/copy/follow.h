@@ -62,6 +62,9 @@ void follow_resume(struct follow *f);
 
 bool follow_blocking(const struct follow *f);
 void follow_set_blocking(struct follow *f); /* the source's node is quiesced */
+/* Write-blocking, and the target had all that the source has at some moment, since when only such
+ * writes came that went to both. */
+bool follow_synced(const struct follow *f);
 /* Called when a guest's write could not be written to the target (CODE: positive errno); must not
  * wait. Until the next follow_run such writes are only marked. */
 void follow_on_failure(struct follow *f, void (*fn)(void *opaque, int code), void *opaque);

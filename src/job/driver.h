@@ -42,6 +42,8 @@ struct job_driver {
     int (*change)(struct job *j, struct json_object *options, struct error *err);
     /* NULL: j->done and j->total. */
     void (*progress)(struct job *j, uint64_t *done, uint64_t *total);
+    /* What query-block-jobs shows of this type alone; NULL: nothing. */
+    void (*info)(struct job *j, struct json_object *info);
 };
 
 /* on-source-error, on-target-error: what to do when a request of the job fails. */

@@ -218,6 +218,12 @@ static void mirror_progress(struct job *j, uint64_t *done, uint64_t *total)
         follow_progress(m->follow, done, total);
 }
 
+static void mirror_info(struct job *j, struct json_object *info)
+{
+    struct mirror *m = mirror_of(j);
+    json_add_bool(info, "actively-synced", m->follow && follow_synced(m->follow));
+}
+
 static int mirror_complete(struct job *j, struct error *err)
 {
     struct mirror *m = mirror_of(j);
@@ -452,6 +458,7 @@ static const struct job_driver mirror_driver = {
     .complete = mirror_complete,
     .change = mirror_change,
     .progress = mirror_progress,
+    .info = mirror_info,
 };
 
 /* ---- what the command says ---- */

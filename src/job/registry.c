@@ -223,6 +223,8 @@ struct json_object *jobs_query_block(struct jobs *js)
         json_add_bool(info, "auto-dismiss", j->auto_dismiss);
         if (j->result)
             json_add_string(info, "error", j->error.text);
+        if (j->driver->info)
+            j->driver->info(j, info);
         json_object_array_add(list, info);
     }
     return list;

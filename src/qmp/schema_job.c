@@ -18,11 +18,12 @@ static SCHEMA_OBJECT(JobInfo, REQ("id", str), REQ("type", JobType), REQ("status"
 
 SCHEMA_LIST(JobInfo);
 
+/* actively-synced is newer QEMU's, as block-job-change, and only a mirror has it. */
 static SCHEMA_OBJECT(BlockJobInfo, REQ("type", str), REQ("device", str), REQ("len", int),
                      REQ("offset", int), REQ("busy", bool), REQ("paused", bool), REQ("speed", int),
                      REQ("io-status", BlockDeviceIoStatus), REQ("ready", bool),
                      REQ("status", JobStatus), REQ("auto-finalize", bool),
-                     REQ("auto-dismiss", bool), OPT("error", str));
+                     REQ("auto-dismiss", bool), OPT("error", str), OPT("actively-synced", bool));
 
 SCHEMA_LIST(BlockJobInfo);
 

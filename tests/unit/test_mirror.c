@@ -758,6 +758,65 @@ JOB_TEST(the_copy_mode_is_changed)
     close_disks();
 }
 
+/* What query-block-jobs says of it. */
+static bool synced(void)
+{
+    CLEANUP(json_putp) struct json_object *list = jobs_query_block(js);
+    struct json_object *info = json_object_array_get_idx(list, 0);
+    CHECK(json_has(info, "actively-synced"));
+    return json_get_bool(info, "actively-synced", false);
+}
+
+/* True only of a write-blocking mirror, from the moment that the target had all until a write
+ * comes that does not reach it in time. */
+JOB_TEST(actively_synced)
+{
+    struct guest gu, below;
+    struct error err = ERROR_INIT;
+    two_disks(g, SIZE, 0);
+    memset(mem_of(s)->bytes, 0x42, SIZE);
+    guest_on(&gu, s, 1);
+    mirror_ok(parse("{'device':'s','target':'t','job-id':'j','sync':'full','on-target-error':"
+                    "'stop','auto-finalize':false}"));
+    guest_on(&below, s, 2);
+    CHECK(!synced());
+    wait_for("j", "READY");
+    turns(20);
+    CHECK(!synced()); /* what is written now is copied later */
+    struct json_object *options = parse("{'id':'j','type':'mirror','copy-mode':'write-blocking'}");
+    CHECK(jobs_change(js, options, &err) == 0);
+    json_object_put(options);
+    CHECK(synced());
+    write_at(gu.edge, 65536, 512, 0x43);
+    CHECK(synced() && same(SIZE));
+
+    write_at(below.edge, 65536, 512, 0x44); /* not through the filter */
+    CHECK(!synced());
+    for (int i = 0; !synced(); i++)
+        CHECK(i < 2000 && sleep_until(clock_after_ns(1000000)) == 0);
+    CHECK(same(SIZE));
+
+    mem_of(t)->bad_times = 1;
+    mem_of(t)->bad_write = range_make(0, SIZE);
+    mem_of(t)->write_errno = EIO;
+    write_at(gu.edge, 65536, 512, 0x45);
+    CHECK(!synced());
+    wait_for("j", "standby");
+    CHECK(!synced());
+    verb_ok("j", JOB_VERB_RESUME);
+    for (int i = 0; !synced(); i++)
+        CHECK(i < 2000 && sleep_until(clock_after_ns(1000000)) == 0);
+    CHECK(same(SIZE));
+    verb_ok("j", JOB_VERB_COMPLETE);
+    wait_for("j", "PENDING");
+    CHECK(synced());
+    verb_ok("j", JOB_VERB_FINALIZE);
+    wait_for("j", "null");
+    edge_detach(gu.edge);
+    edge_detach(below.edge);
+    close_disks();
+}
+
 JOB_TEST(a_speed_limit_takes_effect)
 {
     struct error err = ERROR_INIT;
@@ -790,6 +849,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_target_that_is_zero_gets_no_zeroes),
     cmocka_unit_test(what_is_refused),
     cmocka_unit_test(the_copy_mode_is_changed),
+    cmocka_unit_test(actively_synced),
     cmocka_unit_test(a_speed_limit_takes_effect),
 };
 
