@@ -144,11 +144,16 @@ static void is_exported(void *opaque, struct node *n)
     x->found |= n == x->node;
 }
 
-/* Below filters that a command has put there by itself. */
-static struct node *skip_implicit(struct node *n)
+static bool has_own_name(struct node *n)
 {
-    while (n->implicit && n->file)
-        n = n->file->node;
+    return !n->implicit && node_name(n)[0] != '#';
+}
+
+/* Below filters that jobs have put there: a disk keeps its name while it is backed up. */
+static struct node *skip_made_filters(struct node *n)
+{
+    while (!has_own_name(n) && node_filtered(n))
+        n = node_filtered(n)->node;
     return n;
 }
 
@@ -162,10 +167,10 @@ int cmd_query_block(struct qmp_call *call, struct error *err)
     call->ret = json_object_new_array();
     for (struct node *n = graph_first(g); n; n = graph_next(n)) {
         struct exported x = {.node = n};
+        struct node *shown = skip_made_filters(n);
         exports_each_node(call->qmp->exports, is_exported, &x);
-        if (!x.found && (used_by_node(n) || (node_name(n)[0] == '#' && !n->implicit)))
+        if (!x.found && (used_by_node(n) || !has_own_name(shown)))
             continue;
-        struct node *shown = skip_implicit(n);
         struct json_object *info = device_info(shown, false, err);
         if (!info)
             return err->code ? -err->code : -EIO;
