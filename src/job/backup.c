@@ -198,10 +198,11 @@ static void keep_achieved(struct backup *b)
     else if (remaining && flush_both(b) == 0)
         roll_back(b, remaining);
     else if (b->sync != SYNC_BITMAP) {
-        /* Nothing of it may be relied on, and the bitmap did not say what there was. */
+        /* Nothing of it may be relied on, and the bitmap did not say what there was: what is on
+         * the target and what is not yet, together. */
         backup_progress(j, &j->done, &j->total);
         b->progress_final = true;
-        bitmap_mark_all(copy_remaining(b->copy));
+        bitmap_merge(copy_remaining(b->copy), copy_saved(b->copy));
         roll_back(b, copy_remaining(b->copy));
     } else
         roll_back(b, NULL);

@@ -32,6 +32,7 @@ struct mem {
     unsigned holding;                       /* now */
     unsigned *written;                      /* times each 64 KiB was written */
     bool check_once;                        /* and it must be once at most */
+    bool *hollow; /* which 64 KiB are not allocated, until they are written; NULL: none */
 };
 
 static inline struct mem *mem_of(struct node *n)
@@ -56,6 +57,7 @@ static inline void mem_close(struct node *n)
 {
     free(mem_of(n)->bytes);
     free(mem_of(n)->written);
+    free(mem_of(n)->hollow);
 }
 
 static inline void mem_be_slow(struct mem *m)
@@ -119,6 +121,8 @@ static inline int mem_change(struct node *n, struct range r, const void *buf)
         memset(m->bytes + r.start, 0, r.length);
     for (uint64_t c = r.start / 65536; c * 65536 < range_end(r); c++) {
         m->written[c]++;
+        if (m->hollow)
+            m->hollow[c] = false;
         CHECK(!m->check_once || m->written[c] == 1);
     }
     mem_be_slow(m);
@@ -157,20 +161,27 @@ static inline bool all_zero(const uint8_t *p, size_t n)
     return true;
 }
 
+static inline unsigned mem_kind(struct node *n, uint64_t at)
+{
+    struct mem *m = n->state;
+    if (m->hollow && m->hollow[at / 65536])
+        return 0;
+    return (all_zero(m->bytes + at, min_u64(512, n->size_bytes - at)) ? STATUS_ZERO : STATUS_DATA) |
+           STATUS_ALLOCATED;
+}
+
 static inline int mem_status(struct node *n, bool want_zero, struct range r,
                              struct block_status *ret)
 {
     struct mem *m = n->state;
     mem_be_slow(m);
     mem_wait_for(m, m->hold_status);
-    bool zero = all_zero(m->bytes + r.start, min_u64(512, n->size_bytes - r.start));
+    ret->flags = mem_kind(n, r.start);
     uint64_t length = 512;
     while (length < r.length && r.start + length < n->size_bytes &&
-           all_zero(m->bytes + r.start + length, min_u64(512, n->size_bytes - r.start - length)) ==
-               zero)
+           mem_kind(n, r.start + length) == ret->flags)
         length += 512;
     ret->length = min_u64(length, r.length);
-    ret->flags = zero ? STATUS_ZERO | STATUS_ALLOCATED : STATUS_DATA | STATUS_ALLOCATED;
     return 0;
 }
 
@@ -183,6 +194,7 @@ static const struct driver mem_driver = {
     .name = "mem",
     .protocol = "mem",
     .state_size = sizeof(struct mem),
+    .supports_backing = true,
     .open = mem_open,
     .close = mem_close,
     .read = mem_read,
@@ -233,8 +245,8 @@ static inline void turns(unsigned n)
         CHECK(task_yield() == 0);
 }
 
-/* JOB_TEST(name) { ... }: a task with a graph `g`, the registry `js` and no events so far. */
-#define JOB_TEST(name)                                                                             \
+/* JOB_TASK(name) { ... }: a task with a graph `g`, the registry `js` and no events so far. */
+#define JOB_TASK(name)                                                                             \
     static void name##_body(struct graph *g);                                                      \
     static int name##_task(void *arg)                                                              \
     {                                                                                              \
@@ -250,11 +262,16 @@ static inline void turns(unsigned n)
         jobs_free(js);                                                                             \
         return 0;                                                                                  \
     }                                                                                              \
+    static void name##_body(struct graph *g)
+
+/* The same as a test. */
+#define JOB_TEST(name)                                                                             \
+    static int name##_task(void *arg);                                                             \
     static void name(void **state)                                                                 \
     {                                                                                              \
         assert_int_equal(loop_run(LOOP_AUTO, name##_task, NULL), 0);                               \
     }                                                                                              \
-    static void name##_body(struct graph *g)
+    JOB_TASK(name)
 
 static inline struct json_object *parse(const char *fmt, ...) PRINTF(1, 2);
 static inline struct json_object *parse(const char *fmt, ...)

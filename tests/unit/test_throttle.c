@@ -1,43 +1,9 @@
 /* Limits in virtual time: what passes in so many seconds, who waits, bursts, sharing, and what
- * lifts the limits. A world whose clock jumps from deadline to deadline, so an hour costs nothing.
- */
+ * lifts the limits. */
 #include "blockutil.h"
+#include "virtual.h"
 
 #include "block/throttle_group.h"
-#include "rt/world.h"
-
-struct fake_world {
-    struct world world;
-    uint64_t now_ns;
-};
-
-static uint64_t virtual_now(struct world *w)
-{
-    return container_of(w, struct fake_world, world)->now_ns;
-}
-
-static void no_chance(struct world *w, void *buf, size_t n)
-{
-    (void)w;
-    memset(buf, 7, n);
-}
-
-static int64_t no_io(struct world *w, struct io_op *op)
-{
-    (void)w;
-    (void)op;
-    return -EOPNOTSUPP;
-}
-
-static bool jump(struct world *w, uint64_t deadline_ns)
-{
-    struct fake_world *f = container_of(w, struct fake_world, world);
-
-    if (deadline_ns == NEVER_NS)
-        return false;
-    f->now_ns = max_u64(f->now_ns, deadline_ns);
-    return true;
-}
 
 /* As TEST, in virtual time. */
 #define TEST_VIRTUAL(name)                                                                         \
@@ -53,10 +19,8 @@ static bool jump(struct world *w, uint64_t deadline_ns)
     }                                                                                              \
     static void name(void **state)                                                                 \
     {                                                                                              \
-        struct fake_world f = {                                                                    \
-            .world = {"virtual", virtual_now, virtual_now, no_chance, no_io, jump}};               \
         (void)state;                                                                               \
-        assert_int_equal(loop_run_in(&f.world, name##_task, NULL), 0);                             \
+        assert_int_equal(run_virtually(name##_task, NULL), 0);                                     \
     }                                                                                              \
     static void name##_body(struct graph *g)
 
