@@ -101,6 +101,8 @@ static int backup_run(struct job *j, struct error *err)
         enum job_on_error on_error = read_failed ? b->on_source_error : b->on_target_error;
         if (!job_go_on_after(j, on_error, read_failed, -r))
             return r;
+        if (BROKEN(resume_starts_over))
+            bitmap_mark_all(copy_remaining(b->copy));
     }
 }
 
@@ -195,7 +197,7 @@ static void keep_achieved(struct backup *b)
         roll_back(b, copy_remaining(b->copy));
     else if (BROKEN(remaining_lost))
         dirty_advance(b->bitmap);
-    else if (remaining && flush_both(b) == 0)
+    else if (remaining && (flush_both(b) == 0 || BROKEN(flush_failure_forgotten)))
         roll_back(b, remaining);
     else if (b->sync != SYNC_BITMAP) {
         /* Nothing of it may be relied on, and the bitmap did not say what there was: what is on
@@ -213,7 +215,9 @@ static void backup_abort(struct job *j)
     struct backup *b = backup_of(j);
     if (!b->bitmap)
         return;
-    if (!j->started)
+    if (!j->started && BROKEN(unstarted_advances))
+        dirty_advance(b->bitmap);
+    else if (!j->started)
         dirty_unstart(b->bitmap);
     else if (b->bitmap_mode == BITMAP_ALWAYS)
         keep_achieved(b);
