@@ -158,7 +158,7 @@ static SCHEMA_UNION(TransactionAction, "type", MEMBERS(REQ("type", TransactionAc
 
 static SCHEMA_LIST(TransactionAction);
 
-static SCHEMA_ENUM(ActionCompletionMode, VALUE("individual"), LATER("grouped"));
+static SCHEMA_ENUM(ActionCompletionMode, VALUE("individual"), VALUE("grouped"));
 
 static SCHEMA_OBJECT(TransactionProperties, OPT("completion-mode", ActionCompletionMode));
 

@@ -33,14 +33,6 @@ def drivers_later(t):
     t("blockdev-add", driver="raw", node_name="n", file={"driver": "quorum"})
 
 
-@sequence(disk("a"), disk("t"))
-def grouped_later(t):
-    """completion-mode grouped."""
-    t.tx(("blockdev-backup", {"job-id": "j", "device": "a", "target": "t", "sync": "full",
-                              "auto-finalize": False}), completion_mode="grouped")
-    t("query-jobs", mask=["*progress"])
-
-
 @sequence(null("n"))
 def objects_later(t):
     """Objects without users yet."""
