@@ -10,12 +10,14 @@
 #include "block/internal.h"
 
 #include "rt/clock.h"
+#include "rt/sync.h"
 
 #include <limits.h>
 
 struct blkdebug {
     struct debug_rules rules;
     unsigned take, unshare; /* PERM_*, of the image */
+    struct event cut;       /* ends the delays of requests, which then fail */
 };
 
 /* ---- opening ---- */
@@ -147,6 +149,7 @@ static int blkdebug_open(struct node *n, struct json_object *options, struct err
     struct blkdebug *d = n->state;
     int r = 0;
 
+    event_init(&d->cut);
     for (size_t i = 0; r == 0 && i < ARRAY_SIZE(size_options); i++)
         r = option_check_size(options, size_options[i], err);
     if (r == 0)
@@ -189,10 +192,13 @@ static int judge(struct node *n, enum debug_iotype iotype, struct range r)
     struct debug_verdict v = debug_rules_judge(&d->rules, iotype, r);
     int result;
 
+    if (!n->cancelled)
+        event_reset(&d->cut);
+
     if (v.delay_ns) {
-        result = sleep_until(clock_after_ns(v.delay_ns));
-        if (result < 0)
-            return result;
+        result = event_wait_until(&d->cut, clock_after_ns(v.delay_ns));
+        if (result != -ETIMEDOUT)
+            return -ECANCELED;
     }
     if (v.error && !v.immediately) {
         result = task_yield();
@@ -200,6 +206,13 @@ static int judge(struct node *n, enum debug_iotype iotype, struct range r)
             return result;
     }
     return -v.error;
+}
+
+static void blkdebug_cancel(struct node *n)
+{
+    struct blkdebug *d = n->state;
+
+    event_set(&d->cut);
 }
 
 static int blkdebug_read(struct node *n, struct range r, void *buf, unsigned flags)
@@ -308,6 +321,7 @@ const struct driver driver_blkdebug = {
     .discard = blkdebug_discard,
     .flush = blkdebug_flush,
     .status = blkdebug_status,
+    .cancel = blkdebug_cancel,
     .debug_event = blkdebug_event,
     .child_perm = blkdebug_child_perm,
     .reopen_prepare = blkdebug_reopen_prepare,

@@ -151,6 +151,12 @@ int node_replace(struct node *from, struct node *to, struct error *err) MUST_CHE
 void graph_quiesce_begin(struct graph *g, struct node *const *nodes, size_t n);
 void graph_quiesce_end(struct graph *g, struct node *const *nodes, size_t n);
 
+/* Giving up on a disk: until node_cancel_end, requests to N that hang end soon with -ECANCELED,
+ * those under way and new ones, where the drivers from N down to where its data is can do that. */
+struct node_cancel;
+struct node_cancel *node_cancel_begin(struct node *n);
+void node_cancel_end(struct node_cancel *c);
+
 /* Why an operation on NODE is refused while something else has it: "Node 'x' is busy: REASON".
  * OPS: what is blocked. The blocker is embedded in who blocks. */
 enum block_op {

@@ -61,8 +61,9 @@ struct node {
     TAILQ_HEAD(, op_blocker) blockers;
     TAILQ_ENTRY(node) in_graph;
 
-    unsigned gate;   /* quiesce depth */
-    unsigned inside; /* requests that passed the gate */
+    unsigned gate;      /* quiesce depth */
+    unsigned cancelled; /* node_cancel_begin */
+    unsigned inside;    /* requests that passed the gate */
     struct waitq at_gate, emptied;
     struct mutex flush_lock;
     bool truncating;
@@ -139,6 +140,8 @@ struct driver {
 
     /* The gate has closed: what is inside should not be held up on purpose any longer. */
     void (*quiesced)(struct node *n);
+    /* n->cancelled has risen from 0: nothing shall hang here any more. NULL: nothing does. */
+    void (*cancel)(struct node *n);
     /* Something above does EVENT with this node; must not wait. Raised by node_debug_event. */
     void (*debug_event)(struct node *n, enum debug_event event);
 

@@ -5,17 +5,30 @@
 #include "block/internal.h"
 
 #include "rt/clock.h"
+#include "rt/sync.h"
 
 struct null_state {
     uint64_t latency_ns;
+    struct event cut; /* ends what waits for its latency, which then fails */
     bool read_zeroes;
 };
 
 static int null_wait(struct node *n)
 {
-    const struct null_state *s = n->state;
+    struct null_state *s = n->state;
 
-    return s->latency_ns ? sleep_until(clock_after_ns(s->latency_ns)) : 0;
+    if (!n->cancelled)
+        event_reset(&s->cut);
+    if (!s->latency_ns || event_wait_until(&s->cut, clock_after_ns(s->latency_ns)) == -ETIMEDOUT)
+        return 0;
+    return -ECANCELED;
+}
+
+static void null_cancel(struct node *n)
+{
+    struct null_state *s = n->state;
+
+    event_set(&s->cut);
 }
 
 static int null_open(struct node *n, struct json_object *options, struct error *err)
@@ -23,6 +36,7 @@ static int null_open(struct node *n, struct json_object *options, struct error *
     struct null_state *s = n->state;
     int64_t size = json_get_int(options, "size", (int64_t)GiB);
 
+    event_init(&s->cut);
     if (json_get_int(options, "latency-ns", 0) < 0 ||
         json_get_uint(options, "latency-ns", 0) > INT64_MAX)
         return error_set(err, EINVAL, "latency-ns is invalid");
@@ -97,6 +111,7 @@ const struct driver driver_null_co = {
     .write = null_write,
     .flush = null_wait,
     .status = null_status,
+    .cancel = null_cancel,
     .reopen_prepare = null_reopen_prepare,
     .allocated_bytes = null_allocated_bytes,
 };

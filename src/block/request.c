@@ -94,6 +94,37 @@ void graph_quiesce_end(struct graph *g, struct node *const *nodes, size_t count)
     graph_unlock(g);
 }
 
+struct node_cancel {
+    struct node *nodes[GRAPH_DEPTH_MAX]; /* references: the graph may change meanwhile */
+    size_t count;
+};
+
+struct node_cancel *node_cancel_begin(struct node *n)
+{
+    struct node_cancel *c = xnew(struct node_cancel);
+    struct edge *e;
+
+    for (;; n = e->node) {
+        c->nodes[c->count++] = node_ref(n);
+        if (n->cancelled++ == 0 && n->driver->cancel)
+            n->driver->cancel(n);
+        e = node_primary(n);
+        if (!e || c->count == ARRAY_SIZE(c->nodes))
+            return c;
+    }
+}
+
+void node_cancel_end(struct node_cancel *c)
+{
+    if (!c)
+        return;
+    for (size_t i = 0; i < c->count; i++) {
+        c->nodes[i]->cancelled--;
+        node_unref(c->nodes[i]);
+    }
+    free(c);
+}
+
 int node_lock_range(struct node *n, struct range_holder *h, struct range r,
                     enum range_lock_mode mode)
 {

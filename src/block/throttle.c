@@ -1,7 +1,7 @@
 /* The driver throttle: a filter whose requests keep to the limits of a group (throttle_group.h).
  *
- * While the node is quiesced its limits do not hold: whoever quiesces waits for what is inside, and
- * should not wait for minutes. */
+ * While the node is quiesced, or given up, its limits do not hold: whoever quiesces waits for what
+ * is inside, and should not wait for minutes. */
 #include "block/internal.h"
 #include "block/throttle_group.h"
 
@@ -41,25 +41,25 @@ static void throttle_close(struct node *n)
 
 static int throttle_read(struct node *n, struct range r, void *buf, unsigned flags)
 {
-    throttle_member_admit(n->state, false, r.length, n->gate);
+    throttle_member_admit(n->state, false, r.length, n->gate || n->cancelled);
     return edge_read(n->file, r, buf, flags);
 }
 
 static int throttle_write(struct node *n, struct range r, const void *buf, unsigned flags)
 {
-    throttle_member_admit(n->state, true, r.length, n->gate);
+    throttle_member_admit(n->state, true, r.length, n->gate || n->cancelled);
     return edge_write(n->file, r, buf, flags);
 }
 
 static int throttle_write_zeroes(struct node *n, struct range r, unsigned flags)
 {
-    throttle_member_admit(n->state, true, r.length, n->gate);
+    throttle_member_admit(n->state, true, r.length, n->gate || n->cancelled);
     return edge_write_zeroes(n->file, r, flags);
 }
 
 static int throttle_discard(struct node *n, struct range r)
 {
-    throttle_member_admit(n->state, true, r.length, n->gate);
+    throttle_member_admit(n->state, true, r.length, n->gate || n->cancelled);
     return edge_discard(n->file, r);
 }
 
@@ -113,6 +113,7 @@ const struct driver driver_throttle = {
     .write_zeroes = throttle_write_zeroes,
     .discard = throttle_discard,
     .quiesced = throttle_quiesced,
+    .cancel = throttle_quiesced,
     .reopen_prepare = throttle_reopen_prepare,
     .reopen_commit = throttle_reopen_commit,
     .reopen_abort = throttle_reopen_abort,

@@ -54,6 +54,7 @@ struct mirror {
     char *replaces; /* NULL: the source */
     struct node *to_replace;
     struct op_blocker replace_blocker;
+    struct node_cancel *given_up; /* the target, by a cancel by force */
     bool completing;
     int failed; /* by a guest's write, negative errno */
 };
@@ -78,7 +79,7 @@ static bool ending(const struct mirror *m)
 static void guest_write_failed(void *opaque, int code)
 {
     struct mirror *m = opaque;
-    if (m->job.ended || m->failed)
+    if (m->job.ended || m->job.force_cancel || m->failed)
         return; /* what is dirty is seen at the end */
     if (!job_go_on_after(&m->job, m->on_target_error, false, code))
         m->failed = -code;
@@ -87,6 +88,8 @@ static void guest_write_failed(void *opaque, int code)
 
 static int on_error(struct mirror *m, bool read_failed, int r)
 {
+    if (m->job.force_cancel)
+        return -ECANCELED; /* it may have failed because of that */
     enum job_on_error how = read_failed ? m->on_source_error : m->on_target_error;
     return job_go_on_after(&m->job, how, read_failed, -r) ? 0 : r;
 }
@@ -196,10 +199,15 @@ static void mirror_interrupt(struct job *j)
         follow_interrupt(m->follow);
 }
 
-/* Half a mirror is none; once it is ready, cancelling means completing without the pivot. */
+/* Half a mirror is none; once it is ready, cancelling means completing without the pivot. By force
+ * it also means that nobody waits any longer for a target that hangs. */
 static bool mirror_cancel(struct job *j, bool force)
 {
-    return force || !is_ready(j);
+    struct mirror *m = mirror_of(j);
+    force = force || !is_ready(j);
+    if (force && !m->given_up)
+        m->given_up = node_cancel_begin(m->target);
+    return force;
 }
 
 static void mirror_set_speed(struct job *j, uint64_t speed)
@@ -432,6 +440,7 @@ static void mirror_clean(struct job *j)
         free(m->replace_blocker.reason);
         node_unref(steal(m->to_replace));
     }
+    node_cancel_end(steal(m->given_up));
     node_unref(steal(m->source));
     node_unref(steal(m->target));
     node_unref(steal(m->backing));

@@ -299,6 +299,80 @@ JOB_TEST(cancelling)
     close_disks();
 }
 
+static struct node *open_node(struct graph *g, struct json_object *options)
+{
+    struct error err = ERROR_INIT;
+    struct node *n = NULL;
+    int r = graph_open(g, options, &n, &err);
+    CHECK_OK(r, err);
+    json_object_put(options);
+    return n;
+}
+
+static int one_write(void *arg)
+{
+    struct guest *gu = arg;
+    write_at(gu->edge, 65536 * 3, 65536, 0x99);
+    gu->done++;
+    return 0;
+}
+
+enum hang { HANGS_AT_ONCE, HANGS_ZEROED, HANGS_FOLLOWING, HANGS_ENDING, HANGS_GUEST, HANGS };
+
+/* A target that does not answer for an hour: cancelling by force does not wait for it, and no guest
+ * does any longer. */
+JOB_TEST(a_target_that_hangs_is_given_up)
+{
+    for (int how = 0; how < HANGS; how++) {
+        struct guest gu;
+        SCOPE(writer);
+        two_disks(g, SIZE, 0);
+        memset(mem_of(s)->bytes, how == HANGS_ZEROED ? 0 : 0x11, SIZE);
+        struct dirty_bitmap *bm = bitmap_on_s(g, 65536);
+        guest_on(&gu, s, 1);
+        write_at(gu.edge, 65536 * 5, 512, 0x12);
+        struct node *over = open_node(
+            g, parse("{'driver':'blkdebug','node-name':'over','image':'t','discard':'unmap',"
+                     "'x-tidemark-delay':[{'event':'%s','iotype':'%s','delay-ns':3600000000000}]}",
+                     how == HANGS_AT_ONCE || how == HANGS_ZEROED ? "none" : "l2_load",
+                     how == HANGS_ZEROED ? "write-zeroes" : "write"));
+        mirror_ok(parse("{'device':'s','target':'over','job-id':'j','on-target-error':'stop',%s,"
+                        "'copy-mode':'%s'}",
+                        how == HANGS_ZEROED || how == HANGS_GUEST
+                            ? "'sync':'full'"
+                            : "'sync':'bitmap','bitmap':'b','bitmap-mode':'always'",
+                        how == HANGS_GUEST ? "write-blocking" : "background"));
+        if (how != HANGS_AT_ONCE && how != HANGS_ZEROED) {
+            wait_for("j", "READY");
+            turns(20);
+            node_debug_event(over, DEBUG_l2_load); /* from now on it hangs */
+            scope_spawn(&writer, one_write, &gu);
+            if (how == HANGS_FOLLOWING)
+                CHECK(sleep_until(clock_after_ns(200000000)) == 0); /* it is lazy when idle */
+            turns(50);
+            CHECK(gu.done == (how != HANGS_GUEST));
+            if (how == HANGS_ENDING)
+                verb_ok("j", JOB_VERB_COMPLETE);
+        }
+        turns(50);
+        CHECK(over->inside > 0);
+        verb_ok("j", JOB_VERB_CANCEL);
+        wait_for("j", "null");
+        CHECK(strstr(events, "j:aborting j:CANCELLED j:concluded j:null"));
+        CHECK(!strstr(events, "ERROR")); /* it is no failure of the target's */
+        CHECK(scope_join(&writer) == 0);
+        CHECK(gu.edge->node == s && !over->inside && !over->cancelled && !t->cancelled);
+        if (how == HANGS_AT_ONCE)
+            CHECK(bitmap_any(dirty_bits(bm), range_make(65536 * 5, 512)));
+        else if (how != HANGS_ZEROED)
+            CHECK(mem_of(s)->bytes[65536 * 3] == 0x99 &&
+                  bitmap_any(dirty_bits(bm), range_make(65536 * 3, 512)));
+        edge_detach(gu.edge);
+        node_unref(over);
+        close_disks();
+    }
+}
+
 /* Nobody waits while the job is pending, and what is written then is in the target, too. */
 JOB_TEST(writes_while_it_is_pending)
 {
@@ -837,6 +911,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(no_write_is_lost_over_a_pivot),
     cmocka_unit_test(events_are_qemus),
     cmocka_unit_test(cancelling),
+    cmocka_unit_test(a_target_that_hangs_is_given_up),
     cmocka_unit_test(writes_while_it_is_pending),
     cmocka_unit_test(none_copies_what_is_written),
     cmocka_unit_test(an_empty_disk),
