@@ -143,6 +143,14 @@ int node_insert_filter(struct node *filter, struct node *n, struct error *err) M
 /* The reverse: parents of FILTER get its filtered child back; FILTER is then without parents. */
 int node_remove_filter(struct node *filter, struct error *err) MUST_CHECK;
 int node_replace(struct node *from, struct node *to, struct error *err) MUST_CHECK;
+/* OVERLAY, which may have nothing behind it yet, comes above N: N becomes its backing image, N's
+ * users (but edges that `stay`) move to it. Quiesces by itself; who wants to undo it later keeps N
+ * and OVERLAY quiesced until then. *RET is to be given to one of the next two. */
+struct node_append;
+int node_append(struct node *overlay, struct node *n, struct node_append **ret,
+                struct error *err) MUST_CHECK;
+void node_append_keep(struct node_append *a);
+void node_append_undo(struct node_append *a); /* those that have moved, and only those, come back */
 
 /* Closes the gates of these nodes and waits until no request is inside; nests. Takes parents before
  * children whatever the order given, so that a request inside a parent can still finish

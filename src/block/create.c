@@ -46,19 +46,20 @@ int graph_create_filename(struct graph *g, const char *filename, const char *for
     CLEANUP(node_unrefp) struct node *file = NULL;
     int r;
 
+    bool plain = !strcmp(format, "raw") || !strcmp(format, "file");
     if (!d)
         return error_set(err, EINVAL, "Unknown file format '%s'", format);
+    if (!d->create && !plain)
+        return error_set(err, ENOTSUP, "Format driver '%s' does not support image creation",
+                         format);
     if (backing_filename && !d->supports_backing)
         return error_set(err, EINVAL, "Backing file not supported for file format '%s'", format);
     if (backing_filename && !strcmp(backing_filename, filename))
         return error_set(err, EINVAL,
                          "Error: Trying to create an image with the same filename as the backing "
                          "file");
-    if (!strcmp(format, "raw") || !strcmp(format, "file"))
+    if (plain)
         return create_file(g, filename, size_bytes, err);
-    if (!d->create)
-        return error_set(err, ENOTSUP, "Format driver '%s' does not support image creation",
-                         format);
 
     r = create_file(g, filename, 0, err);
     if (r < 0)

@@ -175,6 +175,9 @@ static inline void node_debug_event(struct node *n, enum debug_event event)
         n->driver->debug_event(n, event);
 }
 
+/* All that was written to N and below is durable. Inside the gate, or by who has it quiesced. */
+int node_flush(struct node *n) MUST_CHECK;
+
 /* Takes bytes of this node's own range lock, e.g. around a read-modify-write. The request that the
  * driver is working on holds its own range, shared, already: a driver must not take it again. */
 int node_lock_range(struct node *n, struct range_holder *h, struct range r,

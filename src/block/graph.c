@@ -432,6 +432,16 @@ unsigned node_height(struct node *n)
     return height(n, ++n->graph->visit);
 }
 
+unsigned graph_height(struct graph *g)
+{
+    unsigned visit = ++g->visit, highest = 0;
+    struct node *n;
+
+    TAILQ_FOREACH (n, &g->nodes, in_graph)
+        highest = (unsigned)max_u64(highest, height(n, visit));
+    return highest;
+}
+
 /* ---- why not ---- */
 
 void node_block_ops(struct node *n, struct op_blocker *b)

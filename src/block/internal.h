@@ -51,6 +51,7 @@ void node_discard(struct node *n);
 bool graph_lock_is_mine(struct graph *g);
 /* Nodes on the longest way down, itself included. */
 unsigned node_height(struct node *n);
+unsigned graph_height(struct graph *g);
 bool node_reaches(struct node *from, const struct node *to);
 
 /* ---- perm.c ---- */
@@ -116,7 +117,6 @@ char *json_as_qemu(struct json_object *obj);
 unsigned json_qemu_order(const char *key);
 
 /* ---- request.c ---- */
-int node_flush(struct node *n);                   /* inside the gate */
 void node_resized(struct node *n, uint64_t from); /* tells observers, users and parents */
 
 /* ---- status.c ---- */

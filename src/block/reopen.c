@@ -634,6 +634,13 @@ int node_set_read_only(struct node *n, bool read_only, struct error *err)
     CLEANUP(json_putp) struct json_object *options = json_object_new_object();
 
     json_add_bool(options, "read-only", read_only);
+    if (n->inherits_from) { /* what it has from its parent is not among its own options */
+        struct json_object *cache = json_object_new_object();
+        json_add_bool(cache, "direct", n->cache_direct);
+        json_add_bool(cache, "no-flush", n->cache_no_flush);
+        json_add(options, "cache", cache);
+        json_add_bool(options, "auto-read-only", n->auto_read_only);
+    }
     int r = collect(&all, n, options, true, NULL, 0, err);
     if (r == 0)
         r = reopen_collected(n->graph, &all, err);
