@@ -11,6 +11,7 @@
 #include "job/transaction.h"
 
 #include "base/log.h"
+#include "block/driver.h"
 #include "dirty/dirty.h"
 #include "job/backup.h"
 #include "rt/io.h"
@@ -28,7 +29,11 @@ struct action {
     struct bitmap *undo;         /* its bits as they were */
     bool was_enabled;
     struct job *job;
-    struct node *filter; /* quiesced, with a reference */
+    struct node *quiet; /* a filter or an overlay that has come in: quiesced, with a reference */
+    char *made;         /* an image file that was not there before */
+
+    struct node *below;         /* snapshot: lent */
+    struct node_append *append; /* NULL: it has no overlay (yet) */
 };
 
 struct action_kind {
@@ -47,6 +52,7 @@ struct transaction {
     TAILQ_HEAD(action_list, action) actions;
     struct node **nodes; /* quiesced */
     size_t node_count;
+    bool failed;
 };
 
 /* ---- bitmaps ---- */
@@ -210,6 +216,42 @@ static int merge_prepare(struct action *a, struct error *err)
     return 0;
 }
 
+/* ---- what a backup and a snapshot share ---- */
+
+/* Makes an image: BACKING (may be NULL) is recorded as what stands behind it. */
+static int make_image(struct action *a, const char *filename, const char *format, uint64_t size,
+                      struct node *backing, struct error *err)
+{
+    const char *path = strncmp(filename, "file:", 5) == 0 ? filename + 5 : filename;
+    struct stat st;
+    bool is_new = io_stat(path, &st) == -ENOENT;
+    int r = graph_create_filename(a->transaction->graph, filename, format,
+                                  backing ? node_filename(backing) : NULL,
+                                  backing ? node_driver_name(backing) : NULL, size, err);
+    /* Also half an image. The name may be a link, which is not ours. */
+    if (is_new && io_realpath(path, &a->made) < 0)
+        a->made = NULL;
+    return r;
+}
+
+/* N has come above a node that is quiesced, with that node's users: they wait at its gate now. */
+static void hold(struct action *a, struct node *n)
+{
+    a->quiet = node_ref(n);
+    graph_quiesce_begin(a->transaction->graph, &a->quiet, 1);
+}
+
+static void let_go(struct action *a)
+{
+    if (a->quiet) {
+        graph_quiesce_end(a->transaction->graph, &a->quiet, 1);
+        node_unref(steal(a->quiet));
+    }
+    if (a->made && a->transaction->failed && io_unlink(a->made) < 0)
+        log_warning("the file '%s', made in vain, cannot be removed", a->made);
+    free(a->made);
+}
+
 /* ---- backups ---- */
 
 static int start_backup(struct action *a, struct backup_request *rq, struct error *err)
@@ -219,8 +261,8 @@ static int start_backup(struct action *a, struct backup_request *rq, struct erro
     int r = backup_create(a->transaction->jobs, rq, &a->job, err);
     if (r < 0)
         return r;
-    job_ref(a->job); /* with a group, another member's abort ends it */
-    a->filter = node_ref(backup_filter(a->job));
+    job_ref(a->job);                            /* with a group, another member's abort ends it */
+    a->quiet = node_ref(backup_filter(a->job)); /* which is quiesced */
     return 0;
 }
 
@@ -237,11 +279,9 @@ static void backup_action_abort(struct action *a)
 
 static void backup_action_clean(struct action *a)
 {
-    if (!a->job)
-        return;
-    graph_quiesce_end(a->transaction->graph, &a->filter, 1);
-    node_unref(a->filter);
-    job_unref(a->job);
+    let_go(a);
+    if (a->job)
+        job_unref(a->job);
 }
 
 static int blockdev_backup_prepare(struct action *a, struct error *err)
@@ -251,16 +291,6 @@ static int blockdev_backup_prepare(struct action *a, struct error *err)
     if (r == 0)
         r = find_node(a, "target", &rq.target, err);
     return r < 0 ? r : start_backup(a, &rq, err);
-}
-
-/* The image that a new target gets as its backing: what FULL_OF is not copied is there. */
-static int make_target(struct action *a, struct node *source, struct node *backing,
-                       const char *format, struct error *err)
-{
-    return graph_create_filename(a->transaction->graph, json_get_string(a->data, "target", ""),
-                                 format, backing ? node_filename(backing) : NULL,
-                                 backing ? node_driver_name(backing) : NULL, node_size(source),
-                                 err);
 }
 
 static int drive_backup_prepare(struct action *a, struct error *err)
@@ -293,7 +323,7 @@ static int drive_backup_prepare(struct action *a, struct error *err)
         json_add_string(options, "backing", node_name(backing));
     }
     if (!existing) {
-        r = make_target(a, rq.source, backing, format, err);
+        r = make_image(a, target, format, node_size(rq.source), backing, err);
         if (r < 0)
             return r;
         rq.made = target;
@@ -304,6 +334,121 @@ static int drive_backup_prepare(struct action *a, struct error *err)
     r = start_backup(a, &rq, err);
     node_unref(rq.target);
     return r;
+}
+
+/* ---- snapshots ---- */
+
+/* The node is quiesced; what was written to it shall not depend on its overlay. */
+static int prepare_node(struct action *a, struct error *err)
+{
+    int r = node_check_op(a->below, BLOCK_OP_EXTERNAL_SNAPSHOT, err);
+    if (r == 0 && !node_read_only(a->below) && node_flush(a->below) < 0)
+        r = error_set(err, EIO, "An IO error has occurred");
+    return r;
+}
+
+static int put_overlay(struct action *a, struct node *overlay, struct error *err)
+{
+    hold(a, overlay);
+    return node_append(overlay, a->below, &a->append, err);
+}
+
+static int snapshot_prepare(struct action *a, struct error *err)
+{
+    struct node *overlay;
+    int r = find_node(a, "node", &a->below, err);
+    if (r == 0)
+        r = prepare_node(a, err);
+    if (r == 0)
+        r = find_node(a, "overlay", &overlay, err);
+    return r < 0 ? r : put_overlay(a, overlay, err);
+}
+
+/* By its device, for which a node's name is as good, or by its name. */
+static int find_snapshot_node(struct action *a, bool *by_name, struct error *err)
+{
+    struct graph *g = a->transaction->graph;
+    const char *device = json_get_string(a->data, "device", NULL);
+    const char *name = json_get_string(a->data, "node-name", NULL);
+
+    a->below = device ? graph_find(g, device) : NULL;
+    *by_name = name;
+    if (!a->below && name)
+        a->below = graph_find(g, name);
+    return a->below ? 0
+                    : error_set(err, ENODEV, "Cannot find device='%s' nor node-name='%s'",
+                                device ? device : "", name ? name : "");
+}
+
+/* The overlay is opened as its node is; what stands behind it comes later. */
+static struct json_object *overlay_options(struct node *below, const char *name)
+{
+    struct json_object *options = json_object_new_object(), *cache = json_object_new_object();
+    if (name)
+        json_add_string(options, "node-name", name);
+    json_add(options, "backing", NULL);
+    json_add_bool(cache, "direct", below->cache_direct);
+    json_add_bool(cache, "no-flush", below->cache_no_flush);
+    json_add(options, "cache", cache);
+    json_add_bool(options, "read-only", below->read_only);
+    json_add_bool(options, "auto-read-only", below->auto_read_only);
+    if (below->discard_unmap)
+        json_add_string(options, "discard", "unmap");
+    return options;
+}
+
+/* A file whose name is not durable is gone after a power loss, with what guests have flushed. */
+static void flush_name(struct action *a)
+{
+    if (a->made && io_sync_dir_of(a->made) < 0)
+        log_warning("the directory of '%s' cannot be flushed", a->made);
+}
+
+static int snapshot_sync_prepare(struct action *a, struct error *err)
+{
+    struct graph *g = a->transaction->graph;
+    const char *name = json_get_string(a->data, "snapshot-node-name", NULL);
+    const char *file = json_get_string(a->data, "snapshot-file", "");
+    const char *format = json_get_string(a->data, "format", "qcow2");
+    const char *mode = json_get_string(a->data, "mode", "absolute-paths");
+    bool by_name;
+    int r = find_snapshot_node(a, &by_name, err);
+    if (r == 0)
+        r = prepare_node(a, err);
+    if (r < 0)
+        return r;
+    if (by_name && !name)
+        return error_set(err, EINVAL, "New overlay node-name missing");
+    if (name && graph_find(g, name))
+        return error_set(err, EEXIST, "New overlay node-name already in use");
+
+    if (strcmp(mode, "existing") != 0) {
+        r = make_image(a, file, format, node_size(a->below), a->below, err);
+        if (r < 0)
+            return r;
+        flush_name(a);
+    }
+    CLEANUP(json_putp) struct json_object *options = overlay_options(a->below, name);
+    CLEANUP(node_unrefp) struct node *overlay = NULL;
+    r = graph_open_filename(g, file, format, options, false, &overlay, err);
+    return r < 0 ? r : put_overlay(a, overlay, err);
+}
+
+static void snapshot_commit(struct action *a)
+{
+    struct error err = ERROR_INIT;
+    /* What stands behind an overlay is not written any more. If it cannot be had so, it stays
+     * writable: that is no reason to undo what is done. */
+    if (node_set_read_only(a->below, true, &err) < 0)
+        log_warning("node '%s' stays writable behind its overlay: %s", node_name(a->below),
+                    err.text);
+    node_append_keep(steal(a->append));
+}
+
+static void snapshot_abort(struct action *a)
+{
+    if (a->append)
+        node_append_undo(steal(a->append));
 }
 
 /* ---- the table ---- */
@@ -321,6 +466,9 @@ static const struct action_kind kinds[] = {
     {"block-dirty-bitmap-enable", false, enable_prepare, NULL, enable_disable_abort, NULL},
     {"block-dirty-bitmap-disable", false, disable_prepare, NULL, enable_disable_abort, NULL},
     {"block-dirty-bitmap-merge", false, merge_prepare, undo_commit, undo_abort, NULL},
+    {"blockdev-snapshot", false, snapshot_prepare, snapshot_commit, snapshot_abort, let_go},
+    {"blockdev-snapshot-sync", false, snapshot_sync_prepare, snapshot_commit, snapshot_abort,
+     let_go},
     {"blockdev-backup", true, blockdev_backup_prepare, backup_action_commit, backup_action_abort,
      backup_action_clean},
     {"drive-backup", true, drive_backup_prepare, backup_action_commit, backup_action_abort,
@@ -355,23 +503,24 @@ static int add_action(struct transaction *t, const char *type, struct json_objec
 /* The nodes whose guests must wait: those that actions name as theirs. */
 static void collect_nodes(struct transaction *t)
 {
+    static const char *const keys[] = {"node", "device", "node-name", "overlay"};
     struct action *a;
     size_t count = 0;
     TAILQ_FOREACH (a, &t->actions, link)
-        count++;
+        count += ARRAY_SIZE(keys);
     t->nodes = xcalloc(count + 1, sizeof *t->nodes);
 
     TAILQ_FOREACH (a, &t->actions, link) {
-        const char *name = json_get_string(a->data, "node", NULL);
-        if (!name)
-            name = json_get_string(a->data, "device", NULL);
-        struct node *n = name ? graph_find(t->graph, name) : NULL;
-        for (size_t i = 0; n && i < t->node_count; i++) {
-            if (t->nodes[i] == n)
-                n = NULL;
+        for (size_t k = 0; k < ARRAY_SIZE(keys); k++) {
+            const char *name = json_get_string(a->data, keys[k], NULL);
+            struct node *n = name ? graph_find(t->graph, name) : NULL;
+            for (size_t i = 0; n && i < t->node_count; i++) {
+                if (t->nodes[i] == n)
+                    n = NULL;
+            }
+            if (n)
+                t->nodes[t->node_count++] = node_ref(n);
         }
-        if (n)
-            t->nodes[t->node_count++] = node_ref(n);
     }
 }
 
@@ -393,6 +542,7 @@ static int run_locked(struct transaction *t, struct error *err)
             break;
         }
     }
+    t->failed = failed;
     if (failed) {
         for (a = failed; a; a = TAILQ_PREV(a, action_list, link)) {
             if (a->kind->abort)

@@ -1,4 +1,4 @@
-/* Commands about dirty bitmaps. Changing ones are transactions of one action. */
+/* Commands about dirty bitmaps, and the other transactions of one action. */
 #include "dirty/dirty.h"
 #include "job/transaction.h"
 #include "qmp/cmd.h"
@@ -16,6 +16,8 @@ ONE_ACTION(cmd_block_dirty_bitmap_disable, "block-dirty-bitmap-disable")
 ONE_ACTION(cmd_block_dirty_bitmap_merge, "block-dirty-bitmap-merge")
 ONE_ACTION(cmd_blockdev_backup, "blockdev-backup")
 ONE_ACTION(cmd_drive_backup, "drive-backup")
+ONE_ACTION(cmd_blockdev_snapshot, "blockdev-snapshot")
+ONE_ACTION(cmd_blockdev_snapshot_sync, "blockdev-snapshot-sync")
 
 int cmd_transaction(struct qmp_call *call, struct error *err)
 {

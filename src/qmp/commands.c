@@ -6,6 +6,8 @@
 #define T(NAME) &schema_##NAME
 #define NONE NULL
 
+static const char *const snapshot_features[] = {"allow-write-only-overlay", NULL};
+
 const struct schema_command qmp_commands[] = {
     {"job-pause", T(IdArg), NONE, cmd_job_pause},
     {"job-resume", T(IdArg), NONE, cmd_job_resume},
@@ -18,6 +20,9 @@ const struct schema_command qmp_commands[] = {
     {"query-blockstats", T(QueryBlockstatsArg), T(BlockStatsList), cmd_query_blockstats},
     {"query-block-jobs", NONE, T(BlockJobInfoList), cmd_query_block_jobs},
     {"block_resize", T(BlockResizeArg), NONE, cmd_block_resize},
+    {"blockdev-snapshot-sync", T(BlockdevSnapshotSync), NONE, cmd_blockdev_snapshot_sync},
+    {"blockdev-snapshot", T(BlockdevSnapshot), NONE, cmd_blockdev_snapshot,
+     .feature_names = snapshot_features},
     {"drive-backup", T(DriveBackup), NONE, cmd_drive_backup, SCHEMA_DEPRECATED},
     {"blockdev-backup", T(BlockdevBackup), NONE, cmd_blockdev_backup},
     {"drive-mirror", T(DriveMirror), NONE, cmd_drive_mirror},

@@ -220,7 +220,7 @@ struct json_object *schema_introspect(const struct schema_command *commands,
         add_name_of(t, one, "ret-type", c->answer ? c->answer : &schema_nothing);
         if (c->allow_oob)
             json_add_bool(one, "allow-oob", true);
-        add_features(one, c->features, NULL);
+        add_features(one, c->features, c->feature_names);
     }
     for (const struct schema_event *e = events; e->name; e++) {
         struct json_object *one = tell(t, e->name, "event");

@@ -175,6 +175,7 @@ struct schema_command {
     int (*run)(struct qmp_call *call, struct error *err);
     unsigned features;
     bool allow_oob;
+    const char *const *feature_names; /* others, for introspection; NULL: none */
 };
 struct schema_event {
     const char *name;

@@ -1,4 +1,4 @@
-/* Schema: dirty bitmaps, jobs, backups, transactions, and the events about them. */
+/* Schema: dirty bitmaps, jobs, backups, snapshots, transactions, and the events about them. */
 #include "qmp/schema_types.h"
 
 static SCHEMA_ENUM(JobStatus, VALUE("undefined"), VALUE("created"), VALUE("running"),
@@ -40,6 +40,12 @@ static SCHEMA_OBJECT(BackupPerf, OPT("use-copy-range", bool), OPT("max-workers",
                      OPT("max-chunk", int64));
 
 static SCHEMA_ENUM(NewImageMode, VALUE("existing"), VALUE("absolute-paths"));
+
+SCHEMA_OBJECT(BlockdevSnapshotSync, OPT("device", str), OPT("node-name", str),
+              REQ("snapshot-file", str), OPT("snapshot-node-name", str), OPT("format", str),
+              OPT("mode", NewImageMode));
+
+SCHEMA_OBJECT(BlockdevSnapshot, REQ("node", str), REQ("overlay", str));
 
 SCHEMA_OBJECT(DriveBackup, OPT("job-id", str), REQ("device", str), REQ("sync", MirrorSyncMode),
               OPT("speed", int), OPT("bitmap", str), OPT("bitmap-mode", BitmapSyncMode),
@@ -128,8 +134,8 @@ static SCHEMA_ENUM(TransactionActionKind, VALUE("abort"), VALUE("block-dirty-bit
                    VALUE("block-dirty-bitmap-remove"), VALUE("block-dirty-bitmap-clear"),
                    VALUE("block-dirty-bitmap-enable"), VALUE("block-dirty-bitmap-disable"),
                    VALUE("block-dirty-bitmap-merge"), VALUE("blockdev-backup"),
-                   VALUE("drive-backup", .features = SCHEMA_DEPRECATED), LATER("blockdev-snapshot"),
-                   LATER("blockdev-snapshot-internal-sync"), LATER("blockdev-snapshot-sync"));
+                   VALUE("drive-backup", .features = SCHEMA_DEPRECATED), VALUE("blockdev-snapshot"),
+                   LATER("blockdev-snapshot-internal-sync"), VALUE("blockdev-snapshot-sync"));
 
 static SCHEMA_EMPTY(Abort);
 
@@ -143,6 +149,10 @@ static SCHEMA_OBJECT(BlockDirtyBitmapMergeWrapper, REQ("data", BlockDirtyBitmapM
 
 static SCHEMA_OBJECT(BlockdevBackupWrapper, REQ("data", BlockdevBackup));
 
+static SCHEMA_OBJECT(BlockdevSnapshotWrapper, REQ("data", BlockdevSnapshot));
+
+static SCHEMA_OBJECT(BlockdevSnapshotSyncWrapper, REQ("data", BlockdevSnapshotSync));
+
 static SCHEMA_OBJECT(DriveBackupWrapper, REQ("data", DriveBackup));
 
 static SCHEMA_UNION(TransactionAction, "type", MEMBERS(REQ("type", TransactionActionKind)),
@@ -154,6 +164,8 @@ static SCHEMA_UNION(TransactionAction, "type", MEMBERS(REQ("type", TransactionAc
                              BRANCH("block-dirty-bitmap-disable", BlockDirtyBitmapWrapper),
                              BRANCH("block-dirty-bitmap-merge", BlockDirtyBitmapMergeWrapper),
                              BRANCH("blockdev-backup", BlockdevBackupWrapper),
+                             BRANCH("blockdev-snapshot", BlockdevSnapshotWrapper),
+                             BRANCH("blockdev-snapshot-sync", BlockdevSnapshotSyncWrapper),
                              BRANCH("drive-backup", DriveBackupWrapper)));
 
 static SCHEMA_LIST(TransactionAction);

@@ -8,6 +8,8 @@ SCHEMA_DECLARE(JobStatusChangeData);
 SCHEMA_DECLARE(IdArg);
 SCHEMA_DECLARE(JobInfoList);
 SCHEMA_DECLARE(BlockJobInfoList);
+SCHEMA_DECLARE(BlockdevSnapshotSync);
+SCHEMA_DECLARE(BlockdevSnapshot);
 SCHEMA_DECLARE(DriveBackup);
 SCHEMA_DECLARE(BlockdevBackup);
 SCHEMA_DECLARE(BlockdevMirrorArg);

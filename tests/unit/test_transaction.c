@@ -135,8 +135,8 @@ JOB_TEST(what_fails_has_changed_nothing)
     run_fails(g, "Dirty bitmap 'x' not found",
               parse("[" MERGE("a", "'b','x'") "," ON("clear", "a") "]"));
     CHECK(count("a") == 65536);
-    run_fails(g, "Transaction action 'blockdev-snapshot' is not supported",
-              parse("[" ON("clear", "a") ",{'type':'blockdev-snapshot','data':{}}]"));
+    run_fails(g, "Transaction action 'blockdev-snapshot-internal-sync' is not supported",
+              parse("[" ON("clear", "a") ",{'type':'blockdev-snapshot-internal-sync','data':{}}]"));
     CHECK(count("a") == 65536);
     run_ok(g, json_object_new_array());
     node_unref(n);

@@ -610,6 +610,11 @@ class Recorder:
                     "corruptions": verdict.get("corruptions", 0)}
         self.tool("qemu-img-check", run)
 
+    def files(self):
+        """The images in $DIR."""
+        self.tool("files", lambda where: sorted(p.name for p in where.iterdir()
+                                                if p.suffix in (".qcow2", ".raw")))
+
     def bitmaps_on_disk(self, name):
         """The bitmaps that qemu-img finds in $DIR/NAME."""
         def run(where):

@@ -11,8 +11,6 @@ def commands_later(t):
     """Commands of qemu-storage-daemon that are not offered yet."""
     t("block-commit", device="nosuch")
     t("block-stream", device="nosuch")
-    t("blockdev-snapshot", node="nosuch", overlay="t")
-    t("blockdev-snapshot-sync", node_name="nosuch", snapshot_file="x")
     t("change-backing-file", device="nosuch", image_node_name="x", backing_file="y")
     t("block-set-write-threshold", node_name="nosuch", write_threshold=1)
     t("x-blockdev-change", parent="nosuch")
