@@ -174,6 +174,22 @@ int throttle_limits_parse(struct throttle_limits *l, struct json_object *options
     return r;
 }
 
+struct json_object *throttle_limits_show(const struct throttle_limits *l)
+{
+    struct json_object *limits = json_object_new_object();
+
+    for (int i = 0; i < THROTTLE_BUCKETS; i++) {
+        const struct throttle_bucket *b = &l->buckets[i];
+        CLEANUP(memory_freep) char *burst = xasprintf("%s-max", bucket_names[i]);
+        CLEANUP(memory_freep) char *length = xasprintf("%s-max-length", bucket_names[i]);
+        json_add_uint(limits, bucket_names[i], b->rate);
+        json_add_uint(limits, burst, b->burst_rate);
+        json_add_uint(limits, length, b->burst_seconds);
+    }
+    json_add_uint(limits, "iops-size", l->request_bytes);
+    return limits;
+}
+
 /* ---- groups of a graph ---- */
 
 TAILQ_HEAD(groups, throttle_group);
@@ -413,6 +429,27 @@ static void let_through(struct throttle_member *m)
 void throttle_member_release(struct throttle_member *m)
 {
     let_through(m); /* one that had the ticket passes it on when it has run */
+}
+
+const struct throttle_limits *throttle_group_limits(const struct throttle_group *group)
+{
+    return &group->limits;
+}
+
+void throttle_group_set_limits(struct throttle_group *group, const struct throttle_limits *l)
+{
+    leak_all(group);
+    for (int i = 0; i < THROTTLE_BUCKETS; i++) {
+        struct throttle_bucket *b = &group->limits.buckets[i], was = *b;
+        *b = l->buckets[i];
+        b->level = b->rate ? was.level : 0;
+        b->burst_level = b->rate ? was.burst_level : 0;
+    }
+    group->limits.request_bytes = l->request_bytes;
+    for (int i = 0; i < 2; i++) {
+        if (group->tickets[i].holder) /* works out anew how long it has to wait */
+            event_set(&group->tickets[i].holder->go);
+    }
 }
 
 void throttle_groups_lift(struct graph *g)

@@ -50,6 +50,11 @@ int throttle_group_add(struct graph *g, const char *name, const struct throttle_
                        struct error *err) MUST_CHECK;
 int throttle_group_remove(struct graph *g, const char *name); /* -EBUSY: somebody is in it */
 struct throttle_group *throttle_group_find(struct graph *g, const char *name);
+const struct throttle_limits *throttle_group_limits(const struct throttle_group *group);
+/* Checked limits, from now on, also for those who wait; the buckets stay as full as they are. */
+void throttle_group_set_limits(struct throttle_group *group, const struct throttle_limits *l);
+/* ThrottleLimits with all members. */
+struct json_object *throttle_limits_show(const struct throttle_limits *l);
 /* The end of the program: nobody waits any more, in any group. */
 void throttle_groups_lift(struct graph *g);
 

@@ -7,6 +7,8 @@
 
 #include <fcntl.h>
 
+enum { THREAD_POOL_MAX = 64 }; /* of an iothread, unless it is told */
+
 struct object {
     char *id;
     struct json_object *options;
@@ -51,11 +53,33 @@ static struct object *find(struct objects *o, const char *id)
     return NULL;
 }
 
+const char *objects_next(struct objects *o, const char *id)
+{
+    struct object *one = id ? TAILQ_NEXT(find(o, id), link) : TAILQ_FIRST(&o->list);
+
+    return one ? one->id : NULL;
+}
+
+static const char *type_of(const struct object *one)
+{
+    return json_get_string(one->options, "qom-type", "");
+}
+
+const char *objects_type(struct objects *o, const char *id, const char **kept)
+{
+    struct object *one = find(o, id);
+
+    if (!one)
+        return NULL;
+    *kept = one->id;
+    return type_of(one);
+}
+
 struct json_object *objects_find(struct objects *o, const char *id, const char *type)
 {
     struct object *one = find(o, id);
 
-    if (!one || strcmp(json_get_string(one->options, "qom-type", ""), type))
+    if (!one || strcmp(type_of(one), type))
         return NULL;
     return one->options;
 }
@@ -71,6 +95,9 @@ static int check_iothread(struct json_object *options, struct error *err)
         if (json_get_int(options, not_negative[i], 0) < 0)
             return error_set(err, EINVAL, "%s value must be in range [0, %lld]", not_negative[i],
                              (long long)INT64_MAX);
+    int64_t most = json_get_int(options, "thread-pool-max", THREAD_POOL_MAX);
+    if (most < 1 || json_get_int(options, "thread-pool-min", 0) > most)
+        return error_set(err, EINVAL, "bad thread-pool-min/thread-pool-max values");
     return 0;
 }
 
@@ -143,9 +170,56 @@ int objects_del(struct objects *o, const char *id, struct error *err)
 
     if (!one)
         return error_set(err, ENOENT, "object '%s' not found", id);
-    if (!strcmp(json_get_string(one->options, "qom-type", ""), "throttle-group") &&
-        throttle_group_remove(o->graph, id) == -EBUSY)
+    if (!strcmp(type_of(one), "throttle-group") && throttle_group_remove(o->graph, id) == -EBUSY)
         return error_set(err, EBUSY, "object '%s' is in use, can not be deleted", id);
     object_free(o, one);
+    return 0;
+}
+
+struct json_object *objects_get(struct objects *o, const char *id, const char *property)
+{
+    struct object *one = find(o, id);
+    struct throttle_group *group = throttle_group_find(o->graph, id);
+
+    if (strcmp(type_of(one), "throttle-group"))
+        return json_copy(json_get(one->options, property));
+    CLEANUP(json_putp)
+    struct json_object *limits = throttle_limits_show(throttle_group_limits(group));
+    if (!strcmp(property, "limits"))
+        return steal(limits);
+    return json_copy(json_get(limits, property + strlen("x-")));
+}
+
+static int set_limits(struct objects *o, const char *id, struct json_object *value,
+                      struct error *err)
+{
+    struct throttle_group *group = throttle_group_find(o->graph, id);
+    struct throttle_limits limits = *throttle_group_limits(group);
+    CLEANUP(json_putp) struct json_object *options = json_object_new_object();
+    int r;
+
+    json_add(options, "limits", json_object_get(value));
+    r = throttle_limits_parse(&limits, options, err);
+    if (r == 0)
+        throttle_group_set_limits(group, &limits);
+    return r;
+}
+
+int objects_set(struct objects *o, const char *id, const char *property, struct json_object *value,
+                struct error *err)
+{
+    struct object *one = find(o, id);
+    CLEANUP(json_putp) struct json_object *options = json_copy(one->options);
+    int r = 0;
+
+    if (!strcmp(type_of(one), "throttle-group"))
+        return set_limits(o, id, value, err);
+    json_add(options, property, json_copy(value));
+    if (!strcmp(type_of(one), "iothread"))
+        r = check_iothread(options, err);
+    if (r < 0)
+        return r;
+    json_object_put(one->options);
+    one->options = steal(options);
     return 0;
 }

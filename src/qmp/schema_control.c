@@ -129,6 +129,17 @@ SCHEMA_UNION(ObjectOptions, "qom-type", MEMBERS(REQ("qom-type", ObjectType), REQ
              BRANCHES(BRANCH("iothread", IothreadProperties), BRANCH("secret", SecretProperties),
                       BRANCH("throttle-group", ThrottleGroupProperties)));
 
+static SCHEMA_OBJECT(ObjectPropertyInfo, REQ("name", str), REQ("type", str),
+                     OPT("description", str), OPT("default-value", any));
+
+SCHEMA_LIST(ObjectPropertyInfo);
+
+SCHEMA_OBJECT(QomListArg, REQ("path", str));
+
+SCHEMA_OBJECT(QomGetArg, REQ("path", str), REQ("property", str));
+
+SCHEMA_OBJECT(QomSetArg, REQ("path", str), REQ("property", str), REQ("value", any));
+
 static SCHEMA_ENUM(MonitorMode, VALUE("readline"), VALUE("control"));
 
 SCHEMA_OBJECT(MonitorOptions, OPT("id", str), OPT("mode", MonitorMode), OPT("pretty", bool),

@@ -66,4 +66,8 @@ SCHEMA_DECLARE(VersionInfo);
 SCHEMA_DECLARE(CommandInfoList);
 SCHEMA_DECLARE(SchemaInfoList);
 SCHEMA_DECLARE(ObjectOptions);
+SCHEMA_DECLARE(QomListArg);
+SCHEMA_DECLARE(ObjectPropertyInfoList);
+SCHEMA_DECLARE(QomGetArg);
+SCHEMA_DECLARE(QomSetArg);
 SCHEMA_DECLARE(MonitorOptions);

@@ -113,6 +113,34 @@ TEST_VIRTUAL(bytes_of_a_minute)
     CHECK(about(s[0].done, s[1].done));
 }
 
+/* New limits hold for those who wait, too; what they have used up stays used up. */
+TEST_VIRTUAL(limits_of_a_group_in_use)
+{
+    struct test_user u;
+    struct throttle_limits l;
+    struct error err = ERROR_INIT;
+    add_group(g, "g", "{'limits': {'bps-write': 1, 'bps-total-max-length': 1}}");
+    CLEANUP(edge_detachp) struct edge *e = open_throttled(g, &u, "t", "g");
+    struct stream s[2] = {{e, true, 4096, clock_after_ns(60 * NSEC_PER_SEC)},
+                          {e, true, 4096, clock_after_ns(60 * NSEC_PER_SEC)}};
+    SCOPE(all);
+    scope_spawn(&all, run_stream, &s[0]);
+    scope_spawn(&all, run_stream, &s[1]);
+    CHECK(sleep_until(clock_after_ns(30 * NSEC_PER_SEC)) == 0);
+    CHECK(s[0].done + s[1].done == 1); /* the next would come in an hour */
+    CHECK(parse("{'limits': {'bps-write': 1000000}}", &l, &err) == 0);
+    throttle_group_set_limits(throttle_group_find(g, "g"), &l);
+    CHECK(scope_join(&all) == 0);
+    CHECK(about((s[0].done + s[1].done) * 4096, 30 * 1000000));
+
+    CLEANUP(json_putp)
+    struct json_object *shown =
+        throttle_limits_show(throttle_group_limits(throttle_group_find(g, "g")));
+    CHECK(json_object_object_length(shown) == 19);
+    CHECK(json_get_int(shown, "bps-write", 0) == 1000000);
+    CHECK(json_get_int(shown, "iops-read-max-length", 0) == 1);
+}
+
 TEST_VIRTUAL(reads_and_writes_by_themselves)
 {
     struct test_user u;
@@ -302,10 +330,10 @@ TEST_VIRTUAL(limits_that_make_no_sense)
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(bytes_of_a_minute),         cmocka_unit_test(reads_and_writes_by_themselves),
-    cmocka_unit_test(requests_and_their_size),   cmocka_unit_test(bursts_have_a_length),
-    cmocka_unit_test(members_take_turns),        cmocka_unit_test(a_quiesced_node_has_no_limits),
-    cmocka_unit_test(at_the_end_nobody_waits),   cmocka_unit_test(a_group_in_use_stays),
-    cmocka_unit_test(limits_that_make_no_sense),
+    cmocka_unit_test(bytes_of_a_minute),        cmocka_unit_test(reads_and_writes_by_themselves),
+    cmocka_unit_test(requests_and_their_size),  cmocka_unit_test(bursts_have_a_length),
+    cmocka_unit_test(members_take_turns),       cmocka_unit_test(a_quiesced_node_has_no_limits),
+    cmocka_unit_test(at_the_end_nobody_waits),  cmocka_unit_test(a_group_in_use_stays),
+    cmocka_unit_test(limits_of_a_group_in_use), cmocka_unit_test(limits_that_make_no_sense),
 };
 UNIT_MAIN(tests)

@@ -11,7 +11,7 @@ blockdev-create blockdev-del blockdev-reopen drive-backup job-cancel job-complet
 job-finalize job-pause job-resume nbd-server-add nbd-server-remove nbd-server-start nbd-server-stop
 object-add object-del qmp_capabilities query-block query-block-exports query-block-jobs
 query-blockstats query-commands query-jobs query-named-block-nodes query-qmp-schema query-version
-quit transaction x-debug-block-dirty-bitmap-sha256""".split()
+qom-get qom-list qom-set quit transaction x-debug-block-dirty-bitmap-sha256""".split()
 
 EVENTS = """BLOCK_EXPORT_DELETED BLOCK_IMAGE_CORRUPTED BLOCK_IO_ERROR BLOCK_JOB_CANCELLED
 BLOCK_JOB_COMPLETED BLOCK_JOB_ERROR BLOCK_JOB_PENDING BLOCK_JOB_READY JOB_STATUS_CHANGE""".split()

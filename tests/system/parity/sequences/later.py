@@ -17,7 +17,6 @@ def commands_later(t):
     t("x-blockdev-set-iothread", node_name="nosuch", iothread=None)
     t("x-blockdev-amend", job_id="j", node_name="nosuch", options={"driver": "qcow2"})
     t("chardev-remove", id="nosuch")
-    t("qom-get", path="/objects", property="nosuch")
 
 
 @sequence(image("x"), image("r", "raw"))
