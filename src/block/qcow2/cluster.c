@@ -134,7 +134,8 @@ int map_lookup(struct qcow2 *q, uint64_t guest, uint64_t length, struct mapping 
 }
 
 /* A table that is free of holes in its cluster: all slices that nobody has written read as zeroes.
- */
+ * Its blocks are there from now on, so that what a file system had room for can be flushed when it
+ * is full. */
 static int new_l2_table(struct qcow2 *q, uint64_t *offset)
 {
     uint64_t got;
@@ -143,10 +144,8 @@ static int new_l2_table(struct qcow2 *q, uint64_t *offset)
     if (r < 0)
         return r;
     cache_forget(&q->l2_cache, *offset, q->cluster_size); /* of a table that was here before */
-    if (!fresh) {
-        file_event(q, DEBUG_l2_alloc_write);
-        r = file_write_zeroes(q, *offset, q->cluster_size);
-    }
+    file_event(q, DEBUG_l2_alloc_write);
+    r = file_write_zeroes(q, *offset, q->cluster_size);
     if (r < 0)
         refcount_unalloc(q, *offset, 1);
     return r;

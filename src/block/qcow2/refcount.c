@@ -131,12 +131,12 @@ static void note_used(struct qcow2 *q, uint64_t end_cluster)
     q->fresh_from = max_u64(q->fresh_from, end_cluster << q->cluster_bits);
 }
 
-static int clear_unless_fresh(struct qcow2 *q, uint64_t cluster, uint64_t n)
+/* Also where the file has never held anything: the blocks on disk must be there before it is full,
+ * or what it had room for could not be flushed. */
+static int clear_clusters(struct qcow2 *q, uint64_t cluster, uint64_t n)
 {
-    uint64_t offset = cluster << q->cluster_bits;
-    bool fresh = offset >= q->fresh_from;
     note_used(q, cluster + n);
-    return fresh ? 0 : file_write_zeroes(q, offset, n << q->cluster_bits);
+    return file_write_zeroes(q, cluster << q->cluster_bits, n << q->cluster_bits);
 }
 
 /* Makes the blocks for [BASE, BASE + K + N) where there are none, in the K clusters from BASE on,
@@ -150,7 +150,7 @@ static int make_blocks(struct qcow2 *q, uint64_t base, uint64_t k, uint64_t n)
         return -EFBIG;
     int r = qcow2_check_overlap(q, area.start, area.length, META_NONE);
     if (r == 0)
-        r = clear_unless_fresh(q, base, k);
+        r = clear_clusters(q, base, k);
     if (r < 0)
         return r;
     for (uint64_t c = base; c < base + k + n; c++) {
