@@ -1,7 +1,8 @@
 """pytest's setup of the system tests. Run one with /usr/bin/python3 -m pytest tests/system/...
 
 Fixtures: `tmp` (a short temporary directory), `daemon` (a function that starts tidemarkd with
-the given arguments and, after the test, stops it and checks its end).
+the given arguments and, after the test, stops it and checks its end), `small_fs` (a function that
+makes a file system to be full).
 """
 
 import os
@@ -14,7 +15,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import pytest  # noqa: E402
-from tidemark_testlib import Daemon, find_tidemarkd, temp_dir  # noqa: E402
+from tidemark_testlib import (  # noqa: E402
+    Daemon, NotAllowed, SmallFileSystem, find_tidemarkd, temp_dir,
+)
 
 KEPT = ("TIDEMARK", "TIDEMARK_BUILD", "TIDEMARK_PARITY", "TIDEMARK_SEED", "TIDEMARK_LOOP",
         "ASAN_OPTIONS", "UBSAN_OPTIONS", "LSAN_OPTIONS")
@@ -41,7 +44,24 @@ def tidemarkd():
 
 
 @pytest.fixture
-def daemon(tidemarkd, tmp):
+def small_fs(tmp):
+    """small_fs("2M") -> a file system of that size (SmallFileSystem), to be full."""
+    made = []
+
+    def make(size):
+        try:
+            made.append(SmallFileSystem(tmp / f"small{len(made)}", size))
+        except NotAllowed as error:
+            pytest.skip(str(error))
+        return made[-1]
+
+    yield make
+    for fs in made:
+        fs.close()
+
+
+@pytest.fixture
+def daemon(small_fs, tidemarkd, tmp):
     """daemon("--blockdev", ...) -> a running Daemon; all are stopped and checked at the end."""
     running = []
 

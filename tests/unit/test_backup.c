@@ -1,5 +1,5 @@
-/* The backup job: the instant under load, the three sets, QEMU's texts, errors that stop, backups of
- * one node that stack and end together. The table of outcomes is in test_outcomes.c. */
+/* The backup job: the instant under load, the three sets, QEMU's texts, errors that stop, backups
+ * of one node that stack and end together. The table of outcomes is in test_outcomes.c. */
 #include "jobutil.h"
 
 enum { SIZE = 4 * 1024 * 1024 };
