@@ -56,7 +56,17 @@ struct dirty_bitmap {
     struct bitmap *bits;
     struct dirty_bitmap *successor; /* nameless, in the list; NULL: no job holds this one */
     bool enabled, busy, persistent, inconsistent, readonly, hidden;
+    bool kept;         /* persistent, or the successor of one that is */
     bool marked_since; /* a write has marked since the last clear or merge that can be undone */
+    bool unbased;      /* its base is not durable yet: add, clear, enable before dirty_settle */
+    bool concluding;   /* its successor is about to become the bitmap */
+    bool rebased;      /* and with that a part of it has a new base, by JOB */
+    bool settling;     /* its base is about to become durable */
+    const char *job;
+    struct bitmap *before; /* what it was before a clear that is not durable yet; NULL: none */
+    const struct bitmap *folded; /* OR-ed into the successor by the outcome under way */
+    uint64_t generation;
+    char *last_job;
     uint64_t peak_bytes;
     uint64_t peak_before; /* the peak that undoing a clear brings back */
     TAILQ_ENTRY(dirty_bitmap) link;
@@ -141,6 +151,26 @@ static void observer_resized(struct write_observer *o, uint64_t from, uint64_t t
     TAILQ_FOREACH (bm, &home->list, link)
         follow_size(bm, from, to);
 }
+
+/* ---- sets that the store knows ---- */
+
+static struct dirty_store *store_of(const struct node *n)
+{
+    struct dirty_graph *dg = graph_get_data(node_graph(n), graph_key);
+
+    return dg ? dg->store : NULL;
+}
+
+static void free_bits(struct dirty_bitmap *bm, struct bitmap *bits)
+{
+    struct dirty_store *s = store_of(bm->home->node);
+
+    if (bits && bm->kept && s && s->bits_gone)
+        s->bits_gone(s, bm->home->node, bits);
+    bitmap_free(bits);
+}
+
+/* ---- sizes ---- */
 
 /* Makes room before the driver grows the disk, while it can still be refused. */
 static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t to,
@@ -227,13 +257,6 @@ void dirty_set_store(struct graph *g, struct dirty_store *s)
     struct dirty_graph *dg = graph_get_data(g, graph_key);
 
     dg->store = s;
-}
-
-static struct dirty_store *store_of(const struct node *n)
-{
-    struct dirty_graph *dg = graph_get_data(node_graph(n), graph_key);
-
-    return dg ? dg->store : NULL;
 }
 
 /* ---- finding and asking ---- */
@@ -479,9 +502,11 @@ int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsi
         assert_quiet(n);
     struct dirty_bitmap *bm = enlist(make_home(n), name, bits);
     bm->enabled = !(flags & DIRTY_DISABLED);
-    bm->persistent = flags & DIRTY_PERSISTENT;
+    bm->persistent = bm->kept = flags & DIRTY_PERSISTENT;
     if (flags & DIRTY_LOADED)
         bm->peak_bytes = UINT64_MAX;
+    else
+        bm->unbased = true;
     if (ret)
         *ret = bm;
     return 0;
@@ -497,7 +522,9 @@ void dirty_release(struct dirty_bitmap *bm)
         LIST_REMOVE(bm, in_bucket);
         home->n_named--;
     }
-    bitmap_free(bm->bits);
+    free_bits(bm, bm->before);
+    free_bits(bm, bm->bits);
+    free(bm->last_job);
     free(bm->name);
     free(bm);
 }
@@ -539,6 +566,7 @@ void dirty_set_enabled(struct dirty_bitmap *bm, bool enabled)
         return;
     assert_quiet(bm->home->node);
     bm->enabled = enabled;
+    bm->unbased = enabled; /* what was written while it was disabled is in no base of anybody */
 }
 
 void dirty_set_busy(struct dirty_bitmap *bm, bool busy)
@@ -567,6 +595,8 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
     if (!clean)
         return NULL;
     assert_quiet(bm->home->node);
+    if (!bm->before)
+        bm->before = old;
     bm->bits = clean;
     bm->peak_before = max_u64(bm->peak_before, bm->peak_bytes);
     bm->peak_bytes = size;
@@ -577,11 +607,19 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
 void dirty_restore(struct dirty_bitmap *bm, struct bitmap *old)
 {
     assert(bitmap_size(old) == bitmap_size(bm->bits));
-    if (bm->marked_since && !BROKEN(undone_clear_drops_marks))
+    if (bm->marked_since)
         bitmap_merge(old, bm->bits);
-    bitmap_free(bm->bits);
+    if (bm->before == old)
+        bm->before = NULL;
+    free_bits(bm, bm->bits);
     bm->bits = old;
     bm->peak_bytes = max_u64(bm->peak_bytes, bm->peak_before);
+}
+
+void dirty_forget(struct dirty_bitmap *bm, struct bitmap *old)
+{
+    if (bm->before != old) /* else dirty_settle does it */
+        free_bits(bm, old);
 }
 
 int dirty_merge(struct dirty_bitmap *bm, struct dirty_bitmap *src, struct bitmap **undo,
@@ -597,14 +635,19 @@ int dirty_merge(struct dirty_bitmap *bm, struct dirty_bitmap *src, struct bitmap
                          "Bitmaps are of different sizes (destination size is %" PRIu64
                          ", source size is %" PRIu64 ") and can't be merged",
                          bitmap_size(bm->bits), bitmap_size(src->bits));
+    /* A new set rather than bits in the old one: the store knows which sets it has. */
+    struct bitmap *old = bm->bits, *merged = bitmap_dup(old);
+    if (!merged)
+        return no_memory(bm->home->node, bm->name, dirty_granularity(bm), err);
+    assert_quiet(bm->home->node);
+    bitmap_merge(merged, src->bits);
+    bm->bits = merged;
     if (undo) {
-        struct bitmap *old = bitmap_dup(bm->bits);
-        if (!old)
-            return no_memory(bm->home->node, bm->name, dirty_granularity(bm), err);
         *undo = old;
         bm->marked_since = false;
+    } else {
+        free_bits(bm, old);
     }
-    bitmap_merge(bm->bits, src->bits);
     bm->peak_bytes = max_u64(bm->peak_bytes, src->peak_bytes);
     return 0;
 }
@@ -635,7 +678,7 @@ static void succeed(struct dirty_bitmap *bm, bool new_base)
     struct dirty_bitmap *s = bm->successor;
 
     assert(s && bm->busy && !bm->enabled);
-    bitmap_free(bm->bits);
+    free_bits(bm, bm->bits);
     bm->bits = steal(s->bits);
     bm->enabled = s->enabled;
     bm->marked_since = true;
@@ -653,33 +696,249 @@ static void succeed(struct dirty_bitmap *bm, bool new_base)
     dirty_release(s);
 }
 
-void dirty_restart(struct dirty_bitmap *bm)
+int dirty_restart(struct dirty_bitmap *bm, struct error *err)
 {
-    assert(bm->successor);
-    assert_quiet(bm->home->node);
-    bitmap_clear_all(bm->successor->bits);
-}
+    struct dirty_bitmap *s = bm->successor;
+    struct node *n = bm->home->node;
 
-void dirty_advance(struct dirty_bitmap *bm)
-{
-    succeed(bm, true);
-}
-
-int dirty_roll_back(struct dirty_bitmap *bm, const struct bitmap *remaining)
-{
-    bool new_base = remaining; /* a part of it was achieved: for queries it is a new one */
-
-    if (!remaining)
-        remaining = bm->bits;
-    if (BROKEN(successor_not_merged))
-        bitmap_clear_all(bm->successor->bits);
-    bitmap_merge_range(bm->successor->bits, remaining, range_make(0, bitmap_size(remaining)));
-    succeed(bm, new_base);
+    assert(s);
+    assert_quiet(n);
+    struct bitmap *clean = bitmap_new(bitmap_size(s->bits), dirty_granularity(bm));
+    struct bitmap *all = bitmap_dup(s->bits);
+    if (!clean || !all) {
+        bitmap_free(clean);
+        bitmap_free(all);
+        return no_memory(n, bm->name, dirty_granularity(bm), err);
+    }
+    bitmap_merge(all, bm->bits);
+    struct bitmap *old_bits = bm->bits, *old_successor = s->bits;
+    bm->bits = all;
+    s->bits = clean;
+    int r = dirty_commit(&n, 1, err);
+    if (r < 0) {
+        free_bits(bm, bm->bits);
+        free_bits(s, s->bits);
+        bm->bits = old_bits;
+        s->bits = old_successor;
+        return r;
+    }
+    free_bits(bm, old_bits);
+    free_bits(s, old_successor);
     return 0;
 }
 
 void dirty_unstart(struct dirty_bitmap *bm)
 {
-    bitmap_merge(bm->successor->bits, bm->bits);
-    succeed(bm, false);
+    struct dirty_bitmap *s = bm->successor;
+
+    assert_quiet(bm->home->node);
+    bitmap_merge(bm->bits, s->bits);
+    bm->enabled = s->enabled;
+    bm->peak_bytes = max_u64(bm->peak_bytes, s->peak_bytes);
+    bm->marked_since = true;
+    if (s->inconsistent)
+        dirty_set_inconsistent(bm);
+    bm->busy = false;
+    bm->successor = NULL;
+    dirty_release(s);
 }
+
+/* Does what the job has done give the bitmap a new base? */
+static bool rebases(const struct dirty_outcome *o)
+{
+    return o->advance || o->remaining;
+}
+
+static void fold(const struct dirty_outcome *o)
+{
+    struct dirty_bitmap *bm = o->bitmap, *s = bm->successor;
+
+    assert(s && bm->busy);
+    if (!o->advance) {
+        bm->folded = o->remaining ? o->remaining : bm->bits;
+        if (BROKEN(successor_not_merged))
+            bitmap_clear_all(s->bits);
+        bitmap_merge_range(s->bits, bm->folded, range_make(0, bitmap_size(bm->folded)));
+    }
+    bm->concluding = true;
+    bm->rebased = rebases(o);
+    bm->job = o->job;
+}
+
+static void unfold(const struct dirty_outcome *o)
+{
+    o->bitmap->concluding = o->bitmap->rebased = false;
+    o->bitmap->folded = NULL; /* its bits stay in the successor: a superset */
+    o->bitmap->job = NULL;
+}
+
+static void follow(const struct dirty_outcome *o)
+{
+    struct dirty_bitmap *bm = o->bitmap;
+
+    if (o->advance) {
+        /* Whoever has advanced has flushed the node: a clear before is durable, too. */
+        free_bits(bm, steal(bm->before));
+        bm->unbased = false;
+    }
+    if (rebases(o))
+        dirty_set_generation(bm, bm->generation + 1, o->job);
+    unfold(o);
+    succeed(bm, rebases(o));
+}
+
+int dirty_conclude(const struct dirty_outcome *outcomes, size_t n, struct error *err)
+{
+    CLEANUP(memory_freep) struct node **nodes = xcalloc(n + 1, sizeof *nodes);
+
+    for (size_t i = 0; i < n; i++) {
+        fold(&outcomes[i]);
+        nodes[i] = outcomes[i].bitmap->home->node;
+    }
+    int r = dirty_commit(nodes, n, err);
+    for (size_t i = 0; i < n; i++) {
+        if (r < 0)
+            unfold(&outcomes[i]);
+        else
+            follow(&outcomes[i]);
+    }
+    return r;
+}
+
+/* ---- what is durable ---- */
+
+static bool is_pending(const struct dirty_bitmap *bm)
+{
+    return !bm->hidden && (bm->before || bm->unbased);
+}
+
+/* The bits that stand between what was before a clear and the successor are in neither. */
+static bool must_settle_now(const struct dirty_bitmap *bm)
+{
+    return bm->before && bm->successor && bitmap_count(bm->bits) > 0;
+}
+
+static void settled(struct dirty_bitmap *bm)
+{
+    free_bits(bm, steal(bm->before));
+    bm->unbased = bm->settling = false;
+    dirty_set_generation(bm, bm->generation + 1, NULL);
+}
+
+int dirty_commit(struct node *const *nodes, size_t n, struct error *err)
+{
+    int r = 0;
+
+    for (size_t i = 0; r == 0 && i < n; i++) {
+        struct dirty_store *s = store_of(nodes[i]);
+        bool flushed = false;
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); r == 0 && bm; bm = dirty_next(bm)) {
+            if (!bm->kept || !must_settle_now(bm) || !s || !s->flush)
+                continue;
+            if (!flushed && (r = s->flush(s, nodes[i])) < 0)
+                return error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
+            flushed = bm->settling = true;
+        }
+    }
+    struct dirty_store *s = n ? store_of(nodes[0]) : NULL;
+    if (s && s->commit)
+        r = s->commit(s, nodes, n, err);
+    for (size_t i = 0; i < n; i++) {
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
+            if (bm->settling && r == 0)
+                settled(bm);
+            bm->settling = false;
+        }
+    }
+    return r;
+}
+
+/* The disk cannot be made durable: nothing that was cleared may stay so, nothing be trusted that has
+ * no base. */
+static void unsettle(struct dirty_bitmap *bm)
+{
+    if (bm->before) {
+        bitmap_merge(bm->successor ? bm->successor->bits : bm->bits, bm->before);
+        bm->folded = bm->before;
+    } else if (bm->unbased) {
+        dirty_set_inconsistent(bm);
+    }
+}
+
+int dirty_settle(struct node *const *nodes, size_t n, struct error *err)
+{
+    int r = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        struct dirty_store *s = store_of(nodes[i]);
+        bool flush = false;
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
+            bm->settling = is_pending(bm);
+            flush |= bm->settling && bm->kept;
+        }
+        if (flush && s && s->flush && r == 0 && (r = s->flush(s, nodes[i])) < 0)
+            error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
+    }
+    if (r == 0)
+        r = dirty_commit(nodes, n, err);
+    if (r == 0)
+        return 0;
+
+    for (size_t i = 0; i < n; i++)
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
+            if (is_pending(bm))
+                unsettle(bm);
+    return r;
+}
+
+void dirty_set_generation(struct dirty_bitmap *bm, uint64_t generation, const char *job)
+{
+    bm->generation = generation;
+    free(bm->last_job);
+    bm->last_job = job ? xstrdup(job) : NULL;
+}
+
+void dirty_rehome(struct dirty_bitmap *bm, struct bitmap *from, struct bitmap *to)
+{
+    if (bm->before == from)
+        bm->before = to;
+    else if (bm->bits == from)
+        bm->bits = to;
+    else if (bm->successor && bm->successor->bits == from)
+        bm->successor->bits = to;
+    else
+        assert(!"a set of this bitmap");
+}
+
+void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
+{
+    const struct dirty_bitmap *s = bm->successor;
+
+    *ret = (struct dirty_state){
+        .current = bm->bits,
+        .successor = s ? s->bits : NULL,
+        .enabled = dirty_recording(bm),
+        .inconsistent = bm->inconsistent,
+        .based = !bm->unbased,
+        .generation = bm->generation + bm->rebased,
+        .job = bm->rebased ? bm->job : bm->last_job,
+    };
+    if (bm->concluding) {
+        ret->current = s->bits;
+        ret->successor = NULL;
+        ret->folded = bm->folded;
+        ret->inconsistent = ret->inconsistent || s->inconsistent;
+    }
+    if (bm->settling) {
+        ret->based = true;
+        ret->generation++;
+        ret->job = NULL;
+    } else if (bm->before && !(bm->concluding && bm->rebased)) {
+        /* Cleared, but that may not be durable before the disk is. So far it is as if a job held
+         * what was there before. */
+        ret->successor = ret->successor ? ret->successor : ret->current;
+        ret->current = bm->before;
+        ret->based = true;
+    }
+}
+

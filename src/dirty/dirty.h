@@ -99,24 +99,63 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm) MUST_CHECK;
 /* Undo of a clear or merge, the last one first: BM is OLD again; where writes have marked bits
  * since, these stay (and what a merge has added, then). Steals OLD. */
 void dirty_restore(struct dirty_bitmap *bm, struct bitmap *old);
+/* There will be no undo. Steals OLD. */
+void dirty_forget(struct dirty_bitmap *bm, struct bitmap *old);
 /* BM |= bits of SRC (any granularity), after QEMU's checks of both. *UNDO, when UNDO is not NULL,
- * gets the bits as they were. */
+ * gets the bits as they were. Quiesced. */
 int dirty_merge(struct dirty_bitmap *bm, struct dirty_bitmap *src, struct bitmap **undo,
                 struct error *err) MUST_CHECK;
 
 /* ---- a job's hold on a bitmap: the handle BM stays good through all of these ---- */
 
-/* Quiesced: busy, and a successor records if the bitmap did. */
+/* Quiesced: busy, and a successor records if the bitmap did. Durable after dirty_commit(). */
 int dirty_start(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
 /* The start never happened (its transaction was not committed): bitmap OR successor, not busy. */
 void dirty_unstart(struct dirty_bitmap *bm);
-/* Quiesced: the successor forgets what it has recorded, because the job has that, too. */
-void dirty_restart(struct dirty_bitmap *bm);
-/* The successor becomes the bitmap. */
-void dirty_advance(struct dirty_bitmap *bm);
-/* REMAINING (NULL: the whole bitmap as at the start) is OR-ed into the successor, which becomes
- * the bitmap. 0: nothing can fail until persist/ takes part. */
-int dirty_roll_back(struct dirty_bitmap *bm, const struct bitmap *remaining) MUST_CHECK;
+/* Quiesced: the successor forgets what it has recorded, because the job has that, too; should the
+ * job fail yet, the bitmap has it. On error nothing has changed. */
+int dirty_restart(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
+
+/* How a job leaves a bitmap. */
+struct dirty_outcome {
+    struct dirty_bitmap *bitmap;
+    /* The successor becomes the bitmap: the job has all that the bitmap says. Otherwise REMAINING
+     * (NULL: the whole bitmap as at the start) is OR-ed into the successor first. */
+    bool advance;
+    const struct bitmap *remaining;
+    const char *job; /* its id */
+};
+/* Several bitmaps, also of several nodes: durably all or none of them; waits. On error they are as
+ * before, busy. The caller has flushed what was copied to, then the node (advance; remaining). */
+int dirty_conclude(const struct dirty_outcome *outcomes, size_t n, struct error *err) MUST_CHECK;
+
+/* ---- what is durable ---- */
+
+/* Makes what these nodes' bitmaps are now durable, all or nothing; waits. Quiesced, if what is marked
+ * has changed. On error the caller undoes its changes and calls it again. */
+int dirty_commit(struct node *const *nodes, size_t n, struct error *err) MUST_CHECK;
+/* The second half of clear, add and enable, which guests need not wait for: when what they
+ * wrote before is durable too, the bitmaps of these nodes have their base. On error those that had
+ * none are inconsistent, and what was cleared is dirty. */
+int dirty_settle(struct node *const *nodes, size_t n, struct error *err) MUST_CHECK;
+
+/* What of a bitmap is to be durable; for the store. */
+struct dirty_state {
+    struct bitmap *current;
+    struct bitmap *successor;    /* NULL: none */
+    const struct bitmap *folded; /* bits of CURRENT that no write has announced; NULL: none */
+    bool enabled; /* records (a busy one: its successor) */
+    bool inconsistent;
+    bool based; /* false: its base is not durable yet */
+    uint64_t generation;
+    const char *job; /* that has raised the generation; NULL: none */
+};
+void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret);
+/* For a loaded one. */
+void dirty_set_generation(struct dirty_bitmap *bm, uint64_t generation, const char *job);
+/* The store keeps the bits elsewhere from now on: FROM, which is one of BM's sets, is TO, whose
+ * content is equal. FROM is the caller's then. */
+void dirty_rehome(struct dirty_bitmap *bm, struct bitmap *from, struct bitmap *to);
 
 /* ---- where bitmaps are kept between runs; persist/ registers here ---- */
 
@@ -125,5 +164,12 @@ struct dirty_store {
     int (*can_add)(struct dirty_store *s, struct node *n, const char *name,
                    uint64_t granularity_bytes, struct error *err);
     int (*remove)(struct dirty_store *s, struct node *n, const char *name, struct error *err);
+    /* dirty_commit's and dirty_settle's work: what dirty_get_state says of N nodes' persistent
+     * bitmaps becomes durable, of all or of none. */
+    int (*commit)(struct dirty_store *s, struct node *const *nodes, size_t n, struct error *err);
+    /* All that was written to the node before is durable. */
+    int (*flush)(struct dirty_store *s, struct node *n);
+    /* This set of a persistent bitmap is about to be freed. */
+    void (*bits_gone)(struct dirty_store *s, struct node *n, struct bitmap *bits);
 };
 void dirty_set_store(struct graph *g, struct dirty_store *s);
