@@ -63,7 +63,8 @@ struct dirty_bitmap {
     bool rebased;      /* and with that a part of it has a new base, by JOB */
     bool settling;     /* its base is about to become durable */
     const char *job;
-    struct bitmap *before; /* what it was before a clear that is not durable yet; NULL: none */
+    struct bitmap *before;    /* what it was before a clear that is not durable yet; NULL: none */
+    struct bitmap *unsettled; /* the same, OR-ed back because it never will be */
     const struct bitmap *folded; /* OR-ed into the successor by the outcome under way */
     uint64_t generation;
     char *last_job;
@@ -114,6 +115,24 @@ static void index_grow(struct dirty_node *home)
         LIST_INSERT_HEAD(bucket_of(home, bm->name), bm, in_bucket);
 }
 
+/* ---- sets that the store knows ---- */
+
+static struct dirty_store *store_of(const struct node *n)
+{
+    struct dirty_graph *dg = graph_get_data(node_graph(n), graph_key);
+
+    return dg ? dg->store : NULL;
+}
+
+static void free_bits(struct dirty_bitmap *bm, struct bitmap *bits)
+{
+    struct dirty_store *s = store_of(bm->home->node);
+
+    if (bits && bm->kept && s && s->bits_gone)
+        s->bits_gone(s, bm->home->node, bits);
+    bitmap_free(bits);
+}
+
 /* ---- the observer ---- */
 
 static void observer_mark(struct write_observer *o, struct range r)
@@ -131,7 +150,11 @@ static void observer_mark(struct write_observer *o, struct range r)
 
 static void follow_size(struct dirty_bitmap *bm, uint64_t from, uint64_t to)
 {
-    if (bitmap_resize(bm->bits, to) < 0) {
+    int r = bitmap_resize(bm->bits, to);
+
+    if (r == 0 && bm->before)
+        r = bitmap_resize(bm->before, to);
+    if (r < 0) {
         log_warning("no memory for dirty bitmap '%s' of node '%s' at %" PRIu64
                     " bytes: it is inconsistent from now on",
                     title(bm->name), node_name(bm->home->node), to);
@@ -152,25 +175,16 @@ static void observer_resized(struct write_observer *o, uint64_t from, uint64_t t
         follow_size(bm, from, to);
 }
 
-/* ---- sets that the store knows ---- */
-
-static struct dirty_store *store_of(const struct node *n)
-{
-    struct dirty_graph *dg = graph_get_data(node_graph(n), graph_key);
-
-    return dg ? dg->store : NULL;
-}
-
-static void free_bits(struct dirty_bitmap *bm, struct bitmap *bits)
+/* Room for a disk of TO bytes, and then the size; NULL has room. */
+static int make_room(struct dirty_bitmap *bm, struct bitmap *bits, uint64_t to)
 {
     struct dirty_store *s = store_of(bm->home->node);
+    int r = 0;
 
-    if (bits && bm->kept && s && s->bits_gone)
-        s->bits_gone(s, bm->home->node, bits);
-    bitmap_free(bits);
+    if (bits && bm->kept && s && s->grow)
+        r = s->grow(s, bm->home->node, bits, to);
+    return bits && r == 0 ? bitmap_resize(bits, to) : r;
 }
-
-/* ---- sizes ---- */
 
 /* Makes room before the driver grows the disk, while it can still be refused. */
 static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t to,
@@ -182,7 +196,7 @@ static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t t
     if (to <= from)
         return 0;
     TAILQ_FOREACH (bm, &home->list, link) {
-        if (bitmap_resize(bm->bits, to) == 0)
+        if (make_room(bm, bm->bits, to) == 0 && make_room(bm, bm->before, to) == 0)
             continue;
         observer_resized(o, to, from); /* smaller again, which cannot fail */
         return error_set(err, ENOMEM, "No memory for bitmap '%s' of node '%s' at %" PRIu64 " bytes",
@@ -607,7 +621,7 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
 void dirty_restore(struct dirty_bitmap *bm, struct bitmap *old)
 {
     assert(bitmap_size(old) == bitmap_size(bm->bits));
-    if (bm->marked_since)
+    if (bm->marked_since && !BROKEN(undone_clear_drops_marks))
         bitmap_merge(old, bm->bits);
     if (bm->before == old)
         bm->before = NULL;
@@ -795,6 +809,7 @@ int dirty_conclude(const struct dirty_outcome *outcomes, size_t n, struct error 
         fold(&outcomes[i]);
         nodes[i] = outcomes[i].bitmap->home->node;
     }
+    GRAPH_LOCKED(node_graph(nodes[0])); /* not in the middle of a transaction */
     int r = dirty_commit(nodes, n, err);
     for (size_t i = 0; i < n; i++) {
         if (r < 0)
@@ -853,41 +868,56 @@ int dirty_commit(struct node *const *nodes, size_t n, struct error *err)
     return r;
 }
 
-/* The disk cannot be made durable: nothing that was cleared may stay so, nothing be trusted that has
- * no base. */
-static void unsettle(struct dirty_bitmap *bm)
+/* The disk cannot be made durable: nothing that was cleared may stay so, nothing be trusted that
+ * has no base. */
+static void unsettle(struct node *const *nodes, size_t n)
 {
-    if (bm->before) {
-        bitmap_merge(bm->successor ? bm->successor->bits : bm->bits, bm->before);
-        bm->folded = bm->before;
-    } else if (bm->unbased) {
-        dirty_set_inconsistent(bm);
+    for (size_t i = 0; i < n; i++) {
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
+            if (!is_pending(bm))
+                continue;
+            if (bm->before) {
+                bm->unsettled = steal(bm->before);
+                bitmap_merge(bm->successor ? bm->successor->bits : bm->bits, bm->unsettled);
+            } else {
+                dirty_set_inconsistent(bm);
+            }
+            bm->unbased = false;
+        }
     }
+    struct error again = ERROR_INIT;
+    if (dirty_commit(nodes, n, &again) < 0)
+        log_warning("%s", again.text);
+    for (size_t i = 0; i < n; i++)
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
+            free_bits(bm, steal(bm->unsettled));
 }
 
 int dirty_settle(struct node *const *nodes, size_t n, struct error *err)
 {
+    bool any = false;
     int r = 0;
 
     for (size_t i = 0; i < n; i++) {
         struct dirty_store *s = store_of(nodes[i]);
         bool flush = false;
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
-            bm->settling = is_pending(bm);
-            flush |= bm->settling && bm->kept;
+            flush |= is_pending(bm) && bm->kept;
+            any |= is_pending(bm);
         }
         if (flush && s && s->flush && r == 0 && (r = s->flush(s, nodes[i])) < 0)
             error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
     }
+    if (!any)
+        return 0;
+    GRAPH_LOCKED(node_graph(nodes[0]));
+    for (size_t i = 0; r == 0 && i < n; i++)
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
+            bm->settling = is_pending(bm);
     if (r == 0)
         r = dirty_commit(nodes, n, err);
-    if (r == 0)
-        return 0;
-
-    for (size_t i = 0; i < n; i++)
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            if (is_pending(bm))
-                unsettle(bm);
+    if (r < 0)
+        unsettle(nodes, n);
     return r;
 }
 
@@ -923,10 +953,12 @@ void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
         .generation = bm->generation + bm->rebased,
         .job = bm->rebased ? bm->job : bm->last_job,
     };
+    if (bm->unsettled)
+        ret->folded = s ? s->bits : bm->bits;
     if (bm->concluding) {
         ret->current = s->bits;
         ret->successor = NULL;
-        ret->folded = bm->folded;
+        ret->folded = bm->unsettled ? s->bits : bm->folded;
         ret->inconsistent = ret->inconsistent || s->inconsistent;
     }
     if (bm->settling) {
@@ -941,4 +973,3 @@ void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
         ret->based = true;
     }
 }
-

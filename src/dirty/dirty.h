@@ -131,8 +131,8 @@ int dirty_conclude(const struct dirty_outcome *outcomes, size_t n, struct error 
 
 /* ---- what is durable ---- */
 
-/* Makes what these nodes' bitmaps are now durable, all or nothing; waits. Quiesced, if what is marked
- * has changed. On error the caller undoes its changes and calls it again. */
+/* Makes what these nodes' bitmaps are now durable, all or nothing; waits. Quiesced, if what is
+ * marked has changed. On error the caller undoes its changes and calls it again. */
 int dirty_commit(struct node *const *nodes, size_t n, struct error *err) MUST_CHECK;
 /* The second half of clear, add and enable, which guests need not wait for: when what they
  * wrote before is durable too, the bitmaps of these nodes have their base. On error those that had
@@ -142,8 +142,9 @@ int dirty_settle(struct node *const *nodes, size_t n, struct error *err) MUST_CH
 /* What of a bitmap is to be durable; for the store. */
 struct dirty_state {
     struct bitmap *current;
-    struct bitmap *successor;    /* NULL: none */
-    const struct bitmap *folded; /* bits of CURRENT that no write has announced; NULL: none */
+    struct bitmap *successor; /* NULL: none */
+    /* Bits of the set that writes mark that no write has announced; NULL: none. */
+    const struct bitmap *folded;
     bool enabled; /* records (a busy one: its successor) */
     bool inconsistent;
     bool based; /* false: its base is not durable yet */
@@ -169,6 +170,8 @@ struct dirty_store {
     int (*commit)(struct dirty_store *s, struct node *const *nodes, size_t n, struct error *err);
     /* All that was written to the node before is durable. */
     int (*flush)(struct dirty_store *s, struct node *n);
+    /* The disk is about to grow to TO bytes: the words under this set must be enough for it. */
+    int (*grow)(struct dirty_store *s, struct node *n, struct bitmap *bits, uint64_t to);
     /* This set of a persistent bitmap is about to be freed. */
     void (*bits_gone)(struct dirty_store *s, struct node *n, struct bitmap *bits);
 };

@@ -166,24 +166,35 @@ static int backup_prepare(struct job *j, struct error *err)
     return flush_both(backup_of(j));
 }
 
+/* What a job that has failed leaves is always allowed. If even that cannot be made durable, the
+ * bitmap stays as it is on disk: as if the job still ran. */
+static void conclude(struct backup *b, bool advance, const struct bitmap *remaining)
+{
+    struct dirty_outcome o = {b->bitmap, advance, remaining, b->job.id};
+    struct error err = ERROR_INIT;
+    if (dirty_conclude(&o, 1, &err) < 0)
+        log_error("job '%s': bitmap '%s' stays busy: %s", b->job.id, dirty_name(b->bitmap),
+                  err.text);
+}
+
 static void roll_back(struct backup *b, const struct bitmap *remaining)
 {
-    if (dirty_roll_back(b->bitmap, remaining) < 0) {
-        log_error("job '%s': bitmap '%s' cannot be kept up", b->job.id, dirty_name(b->bitmap));
-        dirty_set_inconsistent(b->bitmap);
-    }
+    conclude(b, false, remaining);
+}
+
+static bool backup_outcome(struct job *j, struct dirty_outcome *ret)
+{
+    struct backup *b = backup_of(j);
+    if (!b->bitmap)
+        return false;
+    ret->bitmap = b->bitmap;
+    ret->advance = b->bitmap_mode != BITMAP_NEVER || BROKEN(never_advances);
+    return true;
 }
 
 static void backup_commit(struct job *j)
 {
-    struct backup *b = backup_of(j);
-    if (!b->bitmap)
-        return;
-    if (b->bitmap_mode == BITMAP_NEVER && !BROKEN(never_advances))
-        roll_back(b, NULL);
-    else
-        dirty_advance(b->bitmap);
-    b->bitmap = NULL;
+    backup_of(j)->bitmap = NULL; /* left as outcome says */
 }
 
 /* always: what has been achieved counts, if it is durable. */
@@ -196,7 +207,7 @@ static void keep_achieved(struct backup *b)
     if (BROKEN(remaining_after_flush) && flush_both(b) == 0)
         roll_back(b, copy_remaining(b->copy));
     else if (BROKEN(remaining_lost))
-        dirty_advance(b->bitmap);
+        conclude(b, true, NULL);
     else if (remaining && (flush_both(b) == 0 || BROKEN(flush_failure_forgotten)))
         roll_back(b, remaining);
     else if (b->sync != SYNC_BITMAP) {
@@ -216,9 +227,11 @@ static void backup_abort(struct job *j)
     if (!b->bitmap)
         return;
     if (!j->started && BROKEN(unstarted_advances))
-        dirty_advance(b->bitmap);
+        conclude(b, true, NULL);
+    else if (j->held)
+        dirty_unstart(b->bitmap); /* its transaction has not been committed */
     else if (!j->started)
-        dirty_unstart(b->bitmap);
+        roll_back(b, NULL);
     else if (b->bitmap_mode == BITMAP_ALWAYS)
         keep_achieved(b);
     else
@@ -248,6 +261,7 @@ static const struct job_driver backup_driver = {
     .block_job = true,
     .run = backup_run,
     .prepare = backup_prepare,
+    .outcome = backup_outcome,
     .commit = backup_commit,
     .abort = backup_abort,
     .clean = backup_clean,

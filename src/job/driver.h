@@ -8,7 +8,8 @@
  *          +---- never started -------------> abort ----------+
  *
  * Jobs end in groups: a job that has run waits until all of its group have; if all succeeded, all
- * are prepared (the last chance to fail), then committed. If one fails or is cancelled, the
+ * are prepared, then their bitmaps are left as outcome() says, durably all or none (the last
+ * chance to fail), then committed. If one fails or is cancelled, the
  * others are cancelled by force and all are aborted. A job without a group is alone in its own. */
 #pragma once
 
@@ -16,6 +17,7 @@
 #include "rt/sync.h"
 
 struct job_group;
+struct dirty_outcome;
 
 struct job_driver {
     const char *type; /* "backup": JobType */
@@ -27,6 +29,8 @@ struct job_driver {
     int (*run)(struct job *j, struct error *err);
     /* Once the whole group has run well; may wait, may fail. */
     int (*prepare)(struct job *j, struct error *err);
+    /* How it leaves its bitmap now that it has succeeded; false: it has none. */
+    bool (*outcome)(struct job *j, struct dirty_outcome *ret);
     void (*commit)(struct job *j); /* may wait, cannot fail */
     void (*abort)(struct job *j);  /* j->started tells whether it ever ran */
     void (*clean)(struct job *j);  /* after either; lets go of nodes */

@@ -4,6 +4,7 @@
  * on the loop, so between two waits nothing moves; the waits are in run(), in prepare, commit,
  * abort and clean, and where an aborting group waits for a member's run() to return. While a
  * group is being concluded it says so (`concluding`) and verbs wait. */
+#include "dirty/dirty.h"
 #include "job/driver.h"
 
 #include "base/broken.h"
@@ -46,6 +47,7 @@ struct job_group {
     unsigned refs; /* one a job, one of whoever fills it */
     struct job_list jobs;
     bool aborting;
+    bool committed;  /* every bitmap has its outcome: nobody can fail any more */
     bool concluding; /* somebody ends it just now */
     struct waitq member_ran;
 };
@@ -335,7 +337,8 @@ static void finalize_one(struct job *j)
 {
     const struct job_driver *d = j->driver;
 
-    settle_result(j);
+    if (!j->group->committed)
+        settle_result(j);
     if (j->result) {
         if (d->abort)
             d->abort(j);
@@ -408,6 +411,22 @@ static void group_abort(struct job *first)
     job_group_unref(grp);
 }
 
+/* All bitmaps of the group at once. Whoever is cancelled from here on is too late. */
+static int group_outcomes(struct job_group *grp, struct error *err)
+{
+    struct job *j;
+    size_t n = 0, count = 0;
+    TAILQ_FOREACH (j, &grp->jobs, in_group)
+        count++;
+    CLEANUP(memory_freep) struct dirty_outcome *list = xcalloc(count, sizeof *list);
+
+    TAILQ_FOREACH (j, &grp->jobs, in_group) {
+        list[n].job = j->id;
+        n += j->driver->outcome && j->driver->outcome(j, &list[n]);
+    }
+    return n ? dirty_conclude(list, n, err) : 0;
+}
+
 static void group_conclude(struct job_group *grp)
 {
     struct jobs *js = TAILQ_FIRST(&grp->jobs)->jobs;
@@ -423,6 +442,14 @@ static void group_conclude(struct job_group *grp)
             failed = j;
             break;
         }
+    }
+    if (!failed) {
+        j = TAILQ_FIRST(&grp->jobs);
+        j->result = group_outcomes(grp, &j->error);
+        if (j->result)
+            failed = j;
+        else
+            grp->committed = true;
     }
     if (failed) {
         group_abort(failed);

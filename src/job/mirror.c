@@ -363,7 +363,7 @@ static int take_apart(struct mirror *m, bool success)
     return r;
 }
 
-static int exit_quiesced(struct mirror *m, bool success)
+static int exit_quiesced(struct mirror *m, bool success, struct error *err)
 {
     struct graph *g = jobs_graph(m->job.jobs);
     CLEANUP(node_unrefp) struct node *filter = node_ref(m->filter);
@@ -375,11 +375,11 @@ static int exit_quiesced(struct mirror *m, bool success)
     graph_quiesce_begin(g, nodes, ARRAY_SIZE(nodes));
     if (success && !BROKEN(mirror_pivots_before_last_chunk))
         r = drain(m, &read_failed);
-    if (r == 0)
-        r = take_apart(m, success);
     if (r == 0 && success && m->bitmap && m->bitmap_mode != BITMAP_NEVER &&
         !BROKEN(mirror_restart_forgotten))
-        dirty_restart(m->bitmap);
+        r = dirty_restart(m->bitmap, err);
+    if (r == 0)
+        r = take_apart(m, success);
     graph_quiesce_end(g, nodes, ARRAY_SIZE(nodes));
     return r;
 }
@@ -393,27 +393,31 @@ static int mirror_prepare(struct job *j, struct error *err)
     /* What has become dirty while it was pending is copied before guests have to wait. */
     follow_resume(m->follow);
     int r = follow_run(m->follow, last_step(m), CATCH_UP_PASSES, &read_failed);
-    return r < 0 ? r : exit_quiesced(m, true);
+    return r < 0 ? r : exit_quiesced(m, true, err);
 }
 
 static void roll_back(struct mirror *m, const struct bitmap *remaining)
 {
-    if (dirty_roll_back(m->bitmap, remaining) < 0) {
-        log_error("job '%s': bitmap '%s' cannot be kept up", m->job.id, dirty_name(m->bitmap));
-        dirty_set_inconsistent(m->bitmap);
-    }
-    m->bitmap = NULL;
+    struct dirty_outcome o = {steal(m->bitmap), false, remaining, m->job.id};
+    struct error err = ERROR_INIT;
+    if (dirty_conclude(&o, 1, &err) < 0)
+        log_error("job '%s': bitmap '%s' stays busy: %s", m->job.id, dirty_name(o.bitmap),
+                  err.text);
+}
+
+static bool mirror_outcome(struct job *j, struct dirty_outcome *ret)
+{
+    struct mirror *m = mirror_of(j);
+    if (!m->bitmap)
+        return false;
+    ret->bitmap = m->bitmap;
+    ret->advance = m->bitmap_mode != BITMAP_NEVER;
+    return true;
 }
 
 static void mirror_commit(struct job *j)
 {
-    struct mirror *m = mirror_of(j);
-    if (m->bitmap && m->bitmap_mode == BITMAP_NEVER) {
-        roll_back(m, NULL);
-    } else if (m->bitmap) {
-        dirty_advance(m->bitmap);
-        m->bitmap = NULL;
-    }
+    mirror_of(j)->bitmap = NULL; /* left as outcome says */
 }
 
 static void mirror_abort(struct job *j)
@@ -425,7 +429,7 @@ static void mirror_abort(struct job *j)
         roll_back(m, keep ? follow_dirty(m->follow) : NULL);
     }
     if (m->follow) {
-        int r = exit_quiesced(m, false);
+        int r = exit_quiesced(m, false, NULL);
         (void)r; /* it fails already */
     }
 }
@@ -457,6 +461,7 @@ static const struct job_driver mirror_driver = {
     .block_job = true,
     .run = mirror_run,
     .prepare = mirror_prepare,
+    .outcome = mirror_outcome,
     .commit = mirror_commit,
     .abort = mirror_abort,
     .clean = mirror_clean,

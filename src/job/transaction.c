@@ -142,7 +142,8 @@ static int clear_prepare(struct action *a, struct error *err)
 
 static void undo_commit(struct action *a)
 {
-    bitmap_free(steal(a->undo));
+    if (a->undo)
+        dirty_forget(a->bitmap, steal(a->undo));
 }
 
 static void undo_abort(struct action *a)
@@ -542,12 +543,19 @@ static int run_locked(struct transaction *t, struct error *err)
             break;
         }
     }
+    bool prepared = !failed;
+    if (prepared && (r = dirty_commit(t->nodes, t->node_count, err)) < 0)
+        failed = TAILQ_LAST(&t->actions, action_list);
     t->failed = failed;
     if (failed) {
         for (a = failed; a; a = TAILQ_PREV(a, action_list, link)) {
             if (a->kind->abort)
                 a->kind->abort(a);
         }
+        /* What has failed may be durable all the same: this says what holds. */
+        struct error again = ERROR_INIT;
+        if (prepared && dirty_commit(t->nodes, t->node_count, &again) < 0)
+            log_error("%s", again.text);
     } else {
         TAILQ_FOREACH (a, &t->actions, link) {
             if (a->kind->commit)
@@ -564,11 +572,14 @@ static int run_locked(struct transaction *t, struct error *err)
 static int run(struct transaction *t, struct error *err)
 {
     SHIELD();
-    GRAPH_LOCKED(t->graph);
+    graph_lock(t->graph);
     collect_nodes(t);
     graph_quiesce_begin(t->graph, t->nodes, t->node_count);
     int r = run_locked(t, err);
     graph_quiesce_end(t->graph, t->nodes, t->node_count);
+    graph_unlock(t->graph);
+    if (r == 0)
+        r = dirty_settle(t->nodes, t->node_count, err);
     for (size_t i = 0; i < t->node_count; i++)
         node_unref(t->nodes[i]);
     return r;

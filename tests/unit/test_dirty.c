@@ -128,6 +128,12 @@ static struct dirty_bitmap *add(struct world *w, const char *name, uint64_t gran
     return bm;
 }
 
+static void conclude(struct dirty_bitmap *bm, bool advance, const struct bitmap *remaining)
+{
+    struct dirty_outcome o = {bm, advance, remaining, "job0"};
+    assert_int_equal(dirty_conclude(&o, 1, NULL), 0);
+}
+
 static void start(struct dirty_bitmap *bm)
 {
     struct error err = ERROR_INIT;
@@ -267,7 +273,7 @@ static int queries_show_the_newest_first(void *arg)
     dirty_release(again);
     dirty_unhide(b);
     assert_true(dirty_find(w.n, "b") == b);
-    dirty_advance(a);
+    conclude(a, true, NULL);
     assert_true(dirty_first(w.n) == a);
     return 0;
 }
@@ -323,11 +329,11 @@ static int a_job_ends_as_the_table_says(void *arg)
 
             bitmap_mark(remaining, range_make(200000, 1));
             if (outcome == 0)
-                dirty_advance(a);
+                conclude(a, true, NULL);
             else if (outcome == 1)
-                assert_int_equal(dirty_roll_back(a, NULL), 0);
+                conclude(a, false, NULL);
             else if (outcome == 2)
-                assert_int_equal(dirty_roll_back(a, remaining), 0);
+                conclude(a, false, remaining);
             else
                 dirty_unstart(a);
             bitmap_free(remaining);
@@ -395,8 +401,8 @@ static int what_a_shrink_cut_off_comes_back_dirty(void *arg)
 
     /* A clear after the shrink: the base is small. */
     world_resize(&w, 1 * MiB);
-    bitmap_free(dirty_clear(a));
-    bitmap_free(dirty_clear(loaded));
+    dirty_forget(a, dirty_clear(a));
+    dirty_forget(loaded, dirty_clear(loaded));
     world_resize(&w, 2 * MiB);
     assert_int_equal(bitmap_count(dirty_bits(a)), 0);
     assert_int_equal(bitmap_count(dirty_bits(loaded)), 0);
@@ -520,7 +526,7 @@ static int random_histories_agree_with_a_model(void *arg)
                 assert_int_equal(dirty_remove(m->bm, NULL), 0);
                 m->there = false;
             } else if (what == 1 && !m->busy) {
-                bitmap_free(dirty_clear(m->bm));
+                dirty_forget(m->bm, dirty_clear(m->bm));
                 memset(m->bits, 0, sizeof m->bits);
                 m->peak = size;
             } else if (what == 2 && !m->busy) {
@@ -540,13 +546,13 @@ static int random_histories_agree_with_a_model(void *arg)
                 m->next_peak = size;
                 memset(m->next, 0, sizeof m->next);
             } else if (what == 6 && m->busy) {
-                dirty_advance(m->bm);
+                conclude(m->bm, true, NULL);
                 memcpy(m->bits, m->next, sizeof m->bits);
                 m->peak = m->next_peak;
                 m->busy = false;
             } else if (what == 7 && m->busy) {
                 if (rng_below(&rng, 2))
-                    assert_int_equal(dirty_roll_back(m->bm, NULL), 0);
+                    conclude(m->bm, false, NULL);
                 else
                     dirty_unstart(m->bm);
                 for (int g = 0; g < GRANULES_MAX; g++)
