@@ -318,6 +318,22 @@ void bitmap_free(struct bitmap *bm)
     free(bm);
 }
 
+int bitmap_move(struct bitmap *bm, uint64_t *words, uint64_t room_bytes)
+{
+    struct bitmap old = *bm;
+
+    assert(bm->lent);
+    bm->bits = max_u64(bits_for(room_bytes, bm->granularity_shift), old.bits);
+    if (take_memory(bm, words) < 0) {
+        *bm = old;
+        return -ENOMEM;
+    }
+    bm->bits = old.bits;
+    rebuild(bm);
+    give_memory_back(&old);
+    return 0;
+}
+
 int bitmap_resize(struct bitmap *bm, uint64_t new_size_bytes)
 {
     assert(new_size_bytes <= INT64_MAX);

@@ -26,6 +26,9 @@ struct bitmap *bitmap_new(uint64_t size_bytes, uint64_t granularity_bytes);
  * Bits beyond the size are cleared. The words must outlive the bitmap. */
 struct bitmap *bitmap_new_over(uint64_t *words, uint64_t size_bytes, uint64_t granularity_bytes);
 uint64_t bitmap_word_count(uint64_t size_bytes, uint64_t granularity_bytes);
+/* Its lent words are at WORDS now, with the same content and, after them, clean room for a disk of
+ * ROOM_BYTES. -ENOMEM, and they are where they were. */
+int bitmap_move(struct bitmap *bm, uint64_t *words, uint64_t room_bytes) MUST_CHECK;
 
 struct bitmap *bitmap_dup(const struct bitmap *bm); /* NULL: no memory */
 void bitmap_free(struct bitmap *bm);                /* NULL is allowed */

@@ -1,0 +1,282 @@
+/* Run segments: files on tmpfs whose words are bitmaps. See segment.h. */
+#include "persist/segment.h"
+
+#include "base/cursor.h"
+#include "base/log.h"
+#include "rt/clock.h"
+#include "rt/io.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+
+/* The header of a segment, little-endian, written after all else. */
+enum { HEADER_BYTES = 4096, HEADER_USED = 72 };
+static const uint8_t magic[8] = {'t', 'm', 's', 'e', 'g', 'm', 't', '1'};
+
+struct segment {
+    char *path;
+    void *map;
+    size_t length;
+};
+
+struct stamp {
+    struct {
+        uint64_t last_write_ns;
+        uint64_t in_flight;
+    } * map;
+};
+
+/* ---- names ---- */
+
+static char *path_of(const char *runtime, const struct tide_id *session, const char *what)
+{
+    char hex[2 * sizeof session->bytes + 1];
+
+    for (size_t i = 0; i < sizeof session->bytes; i++)
+        snprintf(hex + 2 * i, 3, "%02x", session->bytes[i]);
+    return xasprintf("%s/run-%s-%s", runtime, hex, what);
+}
+
+static char *segment_path(const char *runtime, const struct tide_id *session, uint64_t epoch)
+{
+    char name[24];
+
+    snprintf(name, sizeof name, "%llu", (unsigned long long)epoch);
+    return path_of(runtime, session, name);
+}
+
+static int unlink_path(const char *path)
+{
+    int r = io_unlink(path);
+
+    if (r < 0 && r != -ENOENT)
+        log_warning("Could not remove the run segment '%s': %s", path, strerror(-r));
+    return r;
+}
+
+/* ---- one segment ---- */
+
+static void put_header(uint8_t *at, const struct tide_id *session, uint64_t epoch,
+                       uint64_t size_bytes, uint64_t granularity_bytes,
+                       const uint8_t boot[BOOT_ID_BYTES])
+{
+    struct out_cursor c = out_cursor_over(at, HEADER_USED);
+
+    put_bytes(&c, magic, sizeof magic);
+    put_bytes(&c, boot, BOOT_ID_BYTES);
+    put_bytes(&c, session->bytes, sizeof session->bytes);
+    put_le64(&c, epoch);
+    put_le64(&c, size_bytes);
+    put_le64(&c, granularity_bytes);
+    put_le64(&c, ~epoch); /* whole */
+    assert(!c.overrun && c.at == c.end);
+}
+
+static size_t segment_bytes(uint64_t size_bytes, uint64_t granularity_bytes)
+{
+    return HEADER_BYTES + 8 * bitmap_word_count(size_bytes, granularity_bytes);
+}
+
+/* Opens or makes PATH with LENGTH bytes, all of them reserved, and maps it. */
+static int map_file(const char *path, int flags, size_t length, void **ret, struct error *err)
+{
+    int fd = io_open(path, O_RDWR | flags, 0600);
+    if (fd < 0)
+        return error_set_errno(err, -fd, "Could not open the run segment '%s'", path);
+    int r = io_fallocate(fd, 0, 0, length);
+    if (r < 0)
+        error_set_errno(err, -r, "Could not reserve %zu bytes for the run segment '%s'", length,
+                        path);
+    else if ((r = io_map(fd, length, ret)) < 0)
+        error_set_errno(err, -r, "Could not map the run segment '%s'", path);
+    io_close(fd);
+    return r;
+}
+
+int segment_create(const char *runtime, const struct tide_id *session, uint64_t epoch,
+                   uint64_t size_bytes, uint64_t granularity_bytes, struct segment **ret,
+                   struct bitmap **bits, struct error *err)
+{
+    CLEANUP(memory_freep) char *path = segment_path(runtime, session, epoch);
+    const size_t length = segment_bytes(size_bytes, granularity_bytes);
+    uint8_t boot[BOOT_ID_BYTES];
+    void *map;
+
+    int r = io_boot_id(boot);
+    if (r < 0)
+        return error_set_errno(err, -r, "Could not read this boot's id");
+    r = map_file(path, O_CREAT | O_EXCL, length, &map, err);
+    if (r == 0) {
+        uint64_t *words = (uint64_t *)((uint8_t *)map + HEADER_BYTES);
+        *bits = bitmap_new_over(words, size_bytes, granularity_bytes);
+        if (!*bits) {
+            io_unmap(map, length);
+            r = error_set_errno(err, ENOMEM, "Could not map the run segment '%s'", path);
+        }
+    }
+    if (r < 0) {
+        io_unlink(path);
+        return r;
+    }
+    put_header(map, session, epoch, size_bytes, granularity_bytes, boot);
+    struct segment *s = xnew(struct segment);
+    *s = (struct segment){steal(path), map, length};
+    *ret = s;
+    return 0;
+}
+
+int segment_grow(struct segment *s, struct bitmap *bits, uint64_t size_bytes, struct error *err)
+{
+    const uint64_t granularity = bitmap_granularity(bits);
+    const size_t length = segment_bytes(size_bytes, granularity);
+    void *map;
+
+    if (length <= s->length)
+        return 0;
+    int r = map_file(s->path, 0, length, &map, err);
+    if (r < 0)
+        return r;
+    r = bitmap_move(bits, (uint64_t *)((uint8_t *)map + HEADER_BYTES), size_bytes);
+    if (r < 0) {
+        io_unmap(map, length);
+        return error_set_errno(err, -r, "Could not map the run segment '%s'", s->path);
+    }
+    io_unmap(s->map, s->length);
+    s->map = map;
+    s->length = length;
+    return 0;
+}
+
+void segment_close(struct segment *s)
+{
+    if (!s)
+        return;
+    io_unmap(s->map, s->length);
+    free(s->path);
+    free(s);
+}
+
+void segment_remove(struct segment *s)
+{
+    if (!s)
+        return;
+    unlink_path(s->path);
+    segment_close(s);
+}
+
+bool segment_unlink(const char *runtime, const struct tide_id *session, uint64_t epoch)
+{
+    CLEANUP(memory_freep) char *path = segment_path(runtime, session, epoch);
+
+    return unlink_path(path) != -ENOENT;
+}
+
+/* The header says what the segment is of; the words may be of a larger disk (it was growing). */
+static int check_header(const uint8_t *at, const struct tide_id *session, uint64_t epoch,
+                        uint64_t granularity_bytes)
+{
+    uint8_t want[HEADER_USED], boot[BOOT_ID_BYTES];
+    int r = io_boot_id(boot);
+
+    if (r < 0)
+        return r;
+    struct cursor c = cursor_over(at + 48, 8);
+    put_header(want, session, epoch, get_le64(&c), granularity_bytes, boot);
+    return memcmp(at, want, HEADER_USED) ? -EBADMSG : 0;
+}
+
+int segment_read(const char *runtime, const struct tide_id *session, uint64_t epoch,
+                 struct bitmap *bits, struct error *err)
+{
+    CLEANUP(memory_freep) char *path = segment_path(runtime, session, epoch);
+    const uint64_t granularity = bitmap_granularity(bits);
+    struct stat st;
+
+    int fd = io_open(path, O_RDONLY, 0);
+    if (fd < 0)
+        return error_set_errno(err, -fd, "Could not open the run segment '%s'", path);
+    int r = io_fstat(fd, &st);
+    if (r == 0 && (uint64_t)st.st_size < HEADER_BYTES + 8)
+        r = -EBADMSG;
+    size_t length = r == 0 ? (size_t)st.st_size : 0;
+    CLEANUP(memory_freep) uint8_t *copy = r == 0 ? malloc(align_up(length, 8)) : NULL;
+    if (r == 0 && !copy)
+        r = -ENOMEM;
+    if (r == 0)
+        r = io_pread_full(fd, copy, length, 0);
+    io_close(fd);
+    if (r == 0)
+        r = check_header(copy, session, epoch, granularity);
+    /* So many granules has it words for. */
+    uint64_t room = r == 0 ? (length - HEADER_BYTES) / 8 * 64 * granularity : 0;
+    if (r == 0 && room < bitmap_size(bits))
+        r = -EBADMSG;
+    if (r < 0)
+        return error_set_errno(err, -r, "The run segment '%s' cannot be used", path);
+    CLEANUP(bitmap_freep)
+    struct bitmap *found =
+        bitmap_new_over((uint64_t *)(copy + HEADER_BYTES), bitmap_size(bits), granularity);
+    if (!found)
+        return error_set_errno(err, ENOMEM, "The run segment '%s' cannot be used", path);
+    bitmap_merge(bits, found);
+    return 0;
+}
+
+/* ---- the stamp ---- */
+
+int stamp_create(const char *runtime, const struct tide_id *session, struct stamp **ret,
+                 struct error *err)
+{
+    CLEANUP(memory_freep) char *path = path_of(runtime, session, "stamp");
+    void *map;
+
+    int r = map_file(path, O_CREAT | O_EXCL, HEADER_BYTES, &map, err);
+    if (r < 0)
+        return r;
+    struct stamp *s = xnew(struct stamp);
+    s->map = map;
+    s->map->last_write_ns = clock_wall_us() * 1000;
+    *ret = s;
+    return 0;
+}
+
+void stamp_unlink(const char *runtime, const struct tide_id *session)
+{
+    CLEANUP(memory_freep) char *path = path_of(runtime, session, "stamp");
+
+    unlink_path(path);
+}
+
+void stamp_close(struct stamp *s)
+{
+    if (!s)
+        return;
+    io_unmap(s->map, HEADER_BYTES);
+    free(s);
+}
+
+void stamp_write_begun(struct stamp *s)
+{
+    s->map->in_flight++;
+}
+
+void stamp_write_done(struct stamp *s)
+{
+    s->map->last_write_ns = clock_wall_us() * 1000;
+    s->map->in_flight--;
+}
+
+int stamp_read(const char *runtime, const struct tide_id *session, uint64_t *last_write_ns)
+{
+    CLEANUP(memory_freep) char *path = path_of(runtime, session, "stamp");
+    uint64_t words[2] = {0};
+
+    int fd = io_open(path, O_RDONLY, 0);
+    if (fd < 0)
+        return fd;
+    int r = io_pread_full(fd, words, sizeof words, 0);
+    io_close(fd);
+    if (r == 0)
+        *last_write_ns = words[1] ? UINT64_MAX : words[0];
+    return r;
+}

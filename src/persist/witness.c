@@ -1,0 +1,215 @@
+/* What a file or a device can tell of who has written it. See witness.h. */
+#include "persist/witness.h"
+
+#include "rt/clock.h"
+#include "rt/io.h"
+
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+#include <stdio.h>
+#include <sys/ioctl.h>
+#include <sys/sysmacros.h>
+
+#ifndef FS_IOC_GETFSUUID /* since Linux 6.9 */
+struct tide_fsuuid {
+    uint8_t length;
+    uint8_t uuid[16];
+};
+#define FS_IOC_GETFSUUID _IOR(0x15, 0, struct tide_fsuuid)
+#else
+#define tide_fsuuid fsuuid2
+#endif
+
+/* A file's times move in ticks: of the kernel's clock, or of whole seconds (two, on some). A write
+ * in the tick in which we look would not be seen. */
+enum { TICK_MS = 12, COARSE_TICK_MS = 2100, TRIES = 5 };
+/* What a clock may be off between a file system's time and ours within one tick. */
+#define SLACK_NS (2 * TICK_MS * UINT64_C(1000000))
+/* The start of a boot is known to 10 ms, and clocks are set early in a boot. */
+#define BOOT_SLACK_NS (2 * NSEC_PER_SEC)
+
+static uint64_t time_ns(const struct statx_timestamp *t)
+{
+    return t->tv_sec < 0 ? 0 : (uint64_t)t->tv_sec * NSEC_PER_SEC + t->tv_nsec;
+}
+
+/* Zeroes where nothing is known that lasts longer than a boot. */
+static int take_filesystem(int fd, struct witness *w)
+{
+    struct tide_fsuuid uuid = {0};
+    struct statfs fs;
+
+    if (io_ioctl(fd, FS_IOC_GETFSUUID, &uuid) == 0) {
+        memcpy(w->filesystem, &uuid.uuid, sizeof w->filesystem);
+        return 0;
+    }
+    int r = io_fstatfs(fd, &fs);
+    if (r < 0)
+        return r;
+    /* Others make it of the device's number. */
+    if (fs.f_type == EXT4_SUPER_MAGIC || fs.f_type == BTRFS_SUPER_MAGIC)
+        memcpy(w->filesystem, &fs.f_fsid, sizeof fs.f_fsid);
+    return 0;
+}
+
+static int take_file(int fd, struct witness *w)
+{
+    struct statx st;
+    int r = 0;
+
+    for (unsigned i = 0; i < TRIES; i++) {
+        r = io_fstatx(fd, &st);
+        if (r < 0)
+            return r;
+        w->inode = st.stx_ino;
+        w->birth_ns = st.stx_mask & STATX_BTIME ? time_ns(&st.stx_btime) : 0;
+        w->size_bytes = st.stx_size;
+        uint64_t mtime = time_ns(&st.stx_mtime), ctime = time_ns(&st.stx_ctime);
+        bool same = i && mtime == w->mtime_ns && ctime == w->ctime_ns;
+        w->mtime_ns = mtime;
+        w->ctime_ns = ctime;
+        uint64_t last = max_u64(mtime, ctime), now = clock_wall_us() * 1000;
+        uint64_t tick = (st.stx_ctime.tv_nsec ? TICK_MS : COARSE_TICK_MS) * UINT64_C(1000000);
+        if (same || now > last + tick || now < last) /* a clock that was set back says nothing */
+            break;
+        r = sleep_until(clock_after_ns(last + tick - now));
+        if (r < 0)
+            return r;
+    }
+    return take_filesystem(fd, w);
+}
+
+/* Reads and sectors that the kernel has counted since the device came. */
+static int take_device(int fd, const struct stat *st, struct witness *w)
+{
+    char path[64], text[512];
+    unsigned long long v[8] = {0};
+    uint64_t size;
+
+    w->inode = st->st_rdev;
+    if (io_ioctl(fd, BLKGETSIZE64, &size) == 0)
+        w->size_bytes = size;
+    snprintf(path, sizeof path, "/sys/dev/block/%u:%u/stat", major(st->st_rdev),
+             minor(st->st_rdev));
+    int sys = io_open(path, O_RDONLY, 0);
+    if (sys < 0)
+        return 0;
+    ssize_t n = io_pread(sys, text, sizeof text - 1, 0);
+    io_close(sys);
+    if (n <= 0)
+        return 0;
+    text[n] = '\0';
+    if (sscanf(text, "%llu %llu %llu %llu %llu %llu %llu", &v[0], &v[1], &v[2], &v[3], &v[4], &v[5],
+               &v[6]) == 7) {
+        w->writes = v[4];
+        w->sectors = v[6];
+    }
+    return 0;
+}
+
+int witness_take(int fd, struct witness *ret)
+{
+    struct stat st;
+
+    *ret = (struct witness){0};
+    int r = io_fstat(fd, &st);
+    if (r == 0)
+        r = io_boot_id(ret->boot);
+    if (r < 0)
+        return r;
+    if (S_ISREG(st.st_mode)) {
+        ret->kind = WITNESS_FILE;
+        return take_file(fd, ret);
+    }
+    if (S_ISBLK(st.st_mode)) {
+        ret->kind = WITNESS_DEVICE;
+        return take_device(fd, &st, ret);
+    }
+    return 0;
+}
+
+/* ---- comparing ---- */
+
+static bool known(const uint8_t id[16])
+{
+    static const uint8_t none[16];
+
+    return memcmp(id, none, sizeof none) != 0;
+}
+
+static enum witness_verdict changed(char *why, size_t why_bytes, const char *what)
+{
+    snprintf(why, why_bytes, "%s", what);
+    return WITNESS_CHANGED;
+}
+
+/* Is it the same thing at all? */
+static enum witness_verdict compare_identity(const struct witness *then, const struct witness *now,
+                                             char *why, size_t why_bytes)
+{
+    *why = '\0';
+    if (then->kind != now->kind)
+        return changed(why, why_bytes, "the image is of another kind now");
+    if (then->kind == WITNESS_NONE)
+        return WITNESS_UNKNOWN;
+    if (then->kind == WITNESS_FILE) {
+        if (known(then->filesystem) && known(now->filesystem) &&
+            memcmp(then->filesystem, now->filesystem, sizeof then->filesystem))
+            return changed(why, why_bytes, "the image is on another file system");
+        if (then->inode != now->inode ||
+            (then->birth_ns && now->birth_ns && then->birth_ns != now->birth_ns))
+            return changed(why, why_bytes, "the image is another file");
+    }
+    return WITNESS_SAME;
+}
+
+static enum witness_verdict compare_device(const struct witness *then, const struct witness *now,
+                                           bool counters, char *why, size_t why_bytes)
+{
+    if (then->size_bytes != now->size_bytes)
+        return changed(why, why_bytes, "the device has another size");
+    if (memcmp(then->boot, now->boot, sizeof then->boot) || !counters)
+        return WITNESS_UNKNOWN; /* counters begin anew */
+    if (then->inode != now->inode)
+        return changed(why, why_bytes, "the image is another device");
+    if (then->writes != now->writes || then->sectors != now->sectors)
+        return changed(why, why_bytes, "the device has been written to meanwhile");
+    return WITNESS_SAME;
+}
+
+enum witness_verdict witness_compare_clean(const struct witness *then, const struct witness *now,
+                                           char *why, size_t why_bytes)
+{
+    enum witness_verdict v = compare_identity(then, now, why, why_bytes);
+
+    if (v != WITNESS_SAME)
+        return v;
+    if (then->kind == WITNESS_DEVICE)
+        return compare_device(then, now, true, why, why_bytes);
+    if (then->size_bytes != now->size_bytes)
+        return changed(why, why_bytes, "the image has another size");
+    if (then->mtime_ns != now->mtime_ns || then->ctime_ns != now->ctime_ns)
+        return changed(why, why_bytes, "the image has been changed since it was closed");
+    return WITNESS_SAME;
+}
+
+enum witness_verdict witness_compare_crash(const struct witness *then, const struct witness *now,
+                                           uint64_t last_write_ns, uint64_t boot_start_ns,
+                                           char *why, size_t why_bytes)
+{
+    enum witness_verdict v = compare_identity(then, now, why, why_bytes);
+
+    if (v != WITNESS_SAME)
+        return v;
+    if (then->kind == WITNESS_DEVICE)
+        return compare_device(then, now, false, why, why_bytes);
+
+    bool same_boot = memcmp(then->boot, now->boot, sizeof then->boot) == 0;
+    if (!same_boot && now->ctime_ns > boot_start_ns + BOOT_SLACK_NS)
+        return changed(why, why_bytes, "the image has been changed since this boot's start");
+    if (same_boot && last_write_ns && last_write_ns != UINT64_MAX &&
+        now->ctime_ns > last_write_ns + SLACK_NS)
+        return changed(why, why_bytes, "the image has been changed since our last write");
+    return WITNESS_SAME;
+}
