@@ -1,0 +1,59 @@
+/* The bitmaps of one disk, kept through crashes: what is where, and every change of it.
+ *
+ * Three places hold a set of bits: memory (whose lowest level is a file on tmpfs, segment.h), a bit
+ * area of the tide file (tide.h), and nothing else. The superblock says which sets are whose. The
+ * keeper makes the superblock say what dirty/ says (dirty_get_state): a set that it has not seen yet
+ * gets a place and an epoch of its own first. So there is one way to change anything:
+ *
+ *     dirty/ changes in memory   -->   keeper_commit()   -->   reply, event, next step
+ *
+ * Life of a disk under a keeper:
+ *
+ *     opened      recovery (recover.c): bitmaps as the tide file tells; nothing is written
+ *     first change (a write that bitmaps record, or a change of state)
+ *                 a new session: new segments; what recovery found is written anew, then the
+ *                 superblock that names the session; then the old segments go
+ *     writes      hot regions (hot.h), level power
+ *     closed      areas written, image flushed, witness taken, superblock says clean
+ */
+#pragma once
+
+#include "dirty/dirty.h"
+#include "persist/super.h"
+
+struct keeper;
+
+struct keeper_options {
+    char *path;            /* of the tide file; owned by who fills it in */
+    const char *runtime;   /* directory for segments; NULL: none, a kill is like a power loss */
+    enum tide_level level;
+    unsigned region_bits;
+    unsigned slots;
+};
+
+/* What open has found, for queries. */
+enum recovery { RECOVERY_NEW, RECOVERY_CLEAN, RECOVERY_EXACT, RECOVERY_SUPERSET, RECOVERY_NONE };
+
+/* N is being opened and nobody writes to it yet. If there is a tide file, its bitmaps become N's. An
+ * error only if the disk must not be opened: the file is locked, or there is no memory. */
+int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **ret,
+                struct error *err) MUST_CHECK;
+/* The node closes: nobody writes. What cannot be saved is told in the log. */
+void keeper_close(struct keeper *k);
+
+/* The superblock says what dirty/ says. */
+int keeper_commit(struct keeper *k, struct error *err) MUST_CHECK;
+
+/* Around a write, see struct write_observer. */
+int keeper_before_write(struct keeper *k, struct range r) MUST_CHECK;
+void keeper_mark(struct keeper *k, struct range r);
+void keeper_written(struct keeper *k, struct range r);
+
+/* Between resizing and resized the superblock allows for both sizes. */
+int keeper_resizing(struct keeper *k, uint64_t to, struct error *err) MUST_CHECK;
+void keeper_resized(struct keeper *k);
+int keeper_grow(struct keeper *k, struct bitmap *bits, uint64_t to) MUST_CHECK;
+
+void keeper_bits_gone(struct keeper *k, struct bitmap *bits);
+/* x-tidemark-recovery of query-named-block-nodes. */
+struct json_object *keeper_info(struct keeper *k);

@@ -1,0 +1,257 @@
+/* Open is recovery: what the bitmaps of a disk are, decided here and nowhere else.
+ *
+ *     tide file                image           session's segments   ring      bitmaps
+ *     none                     -               -                    -         none
+ *     unreadable               -               -                    -         none; told in the log
+ *     of another node's driver -               -                    -         left alone
+ *     closed                   as it was       -                    -         as stored: clean
+ *     closed                   changed         -                    -         inconsistent
+ *     in use                   changed         -                    -         inconsistent
+ *     in use                   ours            there                -         exact
+ *     in use, level power      ours            gone                 whole     superset
+ *     in use, level power      ours            gone                 holes     inconsistent
+ *     in use, level process    ours            gone                 -         inconsistent
+ *
+ * and, bitmap by bitmap: what was inconsistent, or has no durable base, stays so. A bitmap that a job
+ * held is its current OR its successor: as if the job had failed.
+ *
+ * Nothing is written here. What has been found is written anew when the node is first written to or
+ * closed (keeper.c: a session begins); until then the next open finds no less. */
+#include "base/log.h"
+#include "block/driver.h"
+#include "persist/keeper_internal.h"
+#include "rt/io.h"
+
+#include <stdio.h>
+
+/* What there is to go by. */
+struct found {
+    enum recovery verdict;
+    uint32_t *table; /* of hot regions; NULL: none are to be added */
+    bool segments;
+};
+
+static enum witness_verdict ask_witness(struct keeper *k, const struct super *s, char *why,
+                                        size_t why_bytes, struct error *err)
+{
+    struct witness now;
+    uint64_t last_write_ns = 0, boot_us = 0;
+    int fd = keeper_descriptor(k);
+
+    *why = '\0';
+    if (fd < 0)
+        return s->witness.kind == WITNESS_NONE ? WITNESS_UNKNOWN : WITNESS_CHANGED;
+    if (witness_take(fd, &now) < 0 || io_boot_us(&boot_us) < 0) {
+        snprintf(why, why_bytes, "the image cannot be looked at");
+        return WITNESS_CHANGED;
+    }
+    if (!s->in_use)
+        return witness_compare_clean(&s->witness, &now, why, why_bytes);
+    if (!k->options.runtime ||
+        stamp_read(k->options.runtime, &s->session, &last_write_ns) < 0)
+        last_write_ns = 0;
+    return witness_compare_crash(&s->witness, &now, last_write_ns, boot_us * 1000, why, why_bytes);
+}
+
+static void decide(struct keeper *k, enum recovery verdict, const char *reason)
+{
+    k->recovery.verdict = verdict;
+    snprintf(k->recovery.reason, sizeof k->recovery.reason, "%s", reason);
+}
+
+/* Are all sets that S names there as segments? */
+static bool have_segments(struct keeper *k, const struct super *s)
+{
+    if (!k->options.runtime)
+        return false;
+    for (size_t i = 0; i < s->table.n; i++) {
+        const struct tide_bitmap *b = &s->table.items[i];
+        const uint64_t epochs[] = {b->current.epoch, b->successor.epoch};
+        for (unsigned j = 0; j < 2; j++) {
+            CLEANUP(bitmap_freep) struct bitmap *bits = NULL;
+            if (!epochs[j] || b->inconsistent)
+                continue;
+            bits = bitmap_new(s->size_bytes, 1ull << b->granularity_bits);
+            if (!bits || segment_read(k->options.runtime, &s->session, epochs[j], bits, NULL) < 0)
+                return false;
+        }
+    }
+    return true;
+}
+
+static int weigh(struct keeper *k, struct found *f, struct error *err)
+{
+    const struct super *s = tide_super(k->tide);
+    char why[160];
+
+    if (s->size_bytes != node_size(k->node) && s->resizing_bytes != node_size(k->node)) {
+        decide(k, RECOVERY_NONE, "the disk has another size");
+        return 0;
+    }
+    enum witness_verdict v = ask_witness(k, s, why, sizeof why, err);
+    k->recovery.witness = v == WITNESS_SAME ? "same" : v == WITNESS_UNKNOWN ? "none" : "changed";
+    if (v == WITNESS_CHANGED) {
+        decide(k, RECOVERY_NONE, why);
+        return 0;
+    }
+    if (!s->in_use) {
+        decide(k, RECOVERY_CLEAN, "");
+        return 0;
+    }
+    if (have_segments(k, s)) {
+        f->segments = true;
+        decide(k, RECOVERY_EXACT, "the last program was killed");
+        return 0;
+    }
+    if (s->level == TIDE_PROCESS) {
+        decide(k, RECOVERY_NONE, "the run segment is gone, and the level is 'process'");
+        return 0;
+    }
+    struct error bad = ERROR_INIT;
+    f->table = xcalloc(s->slots, sizeof *f->table);
+    if (tide_read_ring(k->tide, f->table, &k->ring_next, &bad) < 0) {
+        decide(k, RECOVERY_NONE, bad.text);
+        return 0;
+    }
+    decide(k, RECOVERY_SUPERSET, "the power failed, or the run segment is gone");
+    return 0;
+}
+
+/* ---- the bits ---- */
+
+static int read_set(struct keeper *k, const struct found *f, const struct tide_bitmap *b,
+                    struct tide_area area, struct bitmap *bits, struct error *err)
+{
+    const struct super *s = tide_super(k->tide);
+    uint64_t bad = 0;
+
+    if (!area.epoch)
+        return 0;
+    if (f->segments)
+        return segment_read(k->options.runtime, &s->session, area.epoch, bits, err);
+    if (!b->extent[area.extent])
+        return 0;
+    /* In a closed file nothing is torn; in one that was in use a torn sector is under hot regions,
+     * and what is not makes a superset. */
+    int r = tide_read_area(k->tide, b->extent[area.extent], area.epoch, bits, true, &bad, err);
+    if (r == 0 && bad)
+        log_warning("'%s': %llu bytes of bitmap '%s' were damaged and count as dirty",
+                    k->options.path, (unsigned long long)bad, b->name);
+    return r;
+}
+
+static void add_hot(struct keeper *k, const struct found *f, struct bitmap *bits)
+{
+    const struct super *s = tide_super(k->tide);
+    uint64_t before = bitmap_count(bits), size = bitmap_size(bits);
+
+    for (uint32_t i = 0; i < s->slots; i++) {
+        uint64_t start = (uint64_t)f->table[i] << s->region_bits;
+        if (f->table[i] != REGION_NONE && start < size)
+            bitmap_mark(bits, range_between(start, min_u64(start + (1ull << s->region_bits), size)));
+    }
+    k->recovery.bytes_added += bitmap_count(bits) - before;
+}
+
+static int make_dirty(struct keeper *k, const struct found *f, const struct tide_bitmap *b,
+                      struct error *err)
+{
+    const struct super *s = tide_super(k->tide);
+    const unsigned flags = DIRTY_PERSISTENT | DIRTY_LOADED | (b->enabled ? 0 : DIRTY_DISABLED);
+    bool usable = f->verdict != RECOVERY_NONE && !b->inconsistent && (b->based || !s->in_use);
+    struct dirty_bitmap *bm;
+
+    int r = dirty_add(k->node, b->name, 1ull << b->granularity_bits, flags, &bm, err);
+    if (r < 0)
+        return r;
+    dirty_set_generation(bm, b->generation, b->last_job);
+    if (!usable) {
+        dirty_set_inconsistent(bm);
+        return 0;
+    }
+    struct bitmap *bits = dirty_bits(bm);
+    uint64_t size = bitmap_size(bits);
+    if (size != s->size_bytes && (r = bitmap_resize(bits, s->size_bytes)) < 0)
+        return error_set_errno(err, -r, "Bitmap '%s'", b->name);
+    r = read_set(k, f, b, b->current, bits, err);
+    if (r == 0)
+        r = read_set(k, f, b, b->successor, bits, err);
+    if (r < 0)
+        return r;
+    if (f->table && b->enabled)
+        add_hot(k, f, bits);
+    if (size != s->size_bytes) {
+        /* Cut while it was resized: what grew is dirty. */
+        if ((r = bitmap_resize(bits, size)) < 0)
+            return error_set_errno(err, -r, "Bitmap '%s'", b->name);
+        if (size > s->size_bytes)
+            bitmap_mark(bits, range_between(s->size_bytes, size));
+    }
+    if (f->verdict == RECOVERY_CLEAN && !b->successor.epoch)
+        keeper_adopt(k, bm, bits, b, b->current);
+    return 0;
+}
+
+static void tell(const struct keeper *k)
+{
+    const struct tide_table *t = &tide_super(k->tide)->table;
+    const char *name = node_name(k->node);
+
+    switch (k->recovery.verdict) {
+    case RECOVERY_NEW:
+    case RECOVERY_CLEAN:
+        break;
+    case RECOVERY_EXACT:
+        log_info("Node '%s': %zu bitmap(s) recovered exactly: %s", name, t->n, k->recovery.reason);
+        break;
+    case RECOVERY_SUPERSET:
+        log_warning("Node '%s': %zu bitmap(s) recovered, %llu bytes more than changed at most: %s",
+                    name, t->n, (unsigned long long)k->recovery.bytes_added, k->recovery.reason);
+        break;
+    case RECOVERY_NONE:
+        log_warning("Node '%s': %zu bitmap(s) are inconsistent: %s", name, t->n,
+                    k->recovery.reason);
+        break;
+    }
+}
+
+int keeper_recover(struct keeper *k, struct error *err)
+{
+    struct error why = ERROR_INIT;
+    struct found f = {0};
+
+    int r = tide_open(k->options.path, k->node->read_only, &k->tide, &why);
+    if (r == -ENOENT) {
+        k->recovery.verdict = RECOVERY_NEW;
+        return 0;
+    }
+    if (r == -EBADMSG) {
+        log_warning("Node '%s': %s: its bitmaps are lost", node_name(k->node), why.text);
+        decide(k, RECOVERY_NONE, why.text);
+        return 0;
+    }
+    if (r < 0) {
+        if (err)
+            *err = why;
+        return r;
+    }
+    const struct super *s = tide_super(k->tide);
+    if (strcmp(s->driver, node_driver_name(k->node))) {
+        tide_close(steal(k->tide));
+        return 0;
+    }
+    k->epoch = s->next_epoch;
+    k->ring_next = s->ring_sequence;
+    r = weigh(k, &f, err);
+    f.verdict = k->recovery.verdict;
+    if (f.verdict == RECOVERY_NONE)
+        free(steal(f.table));
+    for (size_t i = 0; r == 0 && i < s->table.n; i++)
+        r = make_dirty(k, &f, &s->table.items[i], err);
+    free(f.table);
+    if (r < 0)
+        return r;
+    k->stale = f.verdict != RECOVERY_CLEAN;
+    tell(k);
+    return 0;
+}
