@@ -1,0 +1,76 @@
+/* Hot regions: where the disk may be dirty without its bits being durable.
+ *
+ * A region is a fixed part of the disk (16 MiB). The table says in SLOTS slots which are hot, and
+ * the ring of the tide file says so durably. A write may go on when all its regions are hot (or it
+ * needs none, because its bits are durable already); if not, they join the next transaction of the
+ * ring. After a power loss everything in a hot region counts as dirty: slots x region size is the
+ * most that is ever copied for nothing.
+ *
+ *     free --> entering --> hot <--> clean --> leaving --> free, or entering for another region
+ *              (in the      (pinned,  (its bits   (the removal is in the transaction
+ *              transaction   marked)   are synced)  under way: not hot any more)
+ *              under way)
+ *
+ * - Group commit: one transaction is in flight at a time, and carries what all waiting writes miss,
+ *   up to RING_CHANGES. A region is hot when its transaction has completed.
+ * - A write takes all its regions or none; it is granted by the one who completed the transaction,
+ *   before anybody can evict. Only the regions of the oldest waiting write are kept from leaving
+ *   while it waits: otherwise writes of several regions would wait for each other for ever.
+ * - A region leaves only if, at the moment its removal is submitted, nothing has pinned it and
+ * nothing was marked in it since the copy of its bits that was synced (marks have their bit set
+ * before hot_marked(), so a copy taken later has it). From that moment on it is not hot.
+ * - Cleaning runs ahead, in bulk, so that a quarter of the slots can always leave at once.
+ *
+ * What can go wrong: a transaction or a cleaning fails. Then nobody is told anything: those who
+ * wait go on waiting until hot_retry(), when the owner has made a new tide file, or hot_fail(). */
+#pragma once
+
+#include "base/range.h"
+#include "persist/super.h"
+#include "rt/sync.h"
+
+struct hot;
+
+struct hot_ops {
+    /* Writes one transaction durably. B's session and sequence are filled in by the owner. */
+    int (*commit)(void *owner, struct ring_block *b);
+    /* Makes the bits of these regions durable in every live area. */
+    int (*clean)(void *owner, const uint32_t *regions, size_t n);
+    /* One of the two has failed: do something about it, then hot_retry() or hot_fail(). */
+    void (*failed)(void *owner, int error);
+};
+
+struct hot_options {
+    unsigned region_bits;
+    unsigned slots; /* 4 .. 65535 */
+};
+
+/* An empty table: the session begins. Its tasks (committer and cleaner) live in SCOPE, which
+ * hot_free() must precede. Several of the ops run at once, but never one with itself. */
+struct hot *hot_new(const struct hot_options *o, const struct hot_ops *ops, void *owner,
+                    struct scope *scope);
+void hot_free(struct hot *h); /* nobody waits or is pinned; waits for its tasks */
+
+/* Before a write of R: waits until all its regions are hot, and pins them. More than RING_CHANGES
+ * regions: -E2BIG at once (the caller sets the bits in the areas instead). -EIO after hot_fail().
+ */
+int hot_take(struct hot *h, struct range r) MUST_CHECK;
+/* The same if it needs no wait. The write path's first question: a few nanoseconds. */
+bool hot_try_take(struct hot *h, struct range r);
+/* Something in R was marked; between take and give, with no wait since the bits were set. */
+void hot_marked(struct hot *h, struct range r);
+void hot_give(struct hot *h, struct range r); /* after the data has completed */
+
+/* The table as it must be told by a new tide file, together with the bits of the same moment (no
+ * wait between): what is entering is not in it. TABLE has SLOTS entries. */
+void hot_table(const struct hot *h, uint32_t *table);
+/* After a failure, when the owner has a new tide file: what failed is tried again. */
+void hot_retry(struct hot *h);
+void hot_fail(struct hot *h); /* cold writes get -EIO from now on */
+
+struct hot_stats {
+    uint64_t commits, entered, cleanings, cleaned;
+    unsigned hot, clean, waiting;
+};
+void hot_stats(const struct hot *h, struct hot_stats *ret);
+bool hot_valid(const struct hot *h, const char **broken);

@@ -1,0 +1,49 @@
+/* Run segments: bits that outlive the process. One file on tmpfs for each (tide file's session,
+ * area, epoch), mapped: its words are the lowest level of a struct bitmap. It decides nothing:
+ * superblocks say which epochs count.
+ *
+ *     RUNTIME/run-SESSION/EPOCH         4 KiB header (session, epoch, size, granularity), then
+ * words
+ *
+ * Reserved in full when made, so that a full tmpfs is an error there and never a SIGBUS later. The
+ * directory is 0700, files are 0600. RUNTIME is $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/tidemark or
+ * /run/tidemark, whichever the program has (daemon/ decides), or an option of the disk.
+ *
+ * A segment of epoch E is whole when its header says so, and that is written last. */
+#pragma once
+
+#include "bitmap/bitmap.h"
+#include "persist/super.h"
+
+struct segment; /* one mapped file */
+
+/* Makes the directory of a session, or removes it with all that is in it. */
+int segments_make(const char *runtime, const struct tide_id *session, struct error *err) MUST_CHECK;
+void segments_remove(const char *runtime, const struct tide_id *session);
+
+/* All clean. *BITS are over its words: freed before the segment. */
+int segment_create(const char *runtime, const struct tide_id *session, uint64_t epoch,
+                   uint64_t size_bytes, uint64_t granularity_bytes, struct segment **ret,
+                   struct bitmap **bits, struct error *err) MUST_CHECK;
+/* One that an earlier process has left, for reading. -ENOENT: there is none (another boot, or
+ * removed). -EBADMSG: not whole, or of another size or granularity. BITS |= its words. */
+int segment_read(const char *runtime, const struct tide_id *session, uint64_t epoch,
+                 struct bitmap *bits, struct error *err) MUST_CHECK;
+/* The disk is to have another size: room for it is reserved, then bitmap_resize cannot fail. */
+int segment_grow(struct segment *s, struct bitmap *bits, uint64_t size_bytes,
+                 struct error *err) MUST_CHECK;
+void segment_close(struct segment *s);  /* the file stays */
+void segment_remove(struct segment *s); /* closes, and the file goes */
+
+/* The moment (wall clock, ns) of our last write to the disk, kept in a file of the session beside
+ * the segments: for witness_compare_crash(). A store to mapped memory, for the write path. */
+struct stamp;
+int stamp_create(const char *runtime, const struct tide_id *session, struct stamp **ret,
+                 struct error *err) MUST_CHECK;
+void stamp_close(struct stamp *s);
+void stamp_write_begun(struct stamp *s);
+void stamp_write_done(struct stamp *s);
+/* What an earlier process left: the latest moment at which a write of it can have reached the file;
+ * UINT64_MAX if writes were in flight. -ENOENT. */
+int stamp_read(const char *runtime, const struct tide_id *session,
+               uint64_t *last_write_ns) MUST_CHECK;

@@ -1,0 +1,81 @@
+/* The tide file: the part of a disk's bitmaps that outlives the power. All of its I/O, and no
+ * policy.
+ *
+ *     0          superblock slot A                256 KiB each, written alternately, RWF_DSYNC
+ *     256 KiB    superblock slot B
+ *     512 KiB    hot ring                         64 blocks of 4 KiB, RWF_DSYNC, one in flight
+ *     768 KiB    extents of bit areas             two a bitmap
+ *
+ * It is allocated in full, superblocks and ring are written in full when it is made, so that no
+ * sync waits for the file system's journal; O_DIRECT where that works, because a page cache would
+ * tell of things that the disk does not have; 0600; locked for as long as it is open.
+ *
+ * Order on disk, all of which is the caller's to keep, and why: persist/keeper.c. Here only: a
+ * superblock replaces the older slot and never the newer one; a new file is synced, then renamed
+ * into place, then its directory is synced.
+ *
+ * A write that has failed may have happened. After any failed write or sync the file is `failed`:
+ * every further one is -EIO, and the caller makes a new file (tide_create over it), which decides.
+ * The old one stays open, and so locked, until the caller closes it. */
+#pragma once
+
+#include "bitmap/bitmap.h"
+#include "persist/super.h"
+
+struct tide;
+
+enum { TIDE_RING_BLOCKS = 64 };
+
+/* Bytes of the extent of one area for such a bitmap; a multiple of 4 KiB. */
+uint64_t tide_extent_bytes(uint64_t size_bytes, unsigned granularity_bits);
+
+/* A new file at PATH, in place of one that may be there, that says S (whose sequence it raises, and
+ * whose extents it places) with the contents of CURRENT[i] and SUCCESSOR[i] (NULL: none, or clean)
+ * for S->table.items[i] (level process: the areas of a file that is in use are left alone), and
+ * with a ring that says TABLE (S->slots entries; NULL: empty) from S->ring_sequence on: under a
+ * name of its own, synced, renamed, its directory synced. The sets are copied before the first
+ * wait. S is changed to what was written. On error what was at PATH is still there, or nobody knows
+ * (ERR says which), and nothing is open. */
+int tide_create(const char *path, struct super *s, const struct bitmap *const *current,
+                const struct bitmap *const *successor, const uint32_t *table, struct tide **ret,
+                struct error *err) MUST_CHECK;
+
+/* Locks it (unless READ_ONLY), syncs it, so that what is read is what the disk has, and reads the
+ * newest valid superblock. -ENOENT: none there. -EBUSY: another has it. -EBADMSG: no valid
+ * superblock, or one of another version; ERR says which. */
+int tide_open(const char *path, bool read_only, struct tide **ret, struct error *err) MUST_CHECK;
+void tide_close(struct tide *t); /* the file stays; NULL is allowed */
+/* The file goes, its directory is synced. Closes T in any case. */
+int tide_remove(struct tide *t, struct error *err) MUST_CHECK;
+DEFINE_CLEANUP(struct tide *, tide_close, tide_closep)
+
+const char *tide_path(const struct tide *t);
+bool tide_failed(const struct tide *t);
+/* The last one that is known to be durable. */
+const struct super *tide_super(const struct tide *t);
+
+/* Writes S with the next sequence number into the older slot, and when it is durable adopts it:
+ * then tide_super() is equal to S. One at a time: a second caller waits. Steals the content of S.
+ */
+int tide_write_super(struct tide *t, struct super *s, struct error *err) MUST_CHECK;
+
+/* Room for an extent in the file, allocated; S->extents_end moves. */
+int tide_allocate(struct tide *t, struct super *s, uint64_t bytes, uint64_t *offset,
+                  struct error *err) MUST_CHECK;
+
+/* Durable when it returns. One at a time: asserted. */
+int tide_write_ring(struct tide *t, const struct ring_block *b) MUST_CHECK;
+/* The table that the ring tells for the session of tide_super(), TABLE has S->slots entries. */
+int tide_read_ring(struct tide *t, uint32_t *table, uint64_t *next_sequence,
+                   struct error *err) MUST_CHECK;
+
+/* Writes the sectors of BITS (from a copy that is taken before the first wait) that hold any of the
+ * N ranges (bytes of the disk, ascending) to the area; not durable until tide_sync(). Callers take
+ * turns: two writes of one sector are never in flight together. */
+int tide_write_area(struct tide *t, uint64_t extent_offset, uint64_t epoch,
+                    const struct bitmap *bits, const struct range *ranges, size_t n) MUST_CHECK;
+int tide_sync(struct tide *t) MUST_CHECK;
+/* BITS |= what the area holds. *BAD counts the bytes of disk under damaged sectors, which are all
+ * marked when MARK_BAD; sectors of another epoch are clean. */
+int tide_read_area(struct tide *t, uint64_t extent_offset, uint64_t epoch, struct bitmap *bits,
+                   bool mark_bad, uint64_t *bad_bytes, struct error *err) MUST_CHECK;

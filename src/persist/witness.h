@@ -1,0 +1,47 @@
+/* Has anybody else written the image since we last did? What a file or a device can tell of it.
+ *
+ *     regular file    file system's uuid where it has one (else its device number), inode, birth
+ * time, size, mtime, ctime: taken after a sync, once the clock has left mtime's tick block device
+ * size, and its write counters while this boot lasts anything else   nothing (rbd, nbd): believed,
+ * and queries say `witness: none`
+ *
+ * After a clean close all must be equal. After a crash, the times may have moved by our own last
+ * writes: a ctime later than our last stamped write (same boot) or than this boot's start (another
+ * one) is somebody else's. Clocks can be set, so that is a good guess and no proof. */
+#pragma once
+
+#include "base/error.h"
+#include "base/macros.h"
+
+enum witness_kind { WITNESS_NONE, WITNESS_FILE, WITNESS_DEVICE };
+
+struct witness {
+    enum witness_kind kind;
+    uint8_t boot[16]; /* boot id of the host when it was taken */
+    uint8_t
+        filesystem[16]; /* uuid, or the device number in the first 8 bytes; device: its number */
+    uint64_t inode;
+    uint64_t birth_ns; /* 0: the file system does not know */
+    uint64_t size_bytes;
+    uint64_t mtime_ns, ctime_ns;
+    uint64_t writes; /* of a device: requests and sectors written, as the kernel counts them */
+    uint64_t sectors;
+};
+
+enum witness_verdict {
+    WITNESS_SAME,
+    WITNESS_UNKNOWN, /* it has none: believed */
+    WITNESS_CHANGED,
+};
+
+/* Takes it of the open file FD, which has been synced; waits until the clock has left mtime's tick.
+ */
+int witness_take(int fd, struct witness *ret) MUST_CHECK;
+/* NOW against THEN, that of a clean close. WHY gets the reason of CHANGED. */
+enum witness_verdict witness_compare_clean(const struct witness *then, const struct witness *now,
+                                           char *why, size_t why_bytes);
+/* The same after a crash: THEN was taken at the begin of the session; LAST_WRITE_NS (wall clock):
+ * the latest moment at which we can have written, 0 when that is not known (power loss). */
+enum witness_verdict witness_compare_crash(const struct witness *then, const struct witness *now,
+                                           uint64_t last_write_ns, uint64_t boot_start_ns,
+                                           char *why, size_t why_bytes);
