@@ -12,7 +12,12 @@
 #include "persist/witness.h"
 
 #define TIDE_NAME_MAX 1023 /* bytes of a bitmap's name */
+#define TIDE_PATH_MAX 4095 /* bytes of a member's path */
+#define TIDE_ALIGN 4096    /* of everything that is read and written */
 #define TIDE_SUPER_BYTES ((uint64_t)256 * 1024)
+#define TIDE_RING_OFFSET (2 * TIDE_SUPER_BYTES)
+enum { TIDE_RING_BLOCKS = 64 };
+#define TIDE_EXTENTS_OFFSET (TIDE_RING_OFFSET + (uint64_t)TIDE_RING_BLOCKS * TIDE_ALIGN)
 
 enum tide_level {
     TIDE_POWER,   /* bounded superset after a power loss */
@@ -23,16 +28,12 @@ struct tide_id { /* random, never zero */
     uint8_t bytes[16];
 };
 
-/* A set of bits on disk: one of a bitmap's extents, under an epoch. A sector there that says
+/* A set of bits on disk: one of a bitmap's two extents, under an epoch. A sector there that says
  * another epoch reads as clean; so does an area whose epoch was never written. */
 struct tide_area {
-    unsigned extent; /* index below TIDE_EXTENTS */
+    unsigned extent; /* 0 or 1 */
     uint64_t epoch;  /* 0: there is none */
 };
-
-/* What is durable takes at most two (current and successor), so a third is always free for what is
- * to come. Most bitmaps never need more than two. */
-enum { TIDE_EXTENTS = 3 };
 
 struct tide_bitmap {
     char *name;
@@ -41,11 +42,11 @@ struct tide_bitmap {
     bool inconsistent; /* must not be trusted until it is cleared or rebuilt */
     bool based;        /* its base is durable; a crash before makes it inconsistent */
     uint64_t generation;
-    char *last_job; /* that raised the generation; NULL: no job did */
-    /* offsets in the tide file; 0: not allocated (never needed so far; level process) */
-    uint64_t extent[TIDE_EXTENTS];
-    struct tide_area current; /* always there */
-    struct tide_area successor;
+    char *last_job;             /* that raised the generation; NULL: no job did */
+    uint64_t extent[2];         /* offsets in the tide file; 0: not allocated (level process). Each
+                                   has room for the larger size of a disk that is being resized */
+    struct tide_area current;   /* always there */
+    struct tide_area successor; /* in the other extent */
 };
 
 struct tide_table {
@@ -73,11 +74,10 @@ struct super {
     uint64_t sequence;      /* the higher one of two valid superblocks counts */
     bool in_use;            /* false: closed, the areas hold everything */
     enum tide_level level;
-    char *driver;            /* of the node that has the bitmaps: "raw", "qcow2", "file", ... */
     uint64_t size_bytes;     /* of the disk */
     uint64_t resizing_bytes; /* being resized to this; equal to size_bytes: it is not */
     unsigned region_bits;    /* a hot region is 1 << this bytes */
-    uint32_t slots;          /* of the hot table */
+    uint32_t slots;          /* of the hot table: TIDE_SLOTS_MIN .. TIDE_SLOTS_MAX */
     uint64_t ring_sequence;  /* of this session's first transaction */
     uint64_t next_epoch;     /* not used so far */
     uint64_t extents_end;    /* where the next extent goes */
@@ -101,9 +101,10 @@ void tide_table_copy(struct tide_table *to, const struct tide_table *from);
 bool tide_id_equal(const struct tide_id *a, const struct tide_id *b);
 bool tide_id_none(const struct tide_id *id);
 
-/* The bytes, a multiple of 4 KiB and at most TIDE_SUPER_BYTES; -ENOSPC when the table does not fit.
- * BUF has TIDE_SUPER_BYTES. */
-int super_encode(const struct super *s, void *buf, size_t *length) MUST_CHECK;
+/* The bytes: *LENGTH is a multiple of 4 KiB and at most TIDE_SUPER_BYTES, which BUF has. -ENOSPC
+ * when the table does not fit; -EINVAL for what super_decode() would refuse, ERR says what it is.
+ */
+int super_encode(const struct super *s, void *buf, size_t *length, struct error *err) MUST_CHECK;
 /* S gets what BUF says, and is to be super_fini'd. -EBADMSG: no valid superblock, ERR says why. */
 int super_decode(const void *buf, size_t length, struct super *s, struct error *err) MUST_CHECK;
 
@@ -112,13 +113,13 @@ int super_decode(const void *buf, size_t length, struct super *s, struct error *
 enum {
     RING_BLOCK = 4096,
     RING_CHANGES = 64,
-    RING_SLICE =
-        880, /* entries of the table in each transaction; the whole table if it is smaller */
+    RING_SLICE = 880, /* entries of the table in each transaction; all of a smaller one */
+    TIDE_SLOTS_MIN = 4,
+    TIDE_SLOTS_MAX = (TIDE_RING_BLOCKS - 1) * RING_SLICE, /* a ring holds all and a torn block */
 };
 #define REGION_NONE UINT32_MAX
 
-/* One transaction: the changes, and the slice of the table (as it is after them) that begins at
- * sequence x slice modulo slots. */
+/* One transaction: the changes, and a slice of the table as it is after them. */
 struct ring_block {
     struct tide_id session;
     uint64_t sequence;
@@ -130,15 +131,20 @@ struct ring_block {
     unsigned slice_first, slice_length; /* wraps round the end of the table */
     uint32_t slice[RING_SLICE];
 };
+/* The slice that belongs to B->sequence: SLICE entries (or all SLOTS, if those are fewer) of TABLE,
+ * from sequence x slice modulo slots on. The table is as it will be after B's changes. */
+void ring_slice(struct ring_block *b, const uint32_t *table, unsigned slots, unsigned slice);
 void ring_encode(const struct ring_block *b, uint8_t buf[RING_BLOCK]);
-/* False: torn, never written, or not of SESSION. */
-bool ring_decode(const uint8_t buf[RING_BLOCK], const struct tide_id *session,
-                 struct ring_block *ret);
+/* OTHER: never written, or of another session. BAD: torn or damaged. */
+enum ring_state { RING_OURS, RING_OTHER, RING_BAD };
+enum ring_state ring_decode(const uint8_t buf[RING_BLOCK], const struct tide_id *session,
+                            struct ring_block *ret);
 /* How many transactions together hold the whole table of SLOTS entries. */
 unsigned ring_full_table(unsigned slots, unsigned slice);
-/* The table after the newest of BLOCKS (N of them, any order, all of one session, decoded) as far
- * as the last ring_full_table() of them tell it, or all since FIRST_SEQUENCE. -EBADMSG: there is a
- * hole among those that are needed. *NEXT: the sequence to go on at. */
+/* The table after the newest of BLOCKS (N of them, any order, all of one session): made of the
+ * fewest last ones whose slices are all of it, or of all since FIRST_SEQUENCE, when it was empty.
+ * -EBADMSG: one of those is missing, or says what cannot be. *NEXT: the sequence to go on at, which
+ * is that of a torn block. Regions are not compared with the disk, which may have been shrunk. */
 int ring_rebuild(const struct ring_block *blocks, size_t n, uint64_t first_sequence,
                  uint32_t *table, unsigned slots, uint64_t *next, struct error *err) MUST_CHECK;
 
@@ -151,9 +157,12 @@ enum { AREA_SECTOR = 512, AREA_HEADER = 16, AREA_PAYLOAD = AREA_SECTOR - AREA_HE
  */
 void area_encode(uint8_t sector[AREA_SECTOR], const struct tide_id *uuid, uint64_t extent_offset,
                  uint64_t index, uint64_t epoch, const uint8_t payload[AREA_PAYLOAD]);
-/* ZERO: another epoch or never written, reads as clean. BAD: torn or damaged. */
-enum area_state { AREA_DATA, AREA_ZERO, AREA_BAD };
+/* CLEAN: whole, but of another epoch, which *OTHER gets; or never written: all zero, and so is
+ * *OTHER. BAD: torn or damaged. *PAYLOAD is set for DATA. */
+enum area_state { AREA_DATA, AREA_CLEAN, AREA_BAD };
 enum area_state area_decode(const uint8_t sector[AREA_SECTOR], const struct tide_id *uuid,
                             uint64_t extent_offset, uint64_t index, uint64_t epoch,
-                            const uint8_t **payload);
+                            const uint8_t **payload, uint64_t *other);
 uint64_t area_sectors(uint64_t size_bytes, unsigned granularity_bits);
+/* Bytes of the extent of one area for such a bitmap; a multiple of 4 KiB, and not 0. */
+uint64_t tide_extent_bytes(uint64_t size_bytes, unsigned granularity_bits);
