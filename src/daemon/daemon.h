@@ -34,6 +34,9 @@ int options_apply(struct options *o, struct daemon *d, bool *exit, struct error 
 
 /* ---- serve.c ---- */
 
+/* The directory of this user's daemons: sockets, run segments. The caller frees. */
+char *runtime_path(void);
+
 /* The short form: opens the images, exports each under its file's name without suffix, listens
  * for NBD and QMP in the runtime directory, prints the addresses. */
 int serve_images(struct daemon *d, char *const *images, size_t count, struct error *err);

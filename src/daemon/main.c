@@ -44,6 +44,8 @@ static void make_everything(struct daemon *d, bool daemonized)
     d->graph = graph_new();
     dirty_init(d->graph);
     persist_init(d->graph);
+    CLEANUP(memory_freep) char *runtime = runtime_path();
+    persist_set_runtime(d->graph, runtime);
     copy_register_drivers(d->graph);
     d->jobs = jobs_new(d->graph);
     d->exports = exports_new(d->graph);

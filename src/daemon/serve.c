@@ -7,20 +7,23 @@
 #include <stdio.h>
 #include <unistd.h>
 
-/* Where sockets of this user's daemons are: made if need be, for nobody else to enter. */
-static int runtime_directory(char **ret, struct error *err)
+char *runtime_path(void)
 {
     const char *base = getenv("RUNTIME_DIRECTORY"); /* systemd made it for us alone */
-    CLEANUP(memory_freep) char *dir = NULL;
 
-    if (base && *base) {
-        dir = xstrdup(base);
-    } else {
-        base = getenv("XDG_RUNTIME_DIR");
-        dir = base && *base    ? xasprintf("%s/tidemark", base)
-              : geteuid() == 0 ? xstrdup("/run/tidemark")
-                               : xasprintf("/tmp/tidemark-%ld", (long)geteuid());
-    }
+    if (base && *base)
+        return xstrdup(base);
+    base = getenv("XDG_RUNTIME_DIR");
+    return base && *base    ? xasprintf("%s/tidemark", base)
+           : geteuid() == 0 ? xstrdup("/run/tidemark")
+                            : xasprintf("/tmp/tidemark-%ld", (long)geteuid());
+}
+
+/* Made if need be, for nobody else to enter. */
+static int runtime_directory(char **ret, struct error *err)
+{
+    CLEANUP(memory_freep) char *dir = runtime_path();
+
     int r = io_mkdir(dir, 0700);
     if (r < 0 && r != -EEXIST)
         return error_set_errno(err, -r, "making the runtime directory '%s'", dir);

@@ -372,6 +372,10 @@ struct json_object *dirty_info(struct node *n)
         json_add_bool(info, "persistent", bm->persistent);
         if (bm->inconsistent)
             json_add_bool(info, "inconsistent", true);
+        if (bm->persistent)
+            json_add_uint(info, "x-tidemark-generation", bm->generation);
+        if (bm->persistent && bm->last_job)
+            json_add_string(info, "x-tidemark-last-job", bm->last_job);
         if (!list)
             list = json_object_new_array();
         json_object_array_add(list, info);

@@ -6,10 +6,9 @@
  * ring. After a power loss everything in a hot region counts as dirty: slots x region size is the
  * most that is ever copied for nothing.
  *
- *     free --> entering --> hot <--> clean --> leaving --> free, or entering for another region
- *              (in the      (pinned,  (its bits   (the removal is in the transaction
- *              transaction   marked)   are synced)  under way: not hot any more)
- *              under way)
+ *     free --> entering ---> hot <--> clean ---> its slot is entering for another region
+ *              (in the       (pinned,  (its bits    (which is its removal: from the moment that
+ * this is transaction    marked)   are synced)  in the transaction it is not hot) under way)
  *
  * - Group commit: one transaction is in flight at a time, and carries what all waiting writes miss,
  *   up to RING_CHANGES. A region is hot when its transaction has completed.
@@ -32,8 +31,9 @@
 struct hot;
 
 struct hot_ops {
-    /* Writes one transaction durably. B's session and sequence are filled in by the owner. */
-    int (*commit)(void *owner, struct ring_block *b);
+    /* Writes one transaction durably: B has its changes, the rest is the owner's to fill in; TABLE
+     * is as it will be after them. */
+    int (*commit)(void *owner, struct ring_block *b, const uint32_t *table);
     /* Makes the bits of these regions durable in every live area. */
     int (*clean)(void *owner, const uint32_t *regions, size_t n);
     /* One of the two has failed: do something about it, then hot_retry() or hot_fail(). */
@@ -45,14 +45,14 @@ struct hot_options {
     unsigned slots; /* 4 .. 65535 */
 };
 
-/* An empty table: the session begins. Its tasks (committer and cleaner) live in SCOPE, which
- * hot_free() must precede. Several of the ops run at once, but never one with itself. */
-struct hot *hot_new(const struct hot_options *o, const struct hot_ops *ops, void *owner,
-                    struct scope *scope);
-void hot_free(struct hot *h); /* nobody waits or is pinned; waits for its tasks */
+/* An empty table: the session begins. Two tasks of its own: one commits, one cleans; so both of the
+ * ops may be under way at once, but neither twice. */
+struct hot *hot_new(const struct hot_options *o, const struct hot_ops *ops, void *owner);
+void hot_free(struct hot *h); /* no write is under way; waits for its tasks; NULL is allowed */
 
 /* Before a write of R: waits until all its regions are hot, and pins them. More than RING_CHANGES
- * regions: -E2BIG at once (the caller sets the bits in the areas instead). -EIO after hot_fail().
+ * regions, or half of the slots: -E2BIG at once (the caller sets the bits in the areas instead).
+ * -EIO after hot_fail().
  */
 int hot_take(struct hot *h, struct range r) MUST_CHECK;
 /* The same if it needs no wait. The write path's first question: a few nanoseconds. */

@@ -1,6 +1,7 @@
 /* Changes of state, sessions, and the write path of a kept disk. See keeper.h.
  *
- * Order on disk (DESIGN.md section 6), each point a history that loses a write if it is turned round:
+ * Order on disk (DESIGN.md section 6), each point a history that loses a write if it is turned
+ * round:
  *
  *     epochs reserved -> area written under one     a cut between would let the next life use the
  *                                                   same epoch again: old sectors would look new
@@ -20,6 +21,7 @@
 #include "rt/clock.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 
 /* So many epochs are reserved by each superblock. */
 enum { EPOCHS_AHEAD = 1024 };
@@ -32,6 +34,17 @@ static struct kept_set *set_of(const struct keeper *k, const struct bitmap *bits
 
     LIST_FOREACH (s, &k->sets, link)
         if (s->bits == bits)
+            return s;
+    return NULL;
+}
+
+/* The set under EPOCH, which is one of the superblock's; NULL: none, or gone from memory. */
+static struct kept_set *set_at(const struct keeper *k, uint64_t epoch)
+{
+    struct kept_set *s;
+
+    LIST_FOREACH (s, &k->sets, link)
+        if (epoch && s->bits && s->epoch == epoch)
             return s;
     return NULL;
 }
@@ -119,11 +132,12 @@ static int make_segment(struct keeper *k, struct dirty_bitmap *bm, struct kept_s
                         const struct tide_id *session, struct error *err)
 {
     struct bitmap *old = s->bits, *bits;
+    struct segment *segment;
 
-    if (!k->options.runtime || s->segment)
+    if (!k->options.runtime || (s->segment && !s->segment_ended))
         return 0;
     int r = segment_create(k->options.runtime, session, s->epoch, bitmap_size(old),
-                           bitmap_granularity(old), &s->segment, &bits, err);
+                           bitmap_granularity(old), &segment, &bits, err);
     if (r < 0)
         return r;
     /* No write marks OLD meanwhile: it is new and guests wait, or no write has passed us yet. */
@@ -131,6 +145,9 @@ static int make_segment(struct keeper *k, struct dirty_bitmap *bm, struct kept_s
     s->bits = bits;
     dirty_rehome(bm, old, bits);
     bitmap_free(old);
+    segment_close(s->segment);
+    s->segment = segment;
+    s->segment_ended = false;
     return 0;
 }
 
@@ -184,8 +201,7 @@ static int allocate(struct keeper *k, struct change *c, struct tide_bitmap *entr
     return r;
 }
 
-static int add_entry(struct keeper *k, struct change *c, struct dirty_bitmap *bm,
-                     struct error *err)
+static int add_entry(struct keeper *k, struct change *c, struct dirty_bitmap *bm, struct error *err)
 {
     struct tide_bitmap *entry = &c->next.table.items[c->next.table.n];
     struct dirty_state st;
@@ -261,7 +277,8 @@ static int write_unannounced(struct keeper *k, struct change *c, struct error *e
         struct dirty_bitmap *bm = dirty_find(k->node, e->name);
         struct dirty_state st;
         dirty_get_state(bm, &st);
-        bool folded_here = st.folded && !e->successor.epoch, folded_there = st.folded && !folded_here;
+        bool folded_here = st.folded && !e->successor.epoch,
+             folded_there = st.folded && !folded_here;
         const struct {
             struct tide_area area;
             const struct bitmap *bits;
@@ -292,13 +309,11 @@ static void id_make(struct tide_id *id)
 static void describe(struct keeper *k, struct super *s)
 {
     s->level = k->options.level;
-    free(s->driver);
-    s->driver = xstrdup(node_driver_name(k->node));
+    snprintf(s->driver, sizeof s->driver, "%s", node_driver_name(k->node));
     s->size_bytes = node_size(k->node);
     s->resizing_bytes = k->resizing_bytes ? k->resizing_bytes : s->size_bytes;
     s->region_bits = k->options.region_bits;
     s->slots = k->options.slots;
-    s->next_epoch = k->epoch + EPOCHS_AHEAD;
     s->in_use = true;
 }
 
@@ -312,6 +327,18 @@ int keeper_descriptor(const struct keeper *k)
     }
     const struct file_state *s = n ? n->state : NULL;
     return s && s->now ? s->now->fd : -1;
+}
+
+/* Without a place for run segments a kill is like a power loss. */
+static void use_runtime(struct keeper *k)
+{
+    struct error err = ERROR_INIT;
+
+    if (k->options.runtime && segments_directory(k->options.runtime, &err) < 0) {
+        log_warning("Node '%s': %s: after a kill its bitmaps will be as after a power loss",
+                    node_name(k->node), err.text);
+        free((char *)steal(k->options.runtime));
+    }
 }
 
 static int begin_session(struct keeper *k, struct change *c, struct error *err)
@@ -330,6 +357,7 @@ static int begin_session(struct keeper *k, struct change *c, struct error *err)
     if (fd >= 0 && (r = witness_take(fd, &s->witness)) < 0)
         return error_set_errno(err, -r, "Could not look at the image of node '%s'",
                                node_name(k->node));
+    use_runtime(k);
     if (k->options.runtime)
         r = stamp_create(k->options.runtime, &s->session, &k->stamp, err);
     return r;
@@ -348,7 +376,7 @@ static void drop_session(struct keeper *k, const struct tide_id *session, const 
     stamp_unlink(k->options.runtime, session);
 }
 
-static int hot_op_commit(void *owner, struct ring_block *b);
+static int hot_op_commit(void *owner, struct ring_block *b, const uint32_t *table);
 static int hot_op_clean(void *owner, const uint32_t *regions, size_t n);
 static void hot_op_failed(void *owner, int error);
 
@@ -361,7 +389,7 @@ static void session_begun(struct keeper *k)
     k->stale = false;
     k->ring_next = s->ring_sequence;
     if (k->options.level == TIDE_POWER)
-        k->hot = hot_new(&(struct hot_options){s->region_bits, s->slots}, &ops, k, &k->tasks);
+        k->hot = hot_new(&(struct hot_options){s->region_bits, s->slots}, &ops, k);
 }
 
 /* ---- a change of state ---- */
@@ -396,11 +424,21 @@ static void learn_extents(struct keeper *k)
                 memcpy(s->of->extent, t->items[i].extent, sizeof s->of->extent);
 }
 
+/* All that are used so far are reserved, and never fewer than before. */
+static void set_next_epoch(struct keeper *k, struct super *s)
+{
+    uint64_t now = k->tide ? tide_super(k->tide)->next_epoch : 0;
+
+    s->next_epoch = k->epoch <= now ? now : k->epoch + EPOCHS_AHEAD;
+}
+
 /* A new tide file with all that NEXT says, in place of the one that there is. */
 static int replace_tide(struct keeper *k, struct change *c, struct error *err)
 {
     struct tide *old = k->tide;
     CLEANUP(memory_freep) uint32_t *table = NULL;
+    LOCKED(&k->area_lock); /* nobody is in the old one */
+    LOCKED(&k->ring_lock);
 
     for (size_t i = 0; i < c->next.table.n; i++)
         memset(c->next.table.items[i].extent, 0, sizeof c->next.table.items[i].extent);
@@ -409,6 +447,7 @@ static int replace_tide(struct keeper *k, struct change *c, struct error *err)
         hot_table(k->hot, table);
         c->next.ring_sequence = k->ring_next;
     }
+    set_next_epoch(k, &c->next);
     int r = tide_create(k->options.path, &c->next, c->current, c->successor, table, &k->tide, err);
     if (r < 0) {
         k->tide = old;
@@ -416,8 +455,7 @@ static int replace_tide(struct keeper *k, struct change *c, struct error *err)
     }
     if (table) {
         const struct super *s = tide_super(k->tide);
-        k->ring_next = s->ring_sequence +
-                       ring_full_table(s->slots, min_u64(s->slots, RING_SLICE));
+        k->ring_next = s->ring_sequence + ring_full_table(s->slots, min_u64(s->slots, RING_SLICE));
     }
     tide_close(old);
     learn_extents(k);
@@ -474,6 +512,7 @@ static int write_change(struct keeper *k, struct change *c, struct error *err)
     if (!k->tide || tide_failed(k->tide))
         return replace_tide(k, c, err);
     int r = reserve_epochs(k, err);
+    set_next_epoch(k, &c->next);
     if (r == 0) {
         LOCKED(&k->area_lock);
         r = write_unannounced(k, c, err);
@@ -503,8 +542,6 @@ static int change_state(struct keeper *k, struct error *err)
         super_copy(&c.next, &again);
         error_clear(&why);
         r = replace_tide(k, &c, &why);
-        if (r == 0 && k->hot)
-            hot_retry(k->hot);
     }
     if (r < 0) {
         if (k->tide)
@@ -537,14 +574,16 @@ int keeper_commit(struct keeper *k, struct error *err)
 
 /* ---- hot regions ---- */
 
-static int hot_op_commit(void *owner, struct ring_block *b)
+static int hot_op_commit(void *owner, struct ring_block *b, const uint32_t *table)
 {
     struct keeper *k = owner;
+    LOCKED(&k->ring_lock);
 
-    if (k->tide == NULL)
+    if (!k->tide)
         return -EIO;
     b->session = tide_super(k->tide)->session;
     b->sequence = k->ring_next;
+    ring_slice(b, table, k->options.slots, RING_SLICE);
     int r = tide_write_ring(k->tide, b);
     if (r == 0)
         k->ring_next++;
@@ -577,11 +616,8 @@ static int hot_op_clean(void *owner, const uint32_t *regions, size_t n)
                 break;
             const struct tide_bitmap *e = &tide_super(t)->table.items[i];
             struct tide_area area = j ? e->successor : e->current;
-            struct kept_set *s;
-            LIST_FOREACH (s, &k->sets, link)
-                if (s->bits && s->epoch == area.epoch)
-                    break;
-            if (!s || !area.epoch)
+            struct kept_set *s = set_at(k, area.epoch);
+            if (!s)
                 continue;
             int r = write_area(k, e, area, s->bits, ranges, n);
             if (r < 0)
@@ -598,10 +634,10 @@ static int make_anew(void *arg)
 
     SHIELD();
     LOCKED(&k->lock);
-    if (k->lost || !k->tide || !tide_failed(k->tide))
-        return 0;
-    if (change_state(k, &err) < 0)
+    if (!k->lost && k->tide && tide_failed(k->tide) && change_state(k, &err) < 0)
         log_error("Node '%s': %s", node_name(k->node), err.text);
+    if (k->hot && !k->lost)
+        hot_retry(k->hot);
     return 0;
 }
 
@@ -616,6 +652,24 @@ static void hot_op_failed(void *owner, int error)
 
 /* ---- writes ---- */
 
+/* The bits of R are durable in every set that records. */
+static int sync_marks(struct keeper *k, struct range r)
+{
+    int result = 0;
+    LOCKED(&k->area_lock);
+
+    for (size_t i = 0; k->tide && result == 0 && i < tide_super(k->tide)->table.n; i++) {
+        const struct tide_bitmap *e = &tide_super(k->tide)->table.items[i];
+        const struct tide_area area = e->successor.epoch ? e->successor : e->current;
+        struct kept_set *s = e->enabled ? set_at(k, area.epoch) : NULL;
+        if (s)
+            result = write_area(k, e, area, s->bits, &r, 1);
+    }
+    if (result == 0)
+        result = k->tide ? tide_sync(k->tide) : -EIO;
+    return result;
+}
+
 /* Too many regions for the table: the bits are set, and made durable, before the data. */
 static int write_through(struct keeper *k, struct range r)
 {
@@ -626,19 +680,9 @@ static int write_through(struct keeper *k, struct range r)
         dirty_get_state(bm, &st);
         bitmap_mark(st.successor ? st.successor : st.current, r);
     }
-    LOCKED(&k->area_lock);
-    for (size_t i = 0; k->tide && i < tide_super(k->tide)->table.n; i++) {
-        const struct tide_bitmap *e = &tide_super(k->tide)->table.items[i];
-        struct tide_area area = e->successor.epoch ? e->successor : e->current;
-        struct kept_set *s;
-        LIST_FOREACH (s, &k->sets, link)
-            if (s->bits && s->epoch == area.epoch)
-                break;
-        int result = s && e->enabled ? write_area(k, e, area, s->bits, &r, 1) : 0;
-        if (result < 0)
-            return result;
-    }
-    return k->tide ? tide_sync(k->tide) : -EIO;
+    if (sync_marks(k, r) < 0)
+        make_anew(k); /* and the new file has them */
+    return k->refusing ? -EIO : 0;
 }
 
 static int begin_use(struct keeper *k)
@@ -756,6 +800,7 @@ int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **
     k->options.runtime = o->runtime ? xstrdup(o->runtime) : NULL;
     mutex_init(&k->lock);
     mutex_init(&k->area_lock);
+    mutex_init(&k->ring_lock);
     scope_init(&k->tasks);
     LIST_INIT(&k->sets);
     int r = keeper_recover(k, err);
@@ -779,6 +824,7 @@ void keeper_free(struct keeper *k)
         set_free(s);
     stamp_close(k->stamp);
     tide_close(k->tide);
+    free(k->recovery.reason);
     free(k->options.path);
     free((char *)k->options.runtime);
     free(k);
@@ -801,11 +847,8 @@ static int close_session(struct keeper *k, struct error *err)
         struct tide_bitmap *b = &s.table.items[i];
         struct tide_area *areas[] = {&b->current, &b->successor};
         for (unsigned j = 0; r == 0 && j < 2; j++) {
-            struct kept_set *set;
-            LIST_FOREACH (set, &k->sets, link)
-                if (set->bits && set->epoch == areas[j]->epoch)
-                    break;
-            if (!set || !areas[j]->epoch)
+            struct kept_set *set = set_at(k, areas[j]->epoch);
+            if (!set)
                 continue;
             if (!b->extent[areas[j]->extent])
                 r = tide_allocate(k->tide, &s, tide_extent_bytes(s.size_bytes, b->granularity_bits),
@@ -821,57 +864,118 @@ static int close_session(struct keeper *k, struct error *err)
     if (r < 0)
         return r;
     s.in_use = false;
-    s.next_epoch = k->epoch;
     s.ring_sequence = k->ring_next;
     return tide_write_super(k->tide, &s, err);
 }
 
-void keeper_close(struct keeper *k)
+/* Ends the session, if there is one, and tells what went wrong: then it is as after a kill. */
+static void end_session(struct keeper *k)
 {
     struct error err = ERROR_INIT;
     CLEANUP(super_fini) struct super old = {0};
+    int r = 0;
 
-    if (k->stale && !k->node->read_only && keeper_commit(k, &err) < 0)
-        log_warning("Node '%s': %s", node_name(k->node), err.text);
-    if (k->hot)
-        hot_free(steal(k->hot));
-    if (k->in_use && k->tide && !k->lost) {
-        int r = 0;
-        if (tide_failed(k->tide))
-            r = keeper_commit(k, &err);
-        if (k->hot)
-            hot_free(steal(k->hot));
-        if (r == 0 && tide_super(k->tide)->table.n == 0) {
-            super_copy(&old, tide_super(k->tide));
-            r = tide_remove(steal(k->tide), &err);
-        } else if (r == 0) {
-            super_copy(&old, tide_super(k->tide));
-            r = close_session(k, &err);
-        }
-        if (r < 0) {
-            /* As after a kill: the segments say what the bitmaps are. */
-            log_warning("Node '%s': %s: its bitmaps are recovered when it is next opened",
-                        node_name(k->node), err.text);
-            struct kept_set *s;
-            LIST_FOREACH (s, &k->sets, link) {
-                if (!s->bits)
-                    continue;
-                bitmap_mark(s->bits, range_make(0, 0));
-            }
-        } else {
-            drop_session(k, &old.session, &old);
-        }
-    }
+    if (k->stale && !k->node->read_only && k->tide)
+        r = keeper_commit(k, &err); /* what recovery has found is not found twice */
+    hot_free(steal(k->hot));
+    if (!k->in_use || !k->tide || k->lost)
+        return;
+    super_copy(&old, tide_super(k->tide));
+    if (r == 0 && tide_failed(k->tide))
+        r = -EIO;
+    if (r == 0)
+        r = old.table.n == 0 ? tide_remove(steal(k->tide), &err) : close_session(k, &err);
+    if (r == 0)
+        drop_session(k, &old.session, &old);
+    else
+        log_warning("Node '%s': %s: its bitmaps are recovered when it is next opened",
+                    node_name(k->node), err.text);
+    stamp_close(steal(k->stamp));
+    k->in_use = false;
+}
+
+void keeper_close(struct keeper *k)
+{
+    end_session(k);
     keeper_free(k);
+}
+
+void keeper_set_readonly(struct keeper *k, bool readonly)
+{
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
+        if (is_kept(bm))
+            dirty_set_readonly(bm, readonly);
+}
+
+/* Nobody of ours can have written the tide file if it says the same as before. */
+static int open_again(struct keeper *k, struct error *err)
+{
+    CLEANUP(tide_closep) struct tide *t = NULL;
+    char why[160] = "its tide file has been written meanwhile";
+    bool same;
+
+    const struct super *was = tide_super(k->tide);
+    int r = tide_open(k->options.path, false, &t, err);
+    if (r < 0)
+        return r;
+    const struct super *is = tide_super(t);
+    same = tide_id_equal(&was->uuid, &is->uuid) && was->sequence == is->sequence &&
+           keeper_ask_witness(k, is, why, sizeof why) != WITNESS_CHANGED;
+    tide_close(k->tide);
+    k->tide = steal(t);
+    if (same)
+        return 0;
+    log_warning("Node '%s': its bitmaps are inconsistent: %s", node_name(k->node), why);
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
+        if (is_kept(bm))
+            dirty_set_inconsistent(bm);
+    k->stale = true;
+    return 0;
+}
+
+int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
+{
+    struct kept_set *s;
+    int r = 0;
+
+    if (!to_read_only) {
+        if (k->tide)
+            r = open_again(k, err);
+        if (r == 0)
+            keeper_set_readonly(k, false);
+        return r;
+    }
+    for (struct dirty_bitmap *bm = dirty_first(k->node); r == 0 && bm; bm = dirty_next(bm))
+        if (is_kept(bm))
+            r = dirty_check(bm, DIRTY_CHECK_BUSY, err);
+    if (r < 0)
+        return r;
+    end_session(k);
+    LIST_FOREACH (s, &k->sets, link)
+        s->segment_ended = true;
+    keeper_set_readonly(k, true);
+    return 0;
+}
+
+int keeper_can_add(struct keeper *k, const char *name, uint64_t granularity_bytes,
+                   struct error *err)
+{
+    if (k->refusing || k->lost)
+        return error_set(err, EIO, "The tide file '%s' cannot be written", k->options.path);
+    if (strlen(name) > TIDE_NAME_MAX)
+        return error_set(err, EINVAL, "Bitmap name is too long: %zu bytes", strlen(name));
+    return 0;
 }
 
 struct json_object *keeper_info(struct keeper *k)
 {
+    if (k->recovery.verdict == RECOVERY_NEW)
+        return NULL;
     static const char *const names[] = {"new", "clean", "exact", "superset", "none"};
     struct json_object *info = json_object_new_object();
 
     json_add_string(info, "state", names[k->recovery.verdict]);
-    if (k->recovery.reason[0])
+    if (k->recovery.reason && *k->recovery.reason)
         json_add_string(info, "reason", k->recovery.reason);
     json_add_uint(info, "bytes-added", k->recovery.bytes_added);
     if (k->recovery.witness)

@@ -2,8 +2,8 @@
  *
  * Three places hold a set of bits: memory (whose lowest level is a file on tmpfs, segment.h), a bit
  * area of the tide file (tide.h), and nothing else. The superblock says which sets are whose. The
- * keeper makes the superblock say what dirty/ says (dirty_get_state): a set that it has not seen yet
- * gets a place and an epoch of its own first. So there is one way to change anything:
+ * keeper makes the superblock say what dirty/ says (dirty_get_state): a set that it has not seen
+ * yet gets a place and an epoch of its own first. So there is one way to change anything:
  *
  *     dirty/ changes in memory   -->   keeper_commit()   -->   reply, event, next step
  *
@@ -24,8 +24,8 @@
 struct keeper;
 
 struct keeper_options {
-    char *path;            /* of the tide file; owned by who fills it in */
-    const char *runtime;   /* directory for segments; NULL: none, a kill is like a power loss */
+    char *path;          /* of the tide file; owned by who fills it in */
+    const char *runtime; /* directory for segments; NULL: none, a kill is like a power loss */
     enum tide_level level;
     unsigned region_bits;
     unsigned slots;
@@ -34,13 +34,19 @@ struct keeper_options {
 /* What open has found, for queries. */
 enum recovery { RECOVERY_NEW, RECOVERY_CLEAN, RECOVERY_EXACT, RECOVERY_SUPERSET, RECOVERY_NONE };
 
-/* N is being opened and nobody writes to it yet. If there is a tide file, its bitmaps become N's. An
- * error only if the disk must not be opened: the file is locked, or there is no memory. */
+/* N is being opened and nobody writes to it yet. If there is a tide file, its bitmaps become N's.
+ * An error only if the disk must not be opened: the file is locked, or there is no memory. */
 int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **ret,
                 struct error *err) MUST_CHECK;
 /* The node closes: nobody writes. What cannot be saved is told in the log. */
 void keeper_close(struct keeper *k);
 
+/* Read-only and back. What others did meanwhile is found out as when it is opened. */
+int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err) MUST_CHECK;
+
+/* May one more bitmap be added? */
+int keeper_can_add(struct keeper *k, const char *name, uint64_t granularity_bytes,
+                   struct error *err) MUST_CHECK;
 /* The superblock says what dirty/ says. */
 int keeper_commit(struct keeper *k, struct error *err) MUST_CHECK;
 
@@ -55,5 +61,5 @@ void keeper_resized(struct keeper *k);
 int keeper_grow(struct keeper *k, struct bitmap *bits, uint64_t to) MUST_CHECK;
 
 void keeper_bits_gone(struct keeper *k, struct bitmap *bits);
-/* x-tidemark-recovery of query-named-block-nodes. */
+/* x-tidemark-recovery of query-named-block-nodes; NULL: it has no bitmaps to recover. */
 struct json_object *keeper_info(struct keeper *k);

@@ -1,366 +1,178 @@
-/* Persistent bitmaps of qcow2 nodes: when they are read, marked as in use, and saved.
+/* Which node keeps its bitmaps where, and the room's place in the graph.
  *
- *                        in the image        in memory
- *     read-only          as found            readonly: can be read, exported, backed up from
- *     read-write         in_use, durably     recording as `auto` says
- *     saved              in_use 0            until the node is gone, or read-only
- *
- * in_use is made durable before the node is handed out (as QEMU does it), so no write can come
- * before it. Two ways lead to a writable node whose image does not say in_use: setting it failed
- * after a reopen to read-write, or a save failed so that nobody knows which directory the disk has.
- * Then writes are refused (-EPERM as QEMU while bitmaps are read-only; -EIO while the header cannot
- * be written) until that is put right.
- *
- * A bitmap that cannot be used is shown as inconsistent and stays in the image, in use, until
- * somebody removes it. What goes wrong while saving at a close is told in the log: nobody is there
- * any more to get an error. The image then still says in_use, and the next open knows. */
+ *     qcow2          in the image (image.c)
+ *     raw, file      in a tide file (keeper.c) beside the image
+ *     other nodes    nowhere
+ */
 #include "persist/persist.h"
 
-#include "base/log.h"
 #include "block/driver.h"
 #include "block/qcow2/bitmaps.h"
 #include "dirty/dirty.h"
-
-#include <stdio.h>
+#include "persist/image.h"
+#include "persist/keeper.h"
+#include "rt/io.h"
 
 struct persist {
     struct graph_hook hook;
     struct dirty_store store;
+    char *runtime; /* NULL: none */
 };
 
-/* Of one qcow2 node, from its opening to its closing. */
+/* Of one node, from its opening to its closing. */
 struct persist_node {
-    struct node *node;
     struct write_observer observer;
-    bool heal;    /* the directory has entries that no program takes: written anew at the close */
-    bool blocked; /* bitmaps may be read-only on a node that may be written */
-    char **leaky; /* bitmaps whose clusters are not freed with them; sorted */
-    size_t n_leaky;
+    struct image *image;   /* NULL: not qcow2 */
+    struct keeper *keeper; /* NULL: no tide file */
 };
 
-/* What the bits of one image may take when it is opened. 64 bitmaps of 64 TiB at 64 KiB, all
- * dirty, fit in; QEMU has a limit of 512 MiB a bitmap, and 65,535 bitmaps. */
-#define BITS_MAX (8 * GiB)
+enum { REGION_BITS = 24, SLOTS = 1024 };
 
-static const char node_key[1];
+static const char graph_key[1], node_key[1];
 
 static struct persist_node *node_of(const struct node *n)
 {
     return node_get_data(n, node_key);
 }
 
-static bool is_stored(const struct dirty_bitmap *bm)
+static struct keeper *keeper_of(const struct node *n)
 {
-    return dirty_persistent(bm) && dirty_name(bm);
+    struct persist_node *pn = node_of(n);
+
+    return pn ? pn->keeper : NULL;
 }
 
-/* ---- before writes and changes of size ---- */
+/* ---- writes and sizes ---- */
 
-static void observer_mark(struct write_observer *o, struct range r)
+static struct keeper *observed(struct write_observer *o)
 {
+    return container_of(o, struct persist_node, observer)->keeper;
 }
 
 static int observer_before_write(struct write_observer *o, struct range r)
 {
-    struct persist_node *pn = container_of(o, struct persist_node, observer);
+    return keeper_before_write(observed(o), r);
+}
 
-    if (pn->blocked) {
-        struct dirty_bitmap *bm = dirty_first(pn->node);
-        while (bm && !dirty_readonly(bm))
-            bm = dirty_next(bm);
-        if (bm)
-            return -EPERM;
-        pn->blocked = false; /* the last of them was removed */
-    }
-    return qcow2_bitmaps_settle(pn->node) < 0 ? -EIO : 0;
+static void observer_mark(struct write_observer *o, struct range r)
+{
+    keeper_mark(observed(o), r);
+}
+
+static void observer_written(struct write_observer *o, struct range r, int result)
+{
+    keeper_written(observed(o), r);
 }
 
 static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t to,
                              struct error *err)
 {
-    struct persist_node *pn = container_of(o, struct persist_node, observer);
+    return keeper_resizing(observed(o), to, err);
+}
 
-    for (struct dirty_bitmap *bm = dirty_first(pn->node); bm; bm = dirty_next(bm)) {
-        if (!is_stored(bm))
-            continue;
-        int r = dirty_check(bm, DIRTY_CHECK_DEFAULT, err);
-        /* QEMU lets it grow, and loses the bitmap when it is to be saved. */
-        if (r == 0 && to > from &&
-            (r = qcow2_bitmap_check_size(pn->node, dirty_granularity(bm), to, err)) < 0)
-            error_wrap(err, "Bitmap '%s'", dirty_name(bm));
-        if (r < 0)
-            return r;
+static void observer_resized(struct write_observer *o, uint64_t from, uint64_t to)
+{
+    keeper_resized(observed(o));
+}
+
+/* ---- opening and closing ---- */
+
+/* The file that has the node's data, as the tide file is named after it; NULL: none. */
+static int tide_path(const struct node *n, char **ret)
+{
+    const char *name = node_driver_name(n);
+    CLEANUP(memory_freep) char *path = NULL;
+
+    *ret = NULL;
+    if (strcmp(name, "raw") == 0) {
+        struct edge *e = node_primary(n);
+        n = e ? e->node : NULL;
     }
-    return qcow2_bitmaps_settle(pn->node) < 0
-               ? error_set_errno(err, EIO, "Failed to update bitmap extension")
-               : 0;
-}
-
-/* ---- clusters that must not be freed ---- */
-
-static int by_text(const void *a, const void *b)
-{
-    return strcmp(*(char *const *)a, *(char *const *)b);
-}
-
-static bool is_leaky(const struct persist_node *pn, const char *name)
-{
-    return pn->n_leaky && bsearch(&name, pn->leaky, pn->n_leaky, sizeof *pn->leaky, by_text);
-}
-
-static void forget_leaky(struct persist_node *pn)
-{
-    for (size_t i = 0; i < pn->n_leaky; i++)
-        free(pn->leaky[i]);
-    free(pn->leaky);
-    pn->leaky = NULL;
-    pn->n_leaky = 0;
-}
-
-static void remember_leaky(struct persist_node *pn, const struct qcow2_bitmap_list *l)
-{
-    forget_leaky(pn);
-    pn->leaky = xcalloc(l->n + 1, sizeof *pn->leaky);
-    for (size_t i = 0; i < l->n; i++)
-        if (l->items[i].leak && !l->items[i].unfit)
-            pn->leaky[pn->n_leaky++] = xstrdup(l->items[i].name);
-    qsort(pn->leaky, pn->n_leaky, sizeof *pn->leaky, by_text);
-}
-
-/* ---- loading ---- */
-
-/* B becomes a dirty bitmap. An error only for one that could be used and is not to be lost because
- * memory is short now. */
-static int make_dirty(struct node *n, struct qcow2_bitmap *b, struct error *err)
-{
-    const unsigned flags = DIRTY_PERSISTENT | DIRTY_LOADED | (b->automatic ? 0 : DIRTY_DISABLED);
-    bool usable = !b->in_use && !b->quarantined;
-    struct error why = ERROR_INIT;
-    struct dirty_bitmap *bm;
-
-    int r = dirty_add(n, b->name, (uint64_t)1 << b->granularity_bits, flags, &bm, &why);
-    if (r < 0 && !usable) {
-        log_warning("Node '%s': stored bitmap '%s' is not shown: %s", node_name(n), b->name,
-                    why.text);
+    if (!n || strcmp(node_driver_name(n), "file") || !*n->filename)
         return 0;
-    }
-    if (r == 0 && usable) {
-        r = qcow2_bitmap_load(n, b, dirty_bits(bm), &why);
-        if (r < 0 && r != -ENOMEM) {
-            log_warning("Node '%s': stored bitmap '%s' is inconsistent: %s", node_name(n), b->name,
-                        why.text);
-            b->quarantined = true;
-            usable = false;
-            r = 0;
-        }
-    }
-    if (r < 0) {
-        if (err)
-            *err = why;
-        return r;
-    }
-    if (!usable)
-        dirty_set_inconsistent(bm);
-    return 0;
-}
-
-static void report(const struct node *n, const struct qcow2_bitmap_list *l)
-{
-    if (l->broken[0])
-        log_warning("Node '%s': %s", node_name(n), l->broken);
-    for (size_t i = 0; i < l->n; i++) {
-        const struct qcow2_bitmap *b = &l->items[i];
-        if (b->quarantined)
-            log_warning("Node '%s': stored bitmap '%s' %s: %s", node_name(n), b->name,
-                        b->unfit ? "is left out" : "cannot be used", b->reason);
-    }
-}
-
-static void set_readonly(struct node *n, bool readonly)
-{
-    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm))
-        if (is_stored(bm))
-            dirty_set_readonly(bm, readonly);
-}
-
-static int load(struct persist_node *pn, struct error *err)
-{
-    struct node *n = pn->node;
-    CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *l = NULL;
-
-    int r = qcow2_bitmaps_read(n, &l, err);
-    if (r < 0)
-        return r;
-    r = qcow2_bitmaps_check(n, l, BITS_MAX);
-    if (r < 0)
-        return error_set_errno(err, -r, "Failed to read bitmap directory");
-    report(n, l);
-    remember_leaky(pn, l);
-    pn->heal = l->broken[0] || pn->n_leaky;
-    for (size_t i = 0; i < l->n; i++) {
-        if (l->items[i].unfit)
-            pn->heal = true;
-        else if ((r = make_dirty(n, &l->items[i], err)) < 0)
-            return r;
-    }
-    if (n->read_only) {
-        set_readonly(n, true);
-        return 0;
-    }
-    /* What is written from now on could make such a directory look like a good one. */
-    return l->misplaced ? qcow2_bitmaps_drop(n, err) : qcow2_bitmaps_set_in_use(n, l, err);
-}
-
-/* ---- saving ---- */
-
-static bool has_to_be_saved(const struct dirty_bitmap *bm)
-{
-    return is_stored(bm) && !dirty_inconsistent(bm) && !dirty_readonly(bm) && !dirty_busy(bm);
-}
-
-/* Inconsistent ones, and what is read-only, stay in the image as they are there; so does one that
- * somebody left busy, as in use: its bits are in two places. */
-static int save(struct persist_node *pn, bool strict, struct error *err)
-{
-    struct node *n = pn->node;
-    size_t count = 0, i = 0;
-
-    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm))
-        count += has_to_be_saved(bm);
-    if (!count && (!pn->heal || n->read_only))
-        return 0;
-    count += pn->n_leaky;
-    CLEANUP(memory_freep) struct qcow2_bitmap_save *list = calloc(count + 1, sizeof *list);
-    if (!list)
-        return error_set_errno(err, ENOMEM, "Failed to update bitmap extension");
-    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm)) {
-        bool leak = is_stored(bm) && is_leaky(pn, dirty_name(bm));
-        if (!has_to_be_saved(bm) && !leak)
-            continue;
-        list[i++] = (struct qcow2_bitmap_save){
-            .name = dirty_name(bm),
-            .bits = has_to_be_saved(bm) ? dirty_bits(bm) : NULL,
-            .automatic = dirty_enabled(bm),
-            .leak = leak,
-        };
-    }
-    int r = qcow2_bitmaps_save(n, list, i, strict, err);
-    if (r == 0) {
-        pn->heal = false;
-        forget_leaky(pn);
-    }
+    int r = io_realpath(n->filename, &path);
+    if (r == 0)
+        *ret = xasprintf("%s.tide", path);
     return r;
 }
 
-/* ---- the room's place in the graph ---- */
-
-static void forget(struct persist_node *pn)
+static int open_keeper(struct persist *p, struct persist_node *pn, struct node *n,
+                       struct error *err)
 {
-    node_unobserve(pn->node, &pn->observer);
-    node_set_data(pn->node, node_key, NULL);
-    forget_leaky(pn);
-    free(pn);
+    CLEANUP(memory_freep) char *path = NULL;
+
+    int r = tide_path(n, &path);
+    if (r < 0 || !path)
+        return 0;
+    struct keeper_options o = {
+        .path = path,
+        .runtime = p->runtime,
+        .level = TIDE_POWER,
+        .region_bits = REGION_BITS,
+        .slots = SLOTS,
+    };
+    r = keeper_open(n, &o, &pn->keeper, err);
+    if (r < 0)
+        return r;
+    pn->observer = (struct write_observer){
+        .before_write = observer_before_write,
+        .mark = observer_mark,
+        .written = observer_written,
+        .resizing = observer_resizing,
+        .resized = observer_resized,
+    };
+    node_observe(n, &pn->observer);
+    return 0;
 }
 
 static int hook_opened(struct graph_hook *h, struct node *n, struct error *err)
 {
-    if (!node_is_qcow2(n))
-        return 0;
+    struct persist *p = container_of(h, struct persist, hook);
     struct persist_node *pn = xnew(struct persist_node);
-    pn->node = n;
-    pn->observer.mark = observer_mark;
-    pn->observer.before_write = observer_before_write;
-    pn->observer.resizing = observer_resizing;
-    node_set_data(n, node_key, pn);
-    node_observe(n, &pn->observer);
 
-    int r = load(pn, err);
-    if (r < 0)
-        forget(pn);
-    return r;
+    int r = node_is_qcow2(n) ? image_open(n, &pn->image, err) : open_keeper(p, pn, n, err);
+    if (r < 0 || (!pn->image && !pn->keeper)) {
+        free(pn);
+        return r;
+    }
+    node_set_data(n, node_key, pn);
+    return 0;
 }
 
 static void hook_closing(struct graph_hook *h, struct node *n)
 {
     struct persist_node *pn = node_of(n);
-    struct error err = ERROR_INIT;
 
     if (!pn)
         return;
-    if (save(pn, false, &err) < 0)
-        log_line(LOG_LEVEL_INFO, "Lost persistent bitmaps during inactivation of node '%s': %s",
-                 node_name(n), err.text);
-    forget(pn);
-}
-
-static int save_for_reading(struct persist_node *pn, struct error *err)
-{
-    for (struct dirty_bitmap *bm = dirty_first(pn->node); bm; bm = dirty_next(bm)) {
-        int r = is_stored(bm) ? dirty_check(bm, DIRTY_CHECK_BUSY, err) : 0;
-        if (r < 0)
-            return r;
+    if (pn->image)
+        image_close(pn->image);
+    if (pn->keeper) {
+        node_unobserve(n, &pn->observer);
+        keeper_close(pn->keeper);
     }
-    int r = save(pn, true, err);
-    if (r == 0)
-        set_readonly(pn->node, true);
-    return r;
-}
-
-/* The stored ones must be as they were when they were read. (Those that were added since are not
- * stored and not read-only.) */
-static void compare(struct node *n, struct qcow2_bitmap_list *l)
-{
-    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm)) {
-        if (!is_stored(bm) || !dirty_readonly(bm) || dirty_inconsistent(bm))
-            continue;
-        const struct qcow2_bitmap *b = qcow2_bitmap_find(l, dirty_name(bm));
-        if (b && !b->in_use)
-            continue;
-        log_warning("Node '%s': bitmap '%s' is inconsistent: it %s in the image meanwhile",
-                    node_name(n), dirty_name(bm), b ? "has come into use" : "has gone");
-        dirty_set_inconsistent(bm);
-    }
-}
-
-static int make_writable(struct persist_node *pn, struct error *err)
-{
-    struct node *n = pn->node;
-    CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *l = NULL;
-
-    int r = qcow2_bitmaps_read(n, &l, err);
-    if (r < 0)
-        return r;
-    compare(n, l);
-    r = l->misplaced ? qcow2_bitmaps_drop(n, err) : qcow2_bitmaps_set_in_use(n, l, err);
-    if (r == 0)
-        set_readonly(n, false);
-    return r;
+    node_set_data(n, node_key, NULL);
+    free(pn);
 }
 
 static int hook_reopening(struct graph_hook *h, struct node *n, bool to_read_only,
                           struct error *err)
 {
     struct persist_node *pn = node_of(n);
-    struct error why = ERROR_INIT;
 
-    if (!pn)
-        return 0;
-    if (to_read_only)
-        return save_for_reading(pn, err);
-    int r = make_writable(pn, &why);
-    pn->blocked = r < 0;
-    if (r < 0) {
-        log_line(LOG_LEVEL_INFO, "%s: Failed to make dirty bitmaps writable: %s", node_name(n),
-                 why.text);
-        if (err)
-            *err = why;
-    }
-    return r;
+    if (pn && pn->image)
+        return image_reopen(pn->image, to_read_only, err);
+    if (pn && pn->keeper)
+        return keeper_reopen(pn->keeper, to_read_only, err);
+    return 0;
 }
 
 static void hook_gone(struct graph_hook *h)
 {
-    free(container_of(h, struct persist, hook));
+    struct persist *p = container_of(h, struct persist, hook);
+
+    free(p->runtime);
+    free(p);
 }
 
 /* ---- the store of dirty/ ---- */
@@ -368,41 +180,83 @@ static void hook_gone(struct graph_hook *h)
 static int store_can_add(struct dirty_store *s, struct node *n, const char *name,
                          uint64_t granularity_bytes, struct error *err)
 {
-    uint32_t others = 0;
-    uint64_t others_bytes = 0;
+    struct persist_node *pn = node_of(n);
 
-    if (!node_is_qcow2(n))
+    if (pn && pn->image)
+        return image_can_add(pn->image, name, granularity_bytes, err);
+    if (!pn)
         return error_set_errno(err, ENOTSUP, "Can't store persistent bitmaps to %s", node_name(n));
-    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm)) {
-        if (!dirty_name(bm))
-            continue;
-        if (!strcmp(dirty_name(bm), name))
-            return error_set(err, EEXIST, "Bitmap already exists: %s", name);
-        if (is_stored(bm)) {
-            others++;
-            others_bytes += qcow2_bitmap_entry_bytes(dirty_name(bm));
-        }
-    }
-    return qcow2_bitmap_check_new(n, name, granularity_bytes, others, others_bytes, err);
+    return keeper_can_add(pn->keeper, name, granularity_bytes, err);
 }
 
 static int store_remove(struct dirty_store *s, struct node *n, const char *name, struct error *err)
 {
     struct persist_node *pn = node_of(n);
 
-    return pn ? qcow2_bitmap_remove(n, name, is_leaky(pn, name), err) : 0;
+    return pn && pn->image ? image_remove(pn->image, name, err) : 0;
 }
+
+static int store_commit(struct dirty_store *s, struct node *const *nodes, size_t n,
+                        struct error *err)
+{
+    int r = 0;
+
+    for (size_t i = 0; r == 0 && i < n; i++)
+        if (keeper_of(nodes[i]))
+            r = keeper_commit(keeper_of(nodes[i]), err);
+    return r;
+}
+
+static int store_flush(struct dirty_store *s, struct node *n)
+{
+    return keeper_of(n) && !n->read_only ? node_flush(n) : 0;
+}
+
+static int store_grow(struct dirty_store *s, struct node *n, struct bitmap *bits, uint64_t to)
+{
+    return keeper_of(n) ? keeper_grow(keeper_of(n), bits, to) : 0;
+}
+
+static void store_bits_gone(struct dirty_store *s, struct node *n, struct bitmap *bits)
+{
+    if (keeper_of(n))
+        keeper_bits_gone(keeper_of(n), bits);
+}
+
+/* ---- the room ---- */
 
 void persist_init(struct graph *g)
 {
     struct persist *p = xnew(struct persist);
 
-    p->hook.opened = hook_opened;
-    p->hook.closing = hook_closing;
-    p->hook.reopening = hook_reopening;
-    p->hook.gone = hook_gone;
-    p->store.can_add = store_can_add;
-    p->store.remove = store_remove;
+    p->hook = (struct graph_hook){
+        .opened = hook_opened,
+        .closing = hook_closing,
+        .reopening = hook_reopening,
+        .gone = hook_gone,
+    };
+    p->store = (struct dirty_store){
+        .can_add = store_can_add,
+        .remove = store_remove,
+        .commit = store_commit,
+        .flush = store_flush,
+        .grow = store_grow,
+        .bits_gone = store_bits_gone,
+    };
+    graph_set_data(g, graph_key, p);
     graph_add_hook(g, &p->hook);
     dirty_set_store(g, &p->store);
+}
+
+void persist_set_runtime(struct graph *g, const char *directory)
+{
+    struct persist *p = graph_get_data(g, graph_key);
+
+    free(p->runtime);
+    p->runtime = directory ? xstrdup(directory) : NULL;
+}
+
+struct json_object *persist_info(struct node *n)
+{
+    return keeper_of(n) ? keeper_info(keeper_of(n)) : NULL;
 }

@@ -14,3 +14,8 @@
 
 /* After dirty_init, before nodes are opened. */
 void persist_init(struct graph *g);
+
+/* Where run segments are: a directory on tmpfs, or NULL for none. Before nodes are opened. */
+void persist_set_runtime(struct graph *g, const char *directory);
+/* x-tidemark-recovery of query-named-block-nodes; NULL: nothing is kept for this node. */
+struct json_object *persist_info(struct node *n);

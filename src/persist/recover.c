@@ -12,8 +12,8 @@
  *     in use, level power      ours            gone                 holes     inconsistent
  *     in use, level process    ours            gone                 -         inconsistent
  *
- * and, bitmap by bitmap: what was inconsistent, or has no durable base, stays so. A bitmap that a job
- * held is its current OR its successor: as if the job had failed.
+ * and, bitmap by bitmap: what was inconsistent, or has no durable base, stays so. A bitmap that a
+ * job held is its current OR its successor: as if the job had failed.
  *
  * Nothing is written here. What has been found is written anew when the node is first written to or
  * closed (keeper.c: a session begins); until then the next open finds no less. */
@@ -31,8 +31,8 @@ struct found {
     bool segments;
 };
 
-static enum witness_verdict ask_witness(struct keeper *k, const struct super *s, char *why,
-                                        size_t why_bytes, struct error *err)
+enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s, char *why,
+                                        size_t why_bytes)
 {
     struct witness now;
     uint64_t last_write_ns = 0, boot_us = 0;
@@ -47,8 +47,7 @@ static enum witness_verdict ask_witness(struct keeper *k, const struct super *s,
     }
     if (!s->in_use)
         return witness_compare_clean(&s->witness, &now, why, why_bytes);
-    if (!k->options.runtime ||
-        stamp_read(k->options.runtime, &s->session, &last_write_ns) < 0)
+    if (!k->options.runtime || stamp_read(k->options.runtime, &s->session, &last_write_ns) < 0)
         last_write_ns = 0;
     return witness_compare_crash(&s->witness, &now, last_write_ns, boot_us * 1000, why, why_bytes);
 }
@@ -56,7 +55,8 @@ static enum witness_verdict ask_witness(struct keeper *k, const struct super *s,
 static void decide(struct keeper *k, enum recovery verdict, const char *reason)
 {
     k->recovery.verdict = verdict;
-    snprintf(k->recovery.reason, sizeof k->recovery.reason, "%s", reason);
+    free(k->recovery.reason);
+    k->recovery.reason = xstrdup(reason);
 }
 
 /* Are all sets that S names there as segments? */
@@ -88,7 +88,7 @@ static int weigh(struct keeper *k, struct found *f, struct error *err)
         decide(k, RECOVERY_NONE, "the disk has another size");
         return 0;
     }
-    enum witness_verdict v = ask_witness(k, s, why, sizeof why, err);
+    enum witness_verdict v = keeper_ask_witness(k, s, why, sizeof why);
     k->recovery.witness = v == WITNESS_SAME ? "same" : v == WITNESS_UNKNOWN ? "none" : "changed";
     if (v == WITNESS_CHANGED) {
         decide(k, RECOVERY_NONE, why);
@@ -148,7 +148,8 @@ static void add_hot(struct keeper *k, const struct found *f, struct bitmap *bits
     for (uint32_t i = 0; i < s->slots; i++) {
         uint64_t start = (uint64_t)f->table[i] << s->region_bits;
         if (f->table[i] != REGION_NONE && start < size)
-            bitmap_mark(bits, range_between(start, min_u64(start + (1ull << s->region_bits), size)));
+            bitmap_mark(bits,
+                        range_between(start, min_u64(start + (1ull << s->region_bits), size)));
     }
     k->recovery.bytes_added += bitmap_count(bits) - before;
 }
@@ -252,6 +253,8 @@ int keeper_recover(struct keeper *k, struct error *err)
     if (r < 0)
         return r;
     k->stale = f.verdict != RECOVERY_CLEAN;
+    if (k->node->read_only)
+        keeper_set_readonly(k, true);
     tell(k);
     return 0;
 }

@@ -8,6 +8,7 @@
 
 #include <fcntl.h>
 #include <stdio.h>
+#include <unistd.h>
 
 /* The header of a segment, little-endian, written after all else. */
 enum { HEADER_BYTES = 4096, HEADER_USED = 72 };
@@ -52,6 +53,21 @@ static int unlink_path(const char *path)
     if (r < 0 && r != -ENOENT)
         log_warning("Could not remove the run segment '%s': %s", path, strerror(-r));
     return r;
+}
+
+int segments_directory(const char *runtime, struct error *err)
+{
+    struct stat st;
+
+    int r = io_mkdir(runtime, 0700);
+    if (r == 0 || r == -EEXIST)
+        r = io_stat(runtime, &st);
+    if (r < 0)
+        return error_set_errno(err, -r, "runtime directory '%s'", runtime);
+    if (!S_ISDIR(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 022))
+        return error_set(err, EPERM, "runtime directory '%s' is not a directory of ours alone",
+                         runtime);
+    return 0;
 }
 
 /* ---- one segment ---- */

@@ -2,14 +2,15 @@
  * area, epoch), mapped: its words are the lowest level of a struct bitmap. It decides nothing:
  * superblocks say which epochs count.
  *
- *     RUNTIME/run-SESSION/EPOCH         4 KiB header (session, epoch, size, granularity), then
- * words
+ *     RUNTIME/run-SESSION-EPOCH     4 KiB header (session, epoch, size, granularity, boot), then
+ * words RUNTIME/run-SESSION-stamp     when the session last wrote to the disk
  *
- * Reserved in full when made, so that a full tmpfs is an error there and never a SIGBUS later. The
- * directory is 0700, files are 0600. RUNTIME is $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/tidemark or
- * /run/tidemark, whichever the program has (daemon/ decides), or an option of the disk.
+ * Reserved in full when made, so that a full tmpfs is an error there and never a SIGBUS later;
+ * 0600. RUNTIME is $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/tidemark or /run/tidemark (daemon/
+ * decides), or an option of the disk. Where it is no tmpfs, a segment may be found after a power
+ * loss: it names its boot, and those of another boot are none.
  *
- * A segment of epoch E is whole when its header says so, and that is written last. */
+ * A segment is whole when its header says so, which is written last. */
 #pragma once
 
 #include "bitmap/bitmap.h"
@@ -17,9 +18,8 @@
 
 struct segment; /* one mapped file */
 
-/* Makes the directory of a session, or removes it with all that is in it. */
-int segments_make(const char *runtime, const struct tide_id *session, struct error *err) MUST_CHECK;
-void segments_remove(const char *runtime, const struct tide_id *session);
+/* Makes the directory, if need be, and sees that it is ours alone. */
+int segments_directory(const char *runtime, struct error *err) MUST_CHECK;
 
 /* All clean. *BITS are over its words: freed before the segment. */
 int segment_create(const char *runtime, const struct tide_id *session, uint64_t epoch,
@@ -34,6 +34,8 @@ int segment_grow(struct segment *s, struct bitmap *bits, uint64_t size_bytes,
                  struct error *err) MUST_CHECK;
 void segment_close(struct segment *s);  /* the file stays */
 void segment_remove(struct segment *s); /* closes, and the file goes */
+/* One of another session, or one that nobody has open; false: it was not there. */
+bool segment_unlink(const char *runtime, const struct tide_id *session, uint64_t epoch);
 
 /* The moment (wall clock, ns) of our last write to the disk, kept in a file of the session beside
  * the segments: for witness_compare_crash(). A store to mapped memory, for the write path. */
@@ -41,6 +43,7 @@ struct stamp;
 int stamp_create(const char *runtime, const struct tide_id *session, struct stamp **ret,
                  struct error *err) MUST_CHECK;
 void stamp_close(struct stamp *s);
+void stamp_unlink(const char *runtime, const struct tide_id *session);
 void stamp_write_begun(struct stamp *s);
 void stamp_write_done(struct stamp *s);
 /* What an earlier process left: the latest moment at which a write of it can have reached the file;

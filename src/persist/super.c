@@ -34,8 +34,8 @@ enum {
     VERSION = 1,
     CRC_AT = 12,
     LENGTH_AT = 16,
-    HEAD = 256,
-    BITMAP_HEAD = 48, /* before the name */
+    HEAD = 272,
+    BITMAP_HEAD = 56, /* before the name */
     MEMBER_HEAD = 18, /* before the path */
     RECORD_HEAD = 20,
 };
@@ -165,8 +165,9 @@ static int check_text(const struct check *c, const char *what, size_t i, const c
 static int check_area(const struct check *c, const char *table, size_t i, const char *what,
                       const struct tide_area *a)
 {
-    if (a->extent > 1)
-        REFUSE(c, "%s %zu: the %s area is in extent %u, not 0 or 1", table, i, what, a->extent);
+    if (a->extent >= TIDE_EXTENTS)
+        REFUSE(c, "%s %zu: the %s area is in extent %u, not 0..%d", table, i, what, a->extent,
+               TIDE_EXTENTS - 1);
     if (a->epoch >= c->s->next_epoch)
         REFUSE(c, "%s %zu: the %s area's epoch is %llu, and the next one to be used %llu", table, i,
                what, LLU(a->epoch), LLU(c->s->next_epoch));
@@ -190,15 +191,16 @@ static int check_bitmap(const struct check *c, const char *table, size_t i,
                b->current.extent);
 
     uint64_t bytes = r == 0 ? tide_extent_bytes(c->size_bytes, b->granularity_bits) : 0;
-    for (int e = 0; r == 0 && e < 2; e++) {
+    for (unsigned e = 0; r == 0 && e < TIDE_EXTENTS; e++) {
         uint64_t at = b->extent[e];
-        if (!at && c->s->level == TIDE_PROCESS)
+        bool used = e == b->current.extent || (b->successor.epoch && e == b->successor.extent);
+        if (!at && (!used || c->s->level == TIDE_PROCESS))
             continue;
         if (at % TIDE_ALIGN)
-            REFUSE(c, "%s %zu: extent %d begins at %llu, which is not a multiple of %u", table, i,
+            REFUSE(c, "%s %zu: extent %u begins at %llu, which is not a multiple of %u", table, i,
                    e, LLU(at), TIDE_ALIGN);
         if (at < TIDE_EXTENTS_OFFSET || !range_fits(at, bytes, c->s->extents_end))
-            REFUSE(c, "%s %zu: extent %d, %llu bytes at %llu, is not within %llu to %llu", table, i,
+            REFUSE(c, "%s %zu: extent %u, %llu bytes at %llu, is not within %llu to %llu", table, i,
                    e, LLU(bytes), LLU(at), LLU(TIDE_EXTENTS_OFFSET), LLU(c->s->extents_end));
     }
     return r;
@@ -260,7 +262,7 @@ static size_t collect(const struct check *c, const struct tide_table *t, bool ne
 {
     size_t n = 0;
     for (size_t i = 0; i < t->n; i++)
-        for (int e = 0; e < 2; e++)
+        for (unsigned e = 0; e < TIDE_EXTENTS; e++)
             if (t->items[i].extent[e])
                 ret[n++] = (struct placed){
                     range_make(t->items[i].extent[e],
@@ -272,7 +274,7 @@ static size_t collect(const struct check *c, const struct tide_table *t, bool ne
 static int check_extents(const struct check *c)
 {
     CLEANUP(memory_freep)
-    struct placed *all = xcalloc(2 * (c->s->table.n + c->s->next.n) + 1, sizeof *all);
+    struct placed *all = xcalloc(TIDE_EXTENTS * (c->s->table.n + c->s->next.n) + 1, sizeof *all);
     size_t n = collect(c, &c->s->table, false, all);
     n += collect(c, &c->s->next, true, all + n);
     qsort(all, n, sizeof *all, by_place);
@@ -345,6 +347,8 @@ static int check_super(const struct super *s, int code, struct error *err)
     if (s->extents_end < TIDE_EXTENTS_OFFSET || s->extents_end > INT64_MAX ||
         s->extents_end % TIDE_ALIGN)
         REFUSE(c, "the extents end at %llu", LLU(s->extents_end));
+    if (!s->driver[0] || s->driver[sizeof s->driver - 1])
+        REFUSE(c, "the driver's name is not one");
     if (s->witness.kind > WITNESS_DEVICE)
         REFUSE(c, "the witness is of kind %u", (unsigned)s->witness.kind);
 
@@ -395,8 +399,8 @@ static void put_table(struct out_cursor *c, const struct tide_table *t)
         put_u8(c, (uint8_t)b->current.extent);
         put_u8(c, (uint8_t)b->successor.extent);
         put_le64(c, b->generation);
-        put_le64(c, b->extent[0]);
-        put_le64(c, b->extent[1]);
+        for (unsigned e = 0; e < TIDE_EXTENTS; e++)
+            put_le64(c, b->extent[e]);
         put_le64(c, b->current.epoch);
         put_le64(c, b->successor.epoch);
         put_bytes(c, b->name, name);
@@ -441,8 +445,7 @@ int super_encode(const struct super *s, void *buf, size_t *length, struct error 
     put_le32(&c, (uint32_t)s->n_records);
     put_le32(&c, 0);
     put_id(&c, &s->group);
-    put_le64(&c, 0);
-    put_le64(&c, 0);
+    put_bytes(&c, s->driver, sizeof s->driver);
     assert(c.at == (uint8_t *)buf + HEAD);
 
     put_table(&c, &s->table);
@@ -524,8 +527,8 @@ static int get_bitmap(struct cursor *c, const char *what, size_t i, struct tide_
     b->current.extent = get_u8(c);
     b->successor.extent = get_u8(c);
     b->generation = get_le64(c);
-    b->extent[0] = get_le64(c);
-    b->extent[1] = get_le64(c);
+    for (unsigned e = 0; e < TIDE_EXTENTS; e++)
+        b->extent[e] = get_le64(c);
     b->current.epoch = get_le64(c);
     b->successor.epoch = get_le64(c);
     b->name = get_text(c, name);
@@ -633,8 +636,9 @@ static int get_super(struct cursor *c, struct super *s, struct error *err)
     uint32_t bitmaps = get_le32(c), next = get_le32(c), records = get_le32(c);
     get_le32(c);
     s->group = get_id(c);
-    get_le64(c);
-    get_le64(c);
+    const uint8_t *driver = get_bytes(c, sizeof s->driver);
+    if (driver)
+        memcpy(s->driver, driver, sizeof s->driver);
     int r = get_rest(c, s, bitmaps, next, records, err);
     return r < 0 ? r : check_super(s, EBADMSG, err);
 }

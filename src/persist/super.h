@@ -28,12 +28,16 @@ struct tide_id { /* random, never zero */
     uint8_t bytes[16];
 };
 
-/* A set of bits on disk: one of a bitmap's two extents, under an epoch. A sector there that says
+/* A set of bits on disk: one of a bitmap's extents, under an epoch. A sector there that says
  * another epoch reads as clean; so does an area whose epoch was never written. */
 struct tide_area {
-    unsigned extent; /* 0 or 1 */
+    unsigned extent; /* index below TIDE_EXTENTS */
     uint64_t epoch;  /* 0: there is none */
 };
+
+/* What is durable takes at most two (current and successor), so a third is always free for what is
+ * to come. Most bitmaps never need more than two. */
+enum { TIDE_EXTENTS = 3 };
 
 struct tide_bitmap {
     char *name;
@@ -42,11 +46,12 @@ struct tide_bitmap {
     bool inconsistent; /* must not be trusted until it is cleared or rebuilt */
     bool based;        /* its base is durable; a crash before makes it inconsistent */
     uint64_t generation;
-    char *last_job;             /* that raised the generation; NULL: no job did */
-    uint64_t extent[2];         /* offsets in the tide file; 0: not allocated (level process). Each
-                                   has room for the larger size of a disk that is being resized */
+    char *last_job; /* that raised the generation; NULL: no job did */
+    /* Offsets in the tide file; 0: not allocated (never needed so far; level process). Each has
+     * room for the larger size of a disk that is being resized. */
+    uint64_t extent[TIDE_EXTENTS];
     struct tide_area current;   /* always there */
-    struct tide_area successor; /* in the other extent */
+    struct tide_area successor; /* in another extent */
 };
 
 struct tide_table {
@@ -74,6 +79,7 @@ struct super {
     uint64_t sequence;      /* the higher one of two valid superblocks counts */
     bool in_use;            /* false: closed, the areas hold everything */
     enum tide_level level;
+    char driver[32];         /* of the node that has the bitmaps: "raw", "qcow2", "file", ... */
     uint64_t size_bytes;     /* of the disk */
     uint64_t resizing_bytes; /* being resized to this; equal to size_bytes: it is not */
     unsigned region_bits;    /* a hot region is 1 << this bytes */

@@ -300,6 +300,40 @@ static int reserve(int fd, uint64_t at, uint64_t end)
     return r < 0 || (uint64_t)st.st_size >= end ? r : io_ftruncate(fd, end);
 }
 
+static uint64_t extent_room(const struct super *s, unsigned granularity_bits)
+{
+    return tide_extent_bytes(max_u64(s->size_bytes, s->resizing_bytes), granularity_bits);
+}
+
+/* Moves *AT behind the extent of S's tables that ends last of those that R would overlap. */
+static bool step_over(const struct super *s, struct range r, uint64_t *at)
+{
+    const struct tide_table *const tables[] = {&s->table, &s->next};
+    bool stepped = false;
+    for (unsigned i = 0; i < ARRAY_SIZE(tables); i++)
+        for (size_t k = 0; k < tables[i]->n; k++)
+            for (unsigned e = 0; e < TIDE_EXTENTS; e++) {
+                const struct tide_bitmap *b = &tables[i]->items[k];
+                struct range taken = range_make(b->extent[e], extent_room(s, b->granularity_bits));
+                if (b->extent[e] && range_overlaps(taken, r) && range_end(taken) > *at) {
+                    *at = range_end(taken);
+                    stepped = true;
+                }
+            }
+    return stepped;
+}
+
+/* The first room of BYTES that neither the durable superblock nor S knows an extent in. What a bitmap
+ * that has been removed had is used again: only its epoch could make it speak. */
+static uint64_t find_room(const struct tide *t, const struct super *s, uint64_t bytes)
+{
+    uint64_t at = TIDE_EXTENTS_OFFSET;
+    while (step_over(s, range_make(at, bytes), &at) ||
+           step_over(&t->super, range_make(at, bytes), &at))
+        continue;
+    return at;
+}
+
 int tide_allocate(struct tide *t, struct super *s, uint64_t bytes, uint64_t *offset,
                   struct error *err)
 {
@@ -307,11 +341,13 @@ int tide_allocate(struct tide *t, struct super *s, uint64_t bytes, uint64_t *off
     SHIELD();
     if (t->failed)
         return error_set(err, EIO, "tide file '%s' has failed before", t->path);
-    uint64_t at = max_u64(t->end, s->extents_end), end = at + align_up(bytes, TIDE_ALIGN);
-    t->end = end; /* before the wait: nobody else gets it */
-    int r = reserve(t->fd, at, end);
-    if (r < 0 && t->end == end)
-        t->end = at;
+    uint64_t at = find_room(t, s, align_up(bytes, TIDE_ALIGN));
+    uint64_t end = at + align_up(bytes, TIDE_ALIGN);
+    s->extents_end = max_u64(s->extents_end, end);
+    *offset = at;
+    if (end <= t->end)
+        return 0;
+    int r = reserve(t->fd, t->end, end);
     if (r < 0)
         return error_set_errno(err, -r, "allocating %llu bytes more of tide file '%s'",
                                (unsigned long long)bytes, t->path);
@@ -322,8 +358,7 @@ int tide_allocate(struct tide *t, struct super *s, uint64_t bytes, uint64_t *off
         mutex_unlock(&t->durable);
     if (r < 0)
         return error_set_errno(err, -r, "syncing tide file '%s'", t->path);
-    s->extents_end = end;
-    *offset = at;
+    t->end = end;
     return 0;
 }
 
@@ -418,6 +453,11 @@ static uint64_t place_one(struct super *s, unsigned granularity_bits)
     return at;
 }
 
+static bool is_used(const struct tide_bitmap *b, unsigned extent)
+{
+    return extent == b->current.extent || (b->successor.epoch && extent == b->successor.extent);
+}
+
 /* Gives both tables extents. What the prepared one has in common with the other it keeps in common,
  * which is told by the offsets that they had. */
 static void place(struct super *s, const struct super *before)
@@ -425,18 +465,19 @@ static void place(struct super *s, const struct super *before)
     bool none = s->level == TIDE_PROCESS && s->in_use;
     s->extents_end = TIDE_EXTENTS_OFFSET;
     for (size_t i = 0; i < s->table.n; i++)
-        for (int e = 0; e < 2; e++)
-            s->table.items[i].extent[e] =
-                none ? 0 : place_one(s, s->table.items[i].granularity_bits);
+        for (unsigned e = 0; e < TIDE_EXTENTS; e++)
+            s->table.items[i].extent[e] = none || !is_used(&s->table.items[i], e)
+                                              ? 0
+                                              : place_one(s, s->table.items[i].granularity_bits);
     for (size_t i = 0; i < s->next.n; i++)
-        for (int e = 0; e < 2; e++) {
+        for (unsigned e = 0; e < TIDE_EXTENTS; e++) {
             struct tide_bitmap *b = &s->next.items[i];
             uint64_t was = before->next.items[i].extent[e], is = 0;
             for (size_t k = 0; was && k < s->table.n; k++)
-                for (int o = 0; o < 2; o++)
+                for (unsigned o = 0; o < TIDE_EXTENTS; o++)
                     if (before->table.items[k].extent[o] == was)
                         is = s->table.items[k].extent[o];
-            b->extent[e] = none ? 0 : is ? is : place_one(s, b->granularity_bits);
+            b->extent[e] = none || !is_used(b, e) ? 0 : is ? is : place_one(s, b->granularity_bits);
         }
 }
 

@@ -145,7 +145,7 @@ int tide_write_area(struct tide *t, uint64_t extent_offset, uint64_t epoch,
     assert(extent_offset >= TIDE_EXTENTS_OFFSET &&
            range_fits(extent_offset,
                       tide_extent_bytes(bitmap_size(bits), log2_u64(bitmap_granularity(bits))),
-                      t->super.extents_end));
+                      t->end));
     SHIELD();
     while (is_being_written(t, extent_offset))
         (void)!waitq_wait(&t->area_written);

@@ -1,6 +1,7 @@
 /* Commands about nodes: adding and removing, resizing, looking. */
 #include "block/driver.h"
 #include "dirty/dirty.h"
+#include "persist/persist.h"
 #include "qmp/cmd.h"
 
 int cmd_blockdev_add(struct qmp_call *call, struct error *err)
@@ -99,6 +100,9 @@ static struct json_object *device_info(struct node *n, bool flat, struct error *
 
     if (bitmaps)
         json_add(info, "dirty-bitmaps", bitmaps);
+    struct json_object *recovery = info ? persist_info(n) : NULL;
+    if (recovery)
+        json_add(info, "x-tidemark-recovery", recovery);
     return info;
 }
 

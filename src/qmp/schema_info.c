@@ -42,9 +42,16 @@ static SCHEMA_OBJECT(BlockdevCacheInfo, REQ("writeback", bool), REQ("direct", bo
 
 static SCHEMA_OBJECT(BlockDirtyInfo, OPT("name", str), REQ("count", int),
                      REQ("granularity", uint32), REQ("recording", bool), REQ("busy", bool),
-                     REQ("persistent", bool), OPT("inconsistent", bool));
+                     REQ("persistent", bool), OPT("inconsistent", bool),
+                     OPT("x-tidemark-generation", int), OPT("x-tidemark-last-job", str));
 
 static SCHEMA_LIST(BlockDirtyInfo);
+
+SCHEMA_ENUM(XTidemarkRecoveryState, VALUE("new"), VALUE("clean"), VALUE("exact"), VALUE("superset"),
+            VALUE("none"));
+
+static SCHEMA_OBJECT(XTidemarkRecovery, REQ("state", XTidemarkRecoveryState), OPT("reason", str),
+                     REQ("bytes-added", int), OPT("witness", str));
 
 static SCHEMA_OBJECT(BlockDeviceInfo, REQ("file", str), OPT("node-name", str), REQ("ro", bool),
                      REQ("drv", str), OPT("backing_file", str), REQ("backing_file_depth", int),
@@ -57,7 +64,8 @@ static SCHEMA_OBJECT(BlockDeviceInfo, REQ("file", str), OPT("node-name", str), R
                      OPT("bps_wr_max_length", int), OPT("iops_max_length", int),
                      OPT("iops_rd_max_length", int), OPT("iops_wr_max_length", int),
                      OPT("iops_size", int), OPT("group", str), REQ("cache", BlockdevCacheInfo),
-                     REQ("write_threshold", int), OPT("dirty-bitmaps", BlockDirtyInfoList));
+                     REQ("write_threshold", int), OPT("dirty-bitmaps", BlockDirtyInfoList),
+                     OPT("x-tidemark-recovery", XTidemarkRecovery));
 
 SCHEMA_ENUM(BlockDeviceIoStatus, VALUE("ok"), VALUE("failed"), VALUE("nospace"));
 

@@ -1,6 +1,7 @@
 """What is chance, or each daemon's own, and is taken out before two records are compared.
 
     timestamps            removed
+    x-tidemark-*          removed: members that QEMU does not have
     versions              numbers and packages become "VERSION"
     #block123             becomes #block
     the directory         $DIR, in any string;  the free port: $PORT
@@ -59,7 +60,8 @@ class Scrubber:
             if value.get("format") == "file" and str(value.get("filename", "")).endswith(".qcow2"):
                 # How long a qcow2 image's file is: where its clusters lie is each daemon's affair.
                 value = {**value, "virtual-size": "#"}
-            return {k: self._walk(v, k) for k, v in value.items() if k != "timestamp"}
+            return {k: self._walk(v, k) for k, v in value.items()
+                    if k != "timestamp" and not k.startswith("x-tidemark-")}
         if isinstance(value, list):
             return [self._walk(v, key) for v in value]
         if key and MEASURED.search(key) and isinstance(value, int):

@@ -1,0 +1,537 @@
+/* The table of hot regions, its committer and its cleaner. See hot.h.
+ *
+ * What must hold, and what breaks when it does not (CRASH-STUDY.md, hole 4 and section 5):
+ *
+ *     a region is hot only when its transaction has completed     else its writes are forgotten
+ *     a pinned region does not leave                              its marks may come yet
+ *     the marks since the last copy are counted before the copy   else they leave with the region
+ *     a region whose removal is submitted is not hot              a write would pass, and be
+ * forgotten a waiting write gets all its regions in one step            else two wait for each
+ * other
+ *
+ * Slots stand in two lists, least recently used first: `clean` (may leave now) and `used` (hot; may
+ * be pinned). A region is found through a hash of slots, open addressing over a power of two. */
+#include "persist/hot.h"
+
+#include "base/broken.h"
+
+#include <errno.h>
+#include <sys/queue.h>
+
+enum slot_state { SLOT_FREE, SLOT_ENTERING, SLOT_HOT };
+
+struct slot {
+    uint32_t region;
+    uint32_t pins;
+    enum slot_state state;
+    bool marked;            /* since the copy that the cleaner has taken, or ever */
+    bool clean;             /* in the list of those that may leave */
+    TAILQ_ENTRY(slot) link; /* in `clean`, `used` or `free` */
+};
+TAILQ_HEAD(slot_list, slot);
+
+/* A write that waits for its regions. */
+struct taker {
+    struct range r; /* in regions */
+    struct task *task;
+    int result;
+    TAILQ_ENTRY(taker) link;
+};
+
+struct hot {
+    struct hot_options options;
+    const struct hot_ops *ops;
+    void *owner;
+    struct slot *slots;
+    uint32_t *table; /* what the ring says, or will when the transaction under way has completed */
+    uint16_t *index; /* hash of regions to slot + 1 */
+    uint32_t index_mask;
+    struct slot_list free, clean, used;
+    unsigned n_free, n_clean, n_used;
+    TAILQ_HEAD(, taker) takers; /* the oldest first */
+    unsigned n_takers;
+    struct waitq commit_wanted, clean_wanted;
+    struct event go; /* not set: something has failed */
+    bool stopping, dead;
+    struct scope tasks;
+    struct hot_stats stats;
+};
+
+/* ---- regions by number ---- */
+
+static uint32_t hash_of(const struct hot *h, uint32_t region)
+{
+    return (region * UINT32_C(2654435761)) >> 7 & h->index_mask;
+}
+
+static struct slot *find(const struct hot *h, uint32_t region)
+{
+    for (uint32_t i = hash_of(h, region); h->index[i]; i = (i + 1) & h->index_mask) {
+        struct slot *s = &h->slots[h->index[i] - 1];
+        if (s->region == region)
+            return s;
+    }
+    return NULL;
+}
+
+static void index_add(struct hot *h, struct slot *s)
+{
+    uint32_t i = hash_of(h, s->region);
+
+    while (h->index[i])
+        i = (i + 1) & h->index_mask;
+    h->index[i] = (uint16_t)(s - h->slots + 1);
+}
+
+static void index_remove(struct hot *h, const struct slot *s)
+{
+    uint32_t i = hash_of(h, s->region);
+
+    while (h->index[i] != s - h->slots + 1)
+        i = (i + 1) & h->index_mask;
+    h->index[i] = 0;
+    /* What was pushed behind it by a collision moves up. */
+    for (uint32_t j = (i + 1) & h->index_mask; h->index[j]; j = (j + 1) & h->index_mask) {
+        uint16_t moved = h->index[j];
+        h->index[j] = 0;
+        index_add(h, &h->slots[moved - 1]);
+    }
+}
+
+/* ---- slots ---- */
+
+static void set_clean(struct hot *h, struct slot *s, bool clean)
+{
+    if (s->clean == clean)
+        return;
+    TAILQ_REMOVE(clean ? &h->used : &h->clean, s, link);
+    TAILQ_INSERT_TAIL(clean ? &h->clean : &h->used, s, link);
+    h->n_used -= clean ? 1 : -1u;
+    h->n_clean += clean ? 1 : -1u;
+    s->clean = clean;
+}
+
+/* It has just been used: the last one to leave of its kind. */
+static void touch(struct hot *h, struct slot *s)
+{
+    struct slot_list *l = s->clean ? &h->clean : &h->used;
+
+    TAILQ_REMOVE(l, s, link);
+    TAILQ_INSERT_TAIL(l, s, link);
+}
+
+static bool is_hot(const struct slot *s)
+{
+    return s && s->state == SLOT_HOT;
+}
+
+static struct range regions_of(const struct hot *h, struct range r)
+{
+    if (r.length == 0)
+        return range_make(0, 0);
+    uint64_t first = r.start >> h->options.region_bits;
+    return range_between(first, ((range_end(r) - 1) >> h->options.region_bits) + 1);
+}
+
+static bool is_large(const struct hot *h, struct range regions)
+{
+    return regions.length > RING_CHANGES || regions.length > h->options.slots / 2;
+}
+
+static bool all_hot(const struct hot *h, struct range regions)
+{
+    for (uint64_t i = regions.start; i < range_end(regions); i++)
+        if (!is_hot(find(h, (uint32_t)i)))
+            return false;
+    return true;
+}
+
+static void pin(struct hot *h, struct range regions)
+{
+    for (uint64_t i = regions.start; i < range_end(regions); i++) {
+        struct slot *s = find(h, (uint32_t)i);
+        s->pins++;
+        if (!s->clean)
+            touch(h, s);
+    }
+}
+
+/* ---- writes ---- */
+
+bool hot_try_take(struct hot *h, struct range r)
+{
+    const struct range regions = regions_of(h, r);
+
+    /* Nobody overtakes: else a write of many regions would wait as long as others come. */
+    if (h->dead || h->n_takers || !all_hot(h, regions))
+        return false;
+    if (!BROKEN(hot_not_pinned))
+        pin(h, regions);
+    return true;
+}
+
+int hot_take(struct hot *h, struct range r)
+{
+    struct taker t = {.r = regions_of(h, r)};
+
+    if (is_large(h, t.r))
+        return -E2BIG;
+    if (hot_try_take(h, r))
+        return 0;
+    if (h->dead)
+        return -EIO;
+    t.task = task_self();
+    TAILQ_INSERT_TAIL(&h->takers, &t, link);
+    h->n_takers++;
+    waitq_wake_one(&h->commit_wanted);
+    SHIELD();
+    int suspended = task_suspend();
+    assert(suspended == 0); /* shielded */
+    return t.result;
+}
+
+/* Gives every write what it waits for, the oldest first, up to the first that lacks something:
+ * those after it must not take what it will need. */
+static void grant(struct hot *h)
+{
+    struct taker *t;
+
+    while ((t = TAILQ_FIRST(&h->takers)) && (h->dead || all_hot(h, t->r))) {
+        TAILQ_REMOVE(&h->takers, t, link);
+        h->n_takers--;
+        if (h->dead)
+            t->result = -EIO;
+        else if (!BROKEN(hot_not_pinned))
+            pin(h, t->r);
+        task_wake(t->task);
+    }
+}
+
+void hot_marked(struct hot *h, struct range r)
+{
+    const struct range regions = regions_of(h, r);
+
+    if (is_large(h, regions))
+        return;
+    for (uint64_t i = regions.start; i < range_end(regions); i++) {
+        struct slot *s = find(h, (uint32_t)i);
+        if (!s)
+            continue;
+        s->marked = true;
+        if (s->state == SLOT_HOT && !BROKEN(hot_leaves_marked))
+            set_clean(h, s, false);
+    }
+}
+
+void hot_give(struct hot *h, struct range r)
+{
+    const struct range regions = regions_of(h, r);
+
+    if (is_large(h, regions))
+        return;
+    for (uint64_t i = regions.start; i < range_end(regions); i++) {
+        struct slot *s = find(h, (uint32_t)i);
+        if (s && s->pins > 0 && --s->pins == 0 && h->n_takers)
+            waitq_wake_one(&h->commit_wanted);
+    }
+    if (h->n_takers)
+        waitq_wake_one(&h->clean_wanted);
+}
+
+/* ---- committing ---- */
+
+static bool is_wanted_by_oldest(const struct hot *h, uint32_t region)
+{
+    const struct taker *t = TAILQ_FIRST(&h->takers);
+
+    return t && region >= t->r.start && region < range_end(t->r);
+}
+
+/* A slot that something else may have: a free one, or that of a region that leaves. */
+static struct slot *take_slot(struct hot *h)
+{
+    struct slot *s = TAILQ_FIRST(&h->free);
+
+    if (s) {
+        TAILQ_REMOVE(&h->free, s, link);
+        h->n_free--;
+        return s;
+    }
+    TAILQ_FOREACH (s, &h->clean, link) {
+        if (s->pins || is_wanted_by_oldest(h, s->region))
+            continue;
+        assert(!s->marked || BROKEN(hot_leaves_marked));
+        TAILQ_REMOVE(&h->clean, s, link);
+        h->n_clean--;
+        s->clean = false;
+        index_remove(h, s);
+        return s;
+    }
+    return NULL;
+}
+
+static void enter(struct hot *h, struct ring_block *b, struct slot *s, uint32_t region)
+{
+    s->region = region;
+    s->state = BROKEN(hot_before_durable) ? SLOT_HOT : SLOT_ENTERING;
+    s->pins = 0;
+    s->marked = false;
+    TAILQ_INSERT_TAIL(&h->used, s, link);
+    h->n_used++;
+    index_add(h, s);
+    b->changes[b->n_changes++] = (struct ring_change){(uint16_t)(s - h->slots), region};
+    h->table[s - h->slots] = region;
+}
+
+/* What waiting writes miss, the oldest first, as much as there is room for. */
+static void gather(struct hot *h, struct ring_block *b)
+{
+    struct taker *t;
+
+    b->n_changes = 0;
+    TAILQ_FOREACH (t, &h->takers, link) {
+        for (uint64_t i = t->r.start; i < range_end(t->r); i++) {
+            if (b->n_changes == RING_CHANGES)
+                return;
+            if (find(h, (uint32_t)i))
+                continue; /* hot, or entering already */
+            struct slot *s = take_slot(h);
+            if (!s)
+                return;
+            enter(h, b, s, (uint32_t)i);
+        }
+    }
+}
+
+static void entered(struct hot *h, const struct ring_block *b)
+{
+    for (unsigned i = 0; i < b->n_changes; i++) {
+        struct slot *s = &h->slots[b->changes[i].slot];
+        s->state = SLOT_HOT;
+    }
+    h->stats.commits++;
+    h->stats.entered += b->n_changes;
+}
+
+/* Until the owner has put right what has failed. False: it could not. */
+static bool wait_after_failure(struct hot *h, int error)
+{
+    event_reset(&h->go);
+    h->ops->failed(h->owner, error);
+    int r = event_wait(&h->go);
+    return r == 0 && !h->dead && !h->stopping;
+}
+
+static int committer(void *arg)
+{
+    struct hot *h = arg;
+    struct ring_block *b = xnew(struct ring_block);
+
+    SHIELD();
+    while (!h->stopping && !h->dead) {
+        gather(h, b);
+        if (b->n_changes == 0) {
+            waitq_wake_one(&h->clean_wanted);
+            int r = waitq_wait(&h->commit_wanted);
+            assert(r == 0); /* shielded */
+            continue;
+        }
+        if (h->n_free + h->n_clean < h->options.slots / 4)
+            waitq_wake_one(&h->clean_wanted);
+        int r;
+        do
+            r = h->ops->commit(h->owner, b, h->table);
+        while (r < 0 && wait_after_failure(h, r));
+        if (r < 0)
+            break;
+        entered(h, b);
+        grant(h);
+    }
+    free(b);
+    return 0;
+}
+
+/* ---- cleaning ---- */
+
+/* The least recently used ones that nobody has pinned. Their marks count from here on. */
+static size_t choose(struct hot *h, uint32_t *regions, struct slot **slots, size_t max)
+{
+    struct slot *s;
+    size_t n = 0;
+
+    TAILQ_FOREACH (s, &h->used, link) {
+        if (n == max)
+            break;
+        if (s->state != SLOT_HOT || s->pins)
+            continue;
+        s->marked = false;
+        slots[n] = s;
+        regions[n++] = s->region;
+    }
+    return n;
+}
+
+static bool need_cleaning(const struct hot *h)
+{
+    return h->n_free + h->n_clean < (h->options.slots + 3) / 4 ||
+           (h->n_takers && h->n_free + h->n_clean == 0);
+}
+
+static int by_region(const void *a, const void *b)
+{
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+static int cleaner(void *arg)
+{
+    struct hot *h = arg;
+    size_t max = (h->options.slots + 1) / 2;
+    CLEANUP(memory_freep) uint32_t *regions = xcalloc(max, sizeof *regions);
+    CLEANUP(memory_freep) struct slot **slots = xcalloc(max, sizeof(struct slot *));
+
+    SHIELD();
+    while (!h->stopping && !h->dead) {
+        size_t n = need_cleaning(h) ? choose(h, regions, slots, max) : 0;
+        if (n == 0) {
+            int r = waitq_wait(&h->clean_wanted);
+            assert(r == 0); /* shielded */
+            continue;
+        }
+        qsort(regions, n, sizeof *regions, by_region);
+        int r;
+        do
+            r = h->ops->clean(h->owner, regions, n);
+        while (r < 0 && wait_after_failure(h, r));
+        if (r < 0)
+            break;
+        /* None of them can have left meanwhile: they were not clean. */
+        for (size_t i = 0; i < n; i++)
+            if (!slots[i]->marked || BROKEN(hot_leaves_marked)) {
+                slots[i]->marked = false;
+                set_clean(h, slots[i], true);
+            }
+        h->stats.cleanings++;
+        h->stats.cleaned += n;
+        waitq_wake_one(&h->commit_wanted);
+    }
+    return 0;
+}
+
+/* ---- the whole ---- */
+
+struct hot *hot_new(const struct hot_options *o, const struct hot_ops *ops, void *owner)
+{
+    struct hot *h = xnew(struct hot);
+    size_t index = 16;
+
+    assert(o->slots >= TIDE_SLOTS_MIN && o->slots < UINT16_MAX);
+    h->options = *o;
+    h->ops = ops;
+    h->owner = owner;
+    h->slots = xcalloc(o->slots, sizeof *h->slots);
+    h->table = xcalloc(o->slots, sizeof *h->table);
+    while (index < 2 * (size_t)o->slots)
+        index *= 2;
+    h->index = xcalloc(index, sizeof *h->index);
+    h->index_mask = (uint32_t)index - 1;
+    TAILQ_INIT(&h->free);
+    TAILQ_INIT(&h->clean);
+    TAILQ_INIT(&h->used);
+    TAILQ_INIT(&h->takers);
+    for (unsigned i = 0; i < o->slots; i++) {
+        h->table[i] = REGION_NONE;
+        TAILQ_INSERT_TAIL(&h->free, &h->slots[i], link);
+    }
+    h->n_free = o->slots;
+    waitq_init(&h->commit_wanted);
+    waitq_init(&h->clean_wanted);
+    event_init(&h->go);
+    scope_init(&h->tasks);
+    scope_spawn(&h->tasks, committer, h);
+    scope_spawn(&h->tasks, cleaner, h);
+    return h;
+}
+
+void hot_free(struct hot *h)
+{
+    if (!h)
+        return;
+    assert(h->n_takers == 0);
+    h->stopping = true;
+    waitq_wake_all(&h->commit_wanted);
+    waitq_wake_all(&h->clean_wanted);
+    event_set(&h->go);
+    {
+        SHIELD();
+        int r = scope_join(&h->tasks);
+        (void)r; /* they return 0 */
+    }
+    scope_fini(&h->tasks);
+    free(h->slots);
+    free(h->table);
+    free(h->index);
+    free(h);
+}
+
+void hot_table(const struct hot *h, uint32_t *table)
+{
+    for (unsigned i = 0; i < h->options.slots; i++)
+        table[i] = h->slots[i].state == SLOT_HOT ? h->slots[i].region : REGION_NONE;
+}
+
+void hot_retry(struct hot *h)
+{
+    event_set(&h->go);
+}
+
+void hot_fail(struct hot *h)
+{
+    h->dead = true;
+    event_set(&h->go);
+    waitq_wake_all(&h->commit_wanted);
+    waitq_wake_all(&h->clean_wanted);
+    grant(h);
+}
+
+void hot_stats(const struct hot *h, struct hot_stats *ret)
+{
+    *ret = h->stats;
+    ret->clean = h->n_clean;
+    ret->waiting = h->n_takers;
+    for (unsigned i = 0; i < h->options.slots; i++)
+        ret->hot += h->slots[i].state == SLOT_HOT;
+}
+
+bool hot_valid(const struct hot *h, const char **broken)
+{
+    unsigned n_free = 0, n_clean = 0, n_used = 0;
+    const struct slot *s;
+    const char *why = NULL;
+
+    TAILQ_FOREACH (s, &h->free, link)
+        n_free++;
+    TAILQ_FOREACH (s, &h->clean, link) {
+        n_clean++;
+        if (!s->clean || s->marked || s->state != SLOT_HOT)
+            why = "a clean slot is marked or not hot";
+    }
+    TAILQ_FOREACH (s, &h->used, link) {
+        n_used++;
+        if (s->clean || s->state == SLOT_FREE)
+            why = "a used slot is free or clean";
+    }
+    if (n_free != h->n_free || n_clean != h->n_clean || n_used != h->n_used ||
+        n_free + n_clean + n_used != h->options.slots)
+        why = "the lists do not add up";
+    for (unsigned i = 0; !why && i < h->options.slots; i++) {
+        s = &h->slots[i];
+        if (s->state != SLOT_FREE && find(h, s->region) != s)
+            why = "a region is not found";
+        if (s->state != SLOT_FREE && h->table[i] != s->region)
+            why = "the table says another region";
+    }
+    if (broken)
+        *broken = why;
+    return !why;
+}
