@@ -52,6 +52,7 @@ static struct tide *tide_new(const char *path, bool read_only)
     struct tide *t = xnew(struct tide);
     t->path = xstrdup(path);
     t->fd = -1;
+    t->direct = true; /* until a file system refuses */
     t->read_only = read_only;
     mutex_init(&t->superblock);
     mutex_init(&t->durable);
@@ -75,14 +76,13 @@ void tide_close(struct tide *t)
 
 /* ---- opening ---- */
 
-/* Opens with O_DIRECT where the file system has it. */
+/* Opens with O_DIRECT where the file system has it. One that has not may have made the file before
+ * it said so: then O_EXCL finds a stale one. */
 static int open_file(struct tide *t, const char *path, int flags)
 {
-    int fd = io_open(path, flags | O_DIRECT, 0600);
-    t->direct = fd >= 0;
+    int fd = t->direct ? io_open(path, flags | O_DIRECT, 0600) : -EINVAL;
     if (fd == -EINVAL) {
-        if (flags & O_CREAT) /* some make it before they refuse it */
-            (void)io_unlink(path);
+        t->direct = false;
         fd = io_open(path, flags, 0600);
     }
     t->fd = fd < 0 ? -1 : fd;
