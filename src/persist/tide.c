@@ -27,7 +27,7 @@
 
 int tide_outcome(struct tide *t, int r)
 {
-    if (r < 0)
+    if (r < 0 && !BROKEN(tide_failure_forgotten))
         t->failed = true;
     return r < 0 ? r : t->failed ? -EIO : 0;
 }
@@ -246,7 +246,8 @@ static int write_durable(struct tide *t, const void *buf, size_t n, uint64_t off
     assert(!t->read_only);
     if (!t->direct)
         (void)!mutex_lock(&t->durable);
-    int r = t->failed ? -EIO : io_pwrite_full(t->fd, buf, n, offset, RWF_DSYNC);
+    int sync = BROKEN(tide_decision_not_durable) ? 0 : RWF_DSYNC;
+    int r = t->failed ? -EIO : io_pwrite_full(t->fd, buf, n, offset, sync);
     r = tide_outcome(t, r);
     if (!t->direct)
         mutex_unlock(&t->durable);
@@ -317,7 +318,8 @@ int tide_allocate(struct tide *t, struct super *s, uint64_t bytes, uint64_t *off
                                (unsigned long long)bytes, t->path);
     if (!t->direct)
         (void)!mutex_lock(&t->durable);
-    r = tide_outcome(t, t->failed ? -EIO : io_fsync(t->fd));
+    if (!BROKEN(room_not_durable))
+        r = tide_outcome(t, t->failed ? -EIO : io_fsync(t->fd));
     if (!t->direct)
         mutex_unlock(&t->durable);
     if (r < 0)
