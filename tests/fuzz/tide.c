@@ -100,7 +100,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     if (size < 1 || size > TIDE_SUPER_BYTES)
         return 0;
-    uint8_t *copy = calloc(size, 1);
+    uint8_t *copy = calloc(size - (size > 1), 1); /* of that size: the byte beyond is seen */
     if (!copy)
         return 0;
     memcpy(copy, data + 1, size - 1);
