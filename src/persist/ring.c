@@ -179,6 +179,6 @@ int ring_rebuild(const struct ring_block *blocks, size_t n, uint64_t first_seque
     }
     while (used--)
         apply(last[used], table, slots);
-    *next = newest->sequence + 1;
+    *next = newest->sequence + (BROKEN(torn_block_skipped) ? 2 : 1);
     return 0;
 }

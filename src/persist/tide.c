@@ -27,7 +27,7 @@
 
 int tide_outcome(struct tide *t, int r)
 {
-    if (r < 0)
+    if (r < 0 && !BROKEN(tide_failure_forgotten))
         t->failed = true;
     return r < 0 ? r : t->failed ? -EIO : 0;
 }
@@ -52,6 +52,7 @@ static struct tide *tide_new(const char *path, bool read_only)
     struct tide *t = xnew(struct tide);
     t->path = xstrdup(path);
     t->fd = -1;
+    t->direct = true; /* until a file system refuses */
     t->read_only = read_only;
     mutex_init(&t->superblock);
     mutex_init(&t->durable);
@@ -75,14 +76,13 @@ void tide_close(struct tide *t)
 
 /* ---- opening ---- */
 
-/* Opens with O_DIRECT where the file system has it. */
+/* Opens with O_DIRECT where the file system has it. One that has not may have made the file before
+ * it said so: then O_EXCL finds a stale one. */
 static int open_file(struct tide *t, const char *path, int flags)
 {
-    int fd = io_open(path, flags | O_DIRECT, 0600);
-    t->direct = fd >= 0;
+    int fd = t->direct ? io_open(path, flags | O_DIRECT, 0600) : -EINVAL;
     if (fd == -EINVAL) {
-        if (flags & O_CREAT) /* some make it before they refuse it */
-            (void)io_unlink(path);
+        t->direct = false;
         fd = io_open(path, flags, 0600);
     }
     t->fd = fd < 0 ? -1 : fd;
@@ -246,7 +246,8 @@ static int write_durable(struct tide *t, const void *buf, size_t n, uint64_t off
     assert(!t->read_only);
     if (!t->direct)
         (void)!mutex_lock(&t->durable);
-    int r = t->failed ? -EIO : io_pwrite_full(t->fd, buf, n, offset, RWF_DSYNC);
+    int sync = BROKEN(tide_decision_not_durable) ? 0 : RWF_DSYNC;
+    int r = t->failed ? -EIO : io_pwrite_full(t->fd, buf, n, offset, sync);
     r = tide_outcome(t, r);
     if (!t->direct)
         mutex_unlock(&t->durable);
@@ -353,7 +354,8 @@ int tide_allocate(struct tide *t, struct super *s, uint64_t bytes, uint64_t *off
                                (unsigned long long)bytes, t->path);
     if (!t->direct)
         (void)!mutex_lock(&t->durable);
-    r = tide_outcome(t, t->failed ? -EIO : io_fsync(t->fd));
+    if (!BROKEN(room_not_durable))
+        r = tide_outcome(t, t->failed ? -EIO : io_fsync(t->fd));
     if (!t->direct)
         mutex_unlock(&t->durable);
     if (r < 0)

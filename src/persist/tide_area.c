@@ -5,6 +5,7 @@
  * blocks that lie side by side each is a part of one write; runs are written several at a time. */
 #include "persist/tide_internal.h"
 
+#include "base/broken.h"
 #include "block/driver.h"
 #include "rt/io.h"
 
@@ -147,7 +148,7 @@ int tide_write_area(struct tide *t, uint64_t extent_offset, uint64_t epoch,
                       tide_extent_bytes(bitmap_size(bits), log2_u64(bitmap_granularity(bits))),
                       t->end));
     SHIELD();
-    while (is_being_written(t, extent_offset))
+    while (is_being_written(t, extent_offset) && !BROKEN(area_writes_race))
         (void)!waitq_wait(&t->area_written);
     if (t->failed)
         return -EIO;
