@@ -94,7 +94,8 @@ class Session:
     def info(self):
         nodes = self.qmp.execute("query-named-block-nodes")
         node = next(n for n in nodes if n["node-name"] == "a")
-        return {b["name"]: b for b in node.get("dirty-bitmaps", [])}
+        return {b["name"]: {k: v for k, v in b.items() if not k.startswith("x-tidemark-")}
+                for b in node.get("dirty-bitmaps", [])}
 
     def flags(self):
         """What the image itself says, as the daemon reads it."""
@@ -469,8 +470,12 @@ def test_version_2_and_raw(tmp, program):
             "Can't make bitmap 'b' persistent in 'a': Cannot store dirty bitmaps in qcow2 v2 files"
         s.qmp.execute("blockdev-add", driver="raw", **{"node-name": "r"},
                       file={"driver": "file", "filename": str(raw)})
-        assert s.refusal("block-dirty-bitmap-add", node="r", name="b", persistent=True) == \
-            "Can't store persistent bitmaps to r: Operation not supported"
+        if program == QSD:
+            assert s.refusal("block-dirty-bitmap-add", node="r", name="b", persistent=True) == \
+                "Can't store persistent bitmaps to r: Operation not supported"
+        else:
+            s.qmp.execute("block-dirty-bitmap-add", node="r", name="b", persistent=True)
+            assert (tmp / "r.raw.tide").exists()
 
 
 # -- images that lie
