@@ -207,7 +207,8 @@ static void known_super(struct super *s)
 static const struct hostile {
     unsigned at, width;
     uint64_t value;
-    const char *expected;
+    const char
+        *expected; /* NULL: what follows is shifted, and so refused for one reason or another */
 } hostile[] = {
     {0, 1, 'X', "it does not begin as one"},
     {8, 4, 2, "its version is 2, and this program knows 1"},
@@ -239,7 +240,7 @@ static const struct hostile {
     {112, 4, 3, "the witness is of kind 3"},
     {112, 4, UINT32_MAX, "the witness is of kind 4294967295"},
     {208, 4, UINT32_MAX, "4294967295 bitmaps do not fit into 283 bytes"},
-    {208, 4, 3, "two prepared bitmaps"}, /* replaced below: any refusal */
+    {208, 4, 3, NULL},
     {212, 4, UINT32_MAX, "4294967295 prepared bitmaps do not fit into"},
     {216, 4, UINT32_MAX, "4294967295 commit records do not fit into"},
     {BITMAP_A, 2, 0, NULL},
@@ -253,7 +254,7 @@ static const struct hostile {
     {BITMAP_A + 4, 1, 8, "bitmap 0: granularity_bits is 8, not 9..31"},
     {BITMAP_A + 4, 1, 32, "bitmap 0: granularity_bits is 32, not 9..31"},
     {NEXT_A + 4, 1, 0, "prepared bitmap 0: granularity_bits is 0, not 9..31"},
-    {NEXT_A + 4, 1, 15, "prepared bitmap 1"}, /* replaced below: any refusal */
+    {NEXT_A + 4, 1, 15, NULL},
     {BITMAP_A + 5, 1, 16, "bitmap 0: flags are 0x10, and its job's id has 0 bytes"},
     {BITMAP_A + 6, 1, 2, "bitmap 0: the current area is in extent 2, not 0 or 1"},
     {BITMAP_A + 7, 1, 2, "bitmap 0: the successor area is in extent 2, not 0 or 1"},
@@ -275,10 +276,10 @@ static const struct hostile {
      "100"},
     {BITMAP_A + 40, 8, 1, "two areas of one table have the epoch 1"},
     {BITMAP_A + 40, 8, 11, "two areas of one table have the epoch 11"},
-    {COORDINATOR + 16, 2, 0, "coordinator 0 is empty"},
+    {COORDINATOR + 16, 2, 0, NULL},
     {COORDINATOR + 16, 2, 0xffff, "the path of a coordinator is not one, or ends beyond the end"},
     {COORDINATOR + 18, 1, 0, "the path of a coordinator is not one, or ends beyond the end"},
-    {RECORD + 16, 4, 0, "commit record 0 of 0 members is of no group, or of nobody"},
+    {RECORD + 16, 4, 0, NULL},
     {RECORD + 16, 4, UINT32_MAX, "4294967295 members of a group do not fit into"},
     {MEMBER_2 + 16, 2, 0, NULL},
     {MEMBER_2 + 18, 1, 0, "the path of a group's member is not one, or ends beyond the end"},
@@ -312,11 +313,9 @@ static void hostile_superblocks_are_refused_by_name(void **state)
 
     for (size_t i = 0; i < ARRAY_SIZE(hostile); i++) {
         const struct hostile *h = &hostile[i];
-        bool any = h->at == 208 && h->value == 3;
-        any = any || (h->at == NEXT_A + 4 && h->value == 15);
         memcpy(buf, good, sizeof buf);
         put(buf + h->at, h->width, h->value);
-        refused(buf, sizeof buf, any ? NULL : h->expected, "hostile field at", h->at);
+        refused(buf, sizeof buf, h->expected, "hostile field at", h->at);
     }
 
     const unsigned ids[] = {32, 48, COORDINATOR, RECORD, MEMBER_1, MEMBER_2};
