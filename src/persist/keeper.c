@@ -507,8 +507,32 @@ static int reserve_epochs(struct keeper *k, struct error *err)
     return tide_write_super(k->tide, &s, err);
 }
 
+/* Another node over the same image, with another format, may have its bitmaps there. */
+static int check_nobodys(struct keeper *k, struct error *err)
+{
+    struct error why = ERROR_INIT;
+    struct tide *t;
+
+    int r = tide_open(k->options.path, false, &t, &why);
+    if (r == -ENOENT || r == -EBADMSG)
+        return 0;
+    if (r == 0) {
+        r = error_set(err, EBUSY, "tide file '%s' has bitmaps of a node with driver '%s'",
+                      k->options.path, tide_super(t)->driver);
+        tide_close(t);
+    } else if (err) {
+        *err = why;
+    }
+    return r;
+}
+
 static int write_change(struct keeper *k, struct change *c, struct error *err)
 {
+    if (!k->tide) {
+        int r = check_nobodys(k, err);
+        if (r < 0)
+            return r;
+    }
     if (!k->tide || tide_failed(k->tide))
         return replace_tide(k, c, err);
     int r = reserve_epochs(k, err);

@@ -324,8 +324,8 @@ static bool step_over(const struct super *s, struct range r, uint64_t *at)
     return stepped;
 }
 
-/* The first room of BYTES that neither the durable superblock nor S knows an extent in. What a bitmap
- * that has been removed had is used again: only its epoch could make it speak. */
+/* The first room of BYTES that neither the durable superblock nor S knows an extent in. What a
+ * bitmap that has been removed had is used again: only its epoch could make it speak. */
 static uint64_t find_room(const struct tide *t, const struct super *s, uint64_t bytes)
 {
     uint64_t at = TIDE_EXTENTS_OFFSET;
