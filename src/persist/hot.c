@@ -52,6 +52,7 @@ struct hot {
     unsigned n_takers;
     struct waitq commit_wanted, clean_wanted;
     struct event go; /* not set: something has failed */
+    bool starved; /* the committer finds no slot for what is waited for */
     bool stopping, dead;
     struct scope tasks;
     struct hot_stats stats;
@@ -240,6 +241,11 @@ void hot_give(struct hot *h, struct range r)
 
 /* ---- committing ---- */
 
+static bool need_cleaning(const struct hot *h)
+{
+    return h->starved || h->n_free + h->n_clean < (h->options.slots + 3) / 4;
+}
+
 static bool is_wanted_by_oldest(const struct hot *h, uint32_t region)
 {
     const struct taker *t = TAILQ_FIRST(&h->takers);
@@ -330,14 +336,18 @@ static int committer(void *arg)
     SHIELD();
     while (!h->stopping && !h->dead) {
         gather(h, b);
+        h->starved = b->n_changes == 0 && h->n_takers;
         if (b->n_changes == 0) {
-            waitq_wake_one(&h->clean_wanted);
+            if (h->starved)
+                waitq_wake_one(&h->clean_wanted);
             int r = waitq_wait(&h->commit_wanted);
             assert(r == 0); /* shielded */
             continue;
         }
-        if (h->n_free + h->n_clean < h->options.slots / 4)
+        if (need_cleaning(h))
             waitq_wake_one(&h->clean_wanted);
+        if (BROKEN(hot_before_durable))
+            grant(h);
         int r;
         do
             r = h->ops->commit(h->owner, b, h->table);
@@ -369,12 +379,6 @@ static size_t choose(struct hot *h, uint32_t *regions, struct slot **slots, size
         regions[n++] = s->region;
     }
     return n;
-}
-
-static bool need_cleaning(const struct hot *h)
-{
-    return h->n_free + h->n_clean < (h->options.slots + 3) / 4 ||
-           (h->n_takers && h->n_free + h->n_clean == 0);
 }
 
 static int by_region(const void *a, const void *b)

@@ -5,6 +5,7 @@
 #include "rt/clock.h"
 #include "rt/world.h"
 
+#include <errno.h>
 #include <string.h>
 
 struct virtual_world {

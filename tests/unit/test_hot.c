@@ -1,0 +1,231 @@
+/* Hot regions against a model that may lose its power at any moment: what was marked and is not
+ * durable must be in the table that the ring tells, whichever of the writes under way have landed.
+ */
+#include "persist/hot.h"
+
+#include "seed.h"
+#include "unit.h"
+#include "virtual.h"
+
+enum { REGION_BITS = 9, REGIONS = 24, GUESTS = 5, SLOTS_MAX = 16 };
+
+struct model {
+    struct rng rng;
+    struct hot *hot;
+    unsigned slots;
+    unsigned marks[REGIONS];    /* so many times marked */
+    unsigned durable[REGIONS];  /* of them, in a copy that is durable */
+    uint32_t told[SLOTS_MAX];   /* the table that the ring tells */
+    uint32_t coming[SLOTS_MAX]; /* by the transaction under way */
+    bool committing, cleaning, repairing;
+    unsigned failures; /* in a hundred */
+    unsigned writes;
+    struct scope repairs;
+};
+
+static bool in_table(const struct model *w, const uint32_t *table, uint32_t region)
+{
+    for (unsigned i = 0; i < w->slots; i++)
+        if (table[i] == region)
+            return true;
+    return false;
+}
+
+/* The power fails now. */
+static void check(const struct model *w)
+{
+    const char *broken;
+
+    for (uint32_t i = 0; i < REGIONS; i++) {
+        if (w->marks[i] == w->durable[i])
+            continue;
+        assert_true(in_table(w, w->told, i));
+        assert_true(!w->committing || in_table(w, w->coming, i));
+    }
+    if (!hot_valid(w->hot, &broken))
+        fail_msg("%s", broken);
+}
+
+static void pass_time(struct model *w, unsigned most_us)
+{
+    int r = sleep_until(clock_after_ns(rng_below(&w->rng, most_us) * 1000));
+    (void)r;
+}
+
+static int op_commit(void *owner, struct ring_block *b, const uint32_t *table)
+{
+    struct model *w = owner;
+
+    assert_false(w->committing);
+    while (w->repairing)
+        pass_time(w, 10);
+    assert_true(b->n_changes > 0 && b->n_changes <= RING_CHANGES);
+    memcpy(w->coming, table, w->slots * sizeof *table);
+    for (unsigned i = 0; i < b->n_changes; i++)
+        assert_int_equal(table[b->changes[i].slot], b->changes[i].region);
+    w->committing = true;
+    check(w);
+    pass_time(w, 100);
+    bool fails = rng_below(&w->rng, 100) < w->failures;
+    if (!fails || rng_below(&w->rng, 2))
+        memcpy(w->told, w->coming, sizeof w->told);
+    w->committing = false;
+    check(w);
+    return fails ? -EIO : 0;
+}
+
+static int op_clean(void *owner, const uint32_t *regions, size_t n)
+{
+    struct model *w = owner;
+    unsigned copies[REGIONS];
+
+    assert_false(w->cleaning);
+    while (w->repairing)
+        pass_time(w, 10);
+    w->cleaning = true;
+    for (size_t i = 0; i < n; i++) {
+        assert_true(regions[i] < REGIONS);
+        copies[i] = w->marks[regions[i]];
+        if (rng_below(&w->rng, 4) == 0)
+            pass_time(w, 30);
+    }
+    pass_time(w, 300);
+    bool fails = rng_below(&w->rng, 100) < w->failures;
+    for (size_t i = 0; i < n; i++)
+        if (!fails || rng_below(&w->rng, 2))
+            w->durable[regions[i]] = (unsigned)max_u64(w->durable[regions[i]], copies[i]);
+    w->cleaning = false;
+    check(w);
+    return fails ? -EIO : 0;
+}
+
+/* A new file: the bits of this moment, and the table. */
+static int repair(void *arg)
+{
+    struct model *w = arg;
+    uint32_t table[SLOTS_MAX];
+    unsigned marks[REGIONS];
+
+    while (w->committing || w->cleaning || w->repairing)
+        pass_time(w, 10);
+    w->repairing = true;
+    hot_table(w->hot, table);
+    memcpy(marks, w->marks, sizeof marks);
+    pass_time(w, 50);
+    /* What was marked meanwhile was hot. */
+    memcpy(w->told, table, w->slots * sizeof *table);
+    memcpy(w->durable, marks, sizeof marks);
+    w->repairing = false;
+    check(w);
+    hot_retry(w->hot);
+    return 0;
+}
+
+static void op_failed(void *owner, int error)
+{
+    struct model *w = owner;
+
+    scope_spawn(&w->repairs, repair, w);
+}
+
+static int guest(void *arg)
+{
+    struct model *w = arg;
+
+    for (unsigned n = 0; n < w->writes; n++) {
+        unsigned first = (unsigned)rng_below(&w->rng, REGIONS);
+        unsigned count = 1 + (unsigned)rng_below(&w->rng, min_u64(w->slots / 2, REGIONS - first));
+        struct range r = range_make((uint64_t)first << REGION_BITS, (uint64_t)count << REGION_BITS);
+        if (rng_below(&w->rng, 2))
+            r = range_make(r.start + 100, r.length - 200);
+        if (!hot_try_take(w->hot, r))
+            assert_int_equal(hot_take(w->hot, r), 0);
+        if (rng_below(&w->rng, 4) == 0) {
+            /* Another observer makes it wait between the take and the marks. */
+            pass_time(w, 20);
+        }
+        for (unsigned i = first; i < first + count; i++)
+            w->marks[i]++;
+        hot_marked(w->hot, r);
+        check(w);
+        pass_time(w, 50);
+        hot_give(w->hot, r);
+        if (rng_below(&w->rng, 8) == 0)
+            pass_time(w, 1000);
+    }
+    return 0;
+}
+
+static int history(void *arg)
+{
+    static const struct hot_ops ops = {op_commit, op_clean, op_failed};
+    struct model *w = arg;
+    struct hot_stats stats;
+
+    for (unsigned i = 0; i < SLOTS_MAX; i++)
+        w->told[i] = REGION_NONE;
+    scope_init(&w->repairs);
+    w->hot = hot_new(&(struct hot_options){REGION_BITS, w->slots}, &ops, w);
+    {
+        SCOPE(guests);
+        for (unsigned i = 0; i < GUESTS; i++)
+            scope_spawn(&guests, guest, w);
+        assert_int_equal(scope_join(&guests), 0);
+    }
+    assert_int_equal(scope_join(&w->repairs), 0);
+    hot_stats(w->hot, &stats);
+    assert_true(stats.commits > 0 && stats.cleanings > 0 && stats.waiting == 0);
+    hot_free(w->hot);
+    scope_fini(&w->repairs);
+    return 0;
+}
+
+static void random_histories(unsigned failures)
+{
+    const char *count = getenv("TEST_COUNT");
+    uint64_t seed = test_seed(), n = count ? strtoull(count, NULL, 0) : 300;
+
+    for (uint64_t i = 0; i < n; i++) {
+        struct model w = {.rng = {seed + i}, .failures = failures, .writes = 60};
+        w.slots = 4 + (unsigned)rng_below(&w.rng, SLOTS_MAX - 4 + 1);
+        assert_int_equal(run_virtually(history, &w), 0);
+    }
+}
+
+static void nothing_marked_is_forgotten(void **state)
+{
+    random_histories(0);
+}
+
+static void failures_are_put_right(void **state)
+{
+    random_histories(5);
+}
+
+static int too_large(void *arg)
+{
+    static const struct hot_ops ops = {op_commit, op_clean, op_failed};
+    struct model w = {.slots = 8};
+
+    w.hot = hot_new(&(struct hot_options){REGION_BITS, w.slots}, &ops, &w);
+    assert_int_equal(hot_take(w.hot, range_make(0, 5 << REGION_BITS)), -E2BIG);
+    hot_marked(w.hot, range_make(0, 5 << REGION_BITS));
+    hot_give(w.hot, range_make(0, 5 << REGION_BITS));
+    assert_true(hot_try_take(w.hot, range_make(0, 0)));
+    hot_fail(w.hot);
+    assert_int_equal(hot_take(w.hot, range_make(0, 1)), -EIO);
+    hot_free(w.hot);
+    return 0;
+}
+
+static void a_large_write_is_the_callers(void **state)
+{
+    assert_int_equal(run_virtually(too_large, NULL), 0);
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(nothing_marked_is_forgotten),
+    cmocka_unit_test(failures_are_put_right),
+    cmocka_unit_test(a_large_write_is_the_callers),
+};
+UNIT_MAIN(tests)
