@@ -52,7 +52,7 @@ struct hot {
     unsigned n_takers;
     struct waitq commit_wanted, clean_wanted;
     struct event go; /* not set: something has failed */
-    bool starved; /* the committer finds no slot for what is waited for */
+    bool starved;    /* the committer finds no slot for what is waited for */
     bool stopping, dead;
     struct scope tasks;
     struct hot_stats stats;
