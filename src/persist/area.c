@@ -1,14 +1,15 @@
 /* Sectors of a bit area: 496 bytes of a bitmap's serial form, with what makes them believable.
  *
- *     0    4   CRC32C of: uuid of the file (16), offset of the extent (8), index of the sector
- *              (8), bytes 4 to 511 of the sector
+ *     0    4   CRC32C of: uuid of the file (16), offset of the sector in it (8), bytes 4 to 511 of
+ *              the sector
  *     4    4   zero
  *     8    8   epoch
  *     16   496 payload
  *
  * A sector is the unit because it is what a disk writes whole: a torn write leaves each sector as
  * it was or as it was to be, and both are fine. The checksum is looked at before the epoch: a
- * damaged epoch would turn dirty into clean. */
+ * damaged epoch would turn dirty into clean. It tells of the place in the file and not of the
+ * extent: what an area has left where now another one lies is not damage, but of another epoch. */
 #include "base/broken.h"
 #include "persist/crc.h"
 #include "persist/super.h"
@@ -16,31 +17,28 @@
 #include <endian.h>
 #include <isa-l/mem_routines.h>
 
-static uint32_t sector_crc(const uint8_t *sector, const struct tide_id *uuid,
-                           uint64_t extent_offset, uint64_t index)
+static uint32_t sector_crc(const uint8_t *sector, const struct tide_id *uuid, uint64_t offset)
 {
-    uint8_t where[sizeof uuid->bytes + 16];
-    uint64_t le_offset = htole64(extent_offset), le_index = htole64(index);
-    memcpy(where, uuid->bytes, sizeof uuid->bytes);
-    memcpy(where + sizeof uuid->bytes, &le_offset, 8);
-    memcpy(where + sizeof uuid->bytes + 8, &le_index, 8);
-    return crc_end(crc_add(crc_add(CRC_BEGIN, where, sizeof where), sector + 4, AREA_SECTOR - 4));
+    uint64_t le_offset = htole64(offset);
+    uint32_t crc = crc_add(CRC_BEGIN, uuid->bytes, sizeof uuid->bytes);
+    crc = crc_add(crc, &le_offset, sizeof le_offset);
+    return crc_end(crc_add(crc, sector + 4, AREA_SECTOR - 4));
 }
 
-void area_encode(uint8_t sector[AREA_SECTOR], const struct tide_id *uuid, uint64_t extent_offset,
-                 uint64_t index, uint64_t epoch, const uint8_t payload[AREA_PAYLOAD])
+void area_encode(uint8_t sector[AREA_SECTOR], const struct tide_id *uuid, uint64_t offset,
+                 uint64_t epoch, const uint8_t payload[AREA_PAYLOAD])
 {
     uint64_t le_epoch = htole64(epoch);
     memset(sector, 0, AREA_HEADER);
     memcpy(sector + 8, &le_epoch, 8);
     memcpy(sector + AREA_HEADER, payload, AREA_PAYLOAD);
-    uint32_t le_crc = htole32(sector_crc(sector, uuid, extent_offset, index));
+    uint32_t le_crc = htole32(sector_crc(sector, uuid, offset));
     memcpy(sector, &le_crc, 4);
 }
 
 enum area_state area_decode(const uint8_t sector[AREA_SECTOR], const struct tide_id *uuid,
-                            uint64_t extent_offset, uint64_t index, uint64_t epoch,
-                            const uint8_t **payload, uint64_t *other)
+                            uint64_t offset, uint64_t epoch, const uint8_t **payload,
+                            uint64_t *other)
 {
     uint32_t le_crc;
     uint64_t le_epoch;
@@ -49,7 +47,7 @@ enum area_state area_decode(const uint8_t sector[AREA_SECTOR], const struct tide
     *other = 0;
     if (!le_crc && !le_epoch && isal_zero_detect((void *)(uintptr_t)sector, AREA_SECTOR) == 0)
         return AREA_CLEAN;
-    if (le32toh(le_crc) != sector_crc(sector, uuid, extent_offset, index))
+    if (le32toh(le_crc) != sector_crc(sector, uuid, offset))
         return AREA_BAD;
     if (le64toh(le_epoch) != epoch && !BROKEN(area_without_epoch)) {
         *other = le64toh(le_epoch);

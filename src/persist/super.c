@@ -15,8 +15,8 @@
  *     88    8   ring_sequence            216  4    commit records
  *     96    8   next_epoch               220  4    zero
  *     104   8   extents_end              224  16   group prepared, or zero
- *                                        240  16   zero
- *     256   bitmaps; if a group is prepared its coordinator and its bitmaps; commit records
+ *                                        240  32   driver
+ *     272   bitmaps; if a group is prepared its coordinator and its bitmaps; commit records
  *
  * (docs/format/tide.md has the rest.) Encoding and decoding share one check of what must hold, so
  * that nothing is written that could not be read. */

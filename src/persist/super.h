@@ -158,17 +158,17 @@ int ring_rebuild(const struct ring_block *blocks, size_t n, uint64_t first_seque
 
 enum { AREA_SECTOR = 512, AREA_HEADER = 16, AREA_PAYLOAD = AREA_SECTOR - AREA_HEADER };
 
-/* Sector INDEX of an area holds bytes [INDEX x AREA_PAYLOAD, ...) of the bitmap's serial form
- * (bitmap.h). The checksum covers uuid, extent and index, too: a sector in the wrong place is none.
- */
-void area_encode(uint8_t sector[AREA_SECTOR], const struct tide_id *uuid, uint64_t extent_offset,
-                 uint64_t index, uint64_t epoch, const uint8_t payload[AREA_PAYLOAD]);
+/* Sector i of an area holds bytes [i x AREA_PAYLOAD, ...) of the bitmap's serial form (bitmap.h).
+ * OFFSET is the sector's in the file. The checksum covers it, and the uuid: a sector in the wrong
+ * place is none. */
+void area_encode(uint8_t sector[AREA_SECTOR], const struct tide_id *uuid, uint64_t offset,
+                 uint64_t epoch, const uint8_t payload[AREA_PAYLOAD]);
 /* CLEAN: whole, but of another epoch, which *OTHER gets; or never written: all zero, and so is
  * *OTHER. BAD: torn or damaged. *PAYLOAD is set for DATA. */
 enum area_state { AREA_DATA, AREA_CLEAN, AREA_BAD };
 enum area_state area_decode(const uint8_t sector[AREA_SECTOR], const struct tide_id *uuid,
-                            uint64_t extent_offset, uint64_t index, uint64_t epoch,
-                            const uint8_t **payload, uint64_t *other);
+                            uint64_t offset, uint64_t epoch, const uint8_t **payload,
+                            uint64_t *other);
 uint64_t area_sectors(uint64_t size_bytes, unsigned granularity_bits);
 /* Bytes of the extent of one area for such a bitmap; a multiple of 4 KiB, and not 0. */
 uint64_t tide_extent_bytes(uint64_t size_bytes, unsigned granularity_bits);

@@ -335,6 +335,24 @@ static uint64_t find_room(const struct tide *t, const struct super *s, uint64_t 
     return at;
 }
 
+static int grow_file(struct tide *t, uint64_t end, struct error *err)
+{
+    int r = reserve(t->fd, t->end, end);
+    if (r < 0)
+        return error_set_errno(err, -r, "allocating %llu bytes more of tide file '%s'",
+                               (unsigned long long)(end - t->end), t->path);
+    if (!t->direct)
+        (void)!mutex_lock(&t->durable);
+    if (!BROKEN(room_not_durable))
+        r = tide_outcome(t, t->failed ? -EIO : io_fsync(t->fd));
+    if (!t->direct)
+        mutex_unlock(&t->durable);
+    if (r < 0)
+        return error_set_errno(err, -r, "syncing tide file '%s'", t->path);
+    t->end = max_u64(t->end, end);
+    return 0;
+}
+
 int tide_allocate(struct tide *t, struct super *s, uint64_t bytes, uint64_t *offset,
                   struct error *err)
 {
@@ -344,23 +362,11 @@ int tide_allocate(struct tide *t, struct super *s, uint64_t bytes, uint64_t *off
         return error_set(err, EIO, "tide file '%s' has failed before", t->path);
     uint64_t at = find_room(t, s, align_up(bytes, TIDE_ALIGN));
     uint64_t end = at + align_up(bytes, TIDE_ALIGN);
+    int r = end <= t->end ? 0 : grow_file(t, end, err);
+    if (r < 0)
+        return r;
     s->extents_end = max_u64(s->extents_end, end);
     *offset = at;
-    if (end <= t->end)
-        return 0;
-    int r = reserve(t->fd, t->end, end);
-    if (r < 0)
-        return error_set_errno(err, -r, "allocating %llu bytes more of tide file '%s'",
-                               (unsigned long long)bytes, t->path);
-    if (!t->direct)
-        (void)!mutex_lock(&t->durable);
-    if (!BROKEN(room_not_durable))
-        r = tide_outcome(t, t->failed ? -EIO : io_fsync(t->fd));
-    if (!t->direct)
-        mutex_unlock(&t->durable);
-    if (r < 0)
-        return error_set_errno(err, -r, "syncing tide file '%s'", t->path);
-    t->end = end;
     return 0;
 }
 

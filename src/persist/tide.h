@@ -60,9 +60,9 @@ const struct super *tide_super(const struct tide *t);
  * nothing has happened and the file is as good as it was. Anything else: it has failed. */
 int tide_write_super(struct tide *t, struct super *s, struct error *err) MUST_CHECK;
 
-/* Room for an extent at the end of the file, allocated, and durable before a superblock names it;
- * S->extents_end moves. Place that a superblock no longer names comes back with the next
- * tide_create() only. -ENOSPC: the file is as good as it was. */
+/* Room for an extent where neither tide_super() nor S has one (so what was given before is in S by
+ * now), allocated, and durable before a superblock names it; S->extents_end moves. -ENOSPC: the
+ * file is as good as it was. */
 int tide_allocate(struct tide *t, struct super *s, uint64_t bytes, uint64_t *offset,
                   struct error *err) MUST_CHECK;
 
@@ -78,8 +78,8 @@ int tide_read_ring(struct tide *t, uint32_t *table, uint64_t *next_sequence,
  * never in flight together, or the older copy might land last.
  *
  * Bits of an epoch are only ever set: so a block without any was never written under it, reads as
- * clean, and is left alone. A superblock that names EPOCH is durable: asserted for what
- * tide_super() can tell. -ENOMEM: nothing was written, the file has not failed. */
+ * clean, and is left alone. EPOCH is below the next_epoch of tide_super(): asserted. -ENOMEM:
+ * nothing was written, the file has not failed. */
 int tide_write_area(struct tide *t, uint64_t extent_offset, uint64_t epoch,
                     const struct bitmap *bits, const struct range *ranges, size_t n) MUST_CHECK;
 /* What was written to areas before is durable. -EIO also when anything has failed meanwhile. */

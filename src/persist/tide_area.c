@@ -46,7 +46,8 @@ static void encode_block(uint8_t *to, const struct tide_id *uuid, uint64_t exten
     for (unsigned i = 0; i < BLOCK_SECTORS; i++) {
         uint64_t index = block * BLOCK_SECTORS + i;
         bitmap_serialise(bits, index * AREA_PAYLOAD, payload, sizeof payload);
-        area_encode(to + (size_t)i * AREA_SECTOR, uuid, extent_offset, index, epoch, payload);
+        area_encode(to + (size_t)i * AREA_SECTOR, uuid, extent_offset + index * AREA_SECTOR, epoch,
+                    payload);
     }
 }
 
@@ -193,9 +194,10 @@ static int read_sector(struct area_read *a, const uint8_t *sector, uint64_t inde
 {
     const uint8_t *payload;
     uint64_t other = 0;
-    enum area_state state = bad ? AREA_BAD
-                                : area_decode(sector, &a->t->super.uuid, a->extent_offset, index,
-                                              a->epoch, &payload, &other);
+    enum area_state state =
+        bad ? AREA_BAD
+            : area_decode(sector, &a->t->super.uuid, a->extent_offset + index * AREA_SECTOR,
+                          a->epoch, &payload, &other);
     if (state == AREA_DATA) {
         add_payload(a->bits, index * AREA_PAYLOAD, payload);
     } else if (state == AREA_BAD) {

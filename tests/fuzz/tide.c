@@ -33,7 +33,7 @@ static void super(const uint8_t *data, size_t size)
 static void fuzz_super(uint8_t *data, size_t size)
 {
     super(data, size);
-    if (size < 256)
+    if (size < 272)
         return;
     uint32_t used = htole32((uint32_t)size), version = htole32(1);
     memcpy(data, "TIDEMARK", 8);
@@ -88,9 +88,10 @@ static void fuzz_area(const uint8_t *data, size_t size)
     for (size_t i = 0; (i + 1) * AREA_SECTOR <= size; i++) {
         const uint8_t *sector = data + i * AREA_SECTOR;
         uint8_t again[AREA_SECTOR];
-        if (area_decode(sector, &uuid, TIDE_EXTENTS_OFFSET, i, 1, &payload, &other) != AREA_DATA)
+        if (area_decode(sector, &uuid, TIDE_EXTENTS_OFFSET + i * AREA_SECTOR, 1, &payload,
+                        &other) != AREA_DATA)
             continue;
-        area_encode(again, &uuid, TIDE_EXTENTS_OFFSET, i, 1, payload);
+        area_encode(again, &uuid, TIDE_EXTENTS_OFFSET + i * AREA_SECTOR, 1, payload);
         if (memcmp(again, sector, AREA_SECTOR) != 0)
             abort();
     }

@@ -55,7 +55,7 @@ TIDE_TEST(a_prepared_table_keeps_what_it_shares)
     t = create(p, &s);
     CHECK(memcmp(s.next.items[0].extent, s.table.items[0].extent, sizeof s.next.items[0].extent) ==
           0);
-    CHECK(s.next.items[1].extent[0] && s.next.items[1].extent[1]);
+    CHECK(!s.next.items[1].extent[0] && s.next.items[1].extent[1]); /* what it uses */
     t = reopen(p, t);
     CHECK(super_equal(&s, tide_super(t)));
     tide_close(t);
@@ -326,20 +326,18 @@ TIDE_TEST(what_cannot_be_written_harms_nobody)
 TIDE_TEST(room_is_durable_before_it_is_named)
 {
     struct error err = ERROR_INIT;
-    struct super s, more, other;
+    struct super s, more;
     struct stat st;
     uint64_t a, b;
     small_super(p, &s, GiB);
     struct tide *t = create(p, &s);
     super_copy(&more, tide_super(t));
-    super_copy(&other, tide_super(t));
     p->spy->n = 0;
-    CHECK_OK(tide_allocate(t, &more, 5000, &a, &err), err);
-    CHECK(a == s.extents_end && more.extents_end == a + 8192);
+    CHECK_OK(tide_allocate(t, &more, 4096, &a, &err), err);
+    CHECK(a == s.extents_end && more.extents_end == a + 4096);
     CHECK(p->spy->n == 2 && p->spy->ops[0].kind == IO_FALLOCATE && p->spy->ops[1].kind == IO_SYNC);
-    CHECK_OK(tide_allocate(t, &other, 4096, &b, &err), err);
-    CHECK(b == a + 8192); /* not the same again, though no superblock names the first */
-    CHECK(stat(p->path, &st) == 0 && (uint64_t)st.st_size == b + 4096);
+    more.table.items[0].extent[2] = a;
+    CHECK(stat(p->path, &st) == 0 && (uint64_t)st.st_size == a + 4096);
 
     fail_next(p->spy, IO_FALLOCATE, 0, -ENOSPC, false);
     CHECK(tide_allocate(t, &more, MiB, &b, &err) == -ENOSPC);
@@ -347,11 +345,55 @@ TIDE_TEST(room_is_durable_before_it_is_named)
     error_clear(&err);
     fail_next(p->spy, IO_FALLOCATE, 0, -EOPNOTSUPP, false);
     CHECK_OK(tide_allocate(t, &more, MiB, &b, &err), err);
+    CHECK(b == a + 4096); /* the first is in `more`, though no superblock names it yet */
     CHECK(stat(p->path, &st) == 0 && (uint64_t)st.st_size == b + MiB);
     CHECK(tide_write_super(t, &more, &err) == 0);
     t = reopen(p, t);
     tide_close(t);
-    super_fini(&other);
+    super_fini(&s);
+}
+
+/* What a bitmap had that is gone is given again; what its sectors say is of another epoch then,
+ * also where they lie in another area's middle. */
+TIDE_TEST(room_is_used_again)
+{
+    struct error err = ERROR_INIT;
+    struct super s, next;
+    const struct range all = range_make(0, 16 * GiB);
+    uint64_t at, bad;
+    small_super(p, &s, 16 * GiB);
+    s.table.items[0].successor = (struct tide_area){0, 0};
+    struct tide *t = create(p, &s);
+    const uint64_t had = some_extent, end = tide_super(t)->extents_end;
+    CLEANUP(bitmap_freep) struct bitmap *bits = bitmap_new(16 * GiB, 65536);
+    CLEANUP(bitmap_freep) struct bitmap *coarse = bitmap_new(16 * GiB, MiB);
+    bitmap_mark_all(bits);
+    CHECK(tide_write_area(t, had, 1, bits, &all, 1) == 0 && tide_sync(t) == 0);
+
+    super_copy(&next, tide_super(t));
+    tide_table_fini(&next.table);
+    CHECK_OK(tide_allocate(t, &next, 4096, &at, &err), err);
+    CHECK(at == end); /* not yet: what is durable still has it */
+    CHECK_OK(tide_write_super(t, &next, &err), err);
+
+    super_copy(&next, tide_super(t));
+    next.table.items = xcalloc(3, sizeof *next.table.items);
+    for (unsigned i = 0; i < 3; i++) {
+        struct tide_bitmap *b = &next.table.items[i];
+        *b = (struct tide_bitmap){
+            .name = xasprintf("%u", i), .granularity_bits = 20, .current = {0, next.next_epoch++}};
+        CHECK_OK(tide_allocate(t, &next, tide_extent_bytes(16 * GiB, 20), &b->extent[0], &err),
+                 err);
+        CHECK(b->extent[0] == had + i * 4096);
+        next.table.n++;
+    }
+    CHECK_OK(tide_write_super(t, &next, &err), err);
+    for (unsigned i = 0; i < 3; i++) {
+        const struct tide_bitmap *b = &tide_super(t)->table.items[i];
+        CHECK_OK(tide_read_area(t, b->extent[0], b->current.epoch, coarse, true, &bad, &err), err);
+        CHECK(bad == 0 && bitmap_count(coarse) == 0);
+    }
+    tide_close(t);
     super_fini(&s);
 }
 
@@ -481,6 +523,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(two_superblocks_are_never_in_flight),
     cmocka_unit_test(what_cannot_be_written_harms_nobody),
     cmocka_unit_test(room_is_durable_before_it_is_named),
+    cmocka_unit_test(room_is_used_again),
     cmocka_unit_test(the_ring_tells_what_was_hot),
     cmocka_unit_test(a_new_file_tells_the_table_too),
 };

@@ -70,6 +70,7 @@ static void a_superblock_may_be_full_but_not_fuller(void **state)
     int r = 0;
     some_super(&rng, &s, 0);
     s.level = TIDE_PROCESS;
+    free(s.table.items);
     s.table.items = xcalloc(10000, sizeof *s.table.items);
     while (r == 0) {
         struct tide_bitmap *b = &s.table.items[s.table.n++];
@@ -165,8 +166,10 @@ static void fix_crc(uint8_t *buf)
 
 /* Two bitmaps "a" and "b" of 64 KiB on 16 GiB (their extents: 4 of 36 KiB from 768 KiB on);
  * prepared the same two under the names "a" and "c"; one record of two members. */
-enum { BITMAP_A = 256, BITMAP_B = BITMAP_A + 49, COORDINATOR = BITMAP_B + 49 + 3 };
-enum { NEXT_A = COORDINATOR + 18 + 4, NEXT_C = NEXT_A + 49, RECORD = NEXT_C + 49 };
+enum { HEAD = 272, BITMAP = 56 };
+enum { BITMAP_A = HEAD, BITMAP_B = BITMAP_A + BITMAP + 1, COORDINATOR = BITMAP_B + BITMAP + 1 + 3 };
+enum { NEXT_A = COORDINATOR + 18 + 4, NEXT_C = NEXT_A + BITMAP + 1 };
+enum { RECORD = NEXT_C + BITMAP + 1 };
 enum { MEMBER_1 = RECORD + 20, MEMBER_2 = MEMBER_1 + 18 + 4, END = MEMBER_2 + 18 + 2 };
 
 static void known_super(struct super *s)
@@ -180,7 +183,8 @@ static void known_super(struct super *s)
                         .region_bits = 24,
                         .slots = 1024,
                         .next_epoch = 100,
-                        .extents_end = TIDE_EXTENTS_OFFSET + 4 * extent};
+                        .extents_end = TIDE_EXTENTS_OFFSET + 4 * extent,
+                        .driver = "raw"};
     const char *names[4] = {"a", "b", "a", "c"};
     s->table.items = xcalloc(2, sizeof *s->table.items);
     s->next.items = xcalloc(2, sizeof *s->next.items);
@@ -212,8 +216,8 @@ static const struct hostile {
 } hostile[] = {
     {0, 1, 'X', "it does not begin as one"},
     {8, 4, 2, "its version is 2, and this program knows 1"},
-    {16, 4, 255, "its length is 255, not 256..4096"},
-    {16, 4, 4097, "its length is 4097, not 256..4096"},
+    {16, 4, 271, "its length is 271, not 272..4096"},
+    {16, 4, 4097, "its length is 4097, not 272..4096"},
     {16, 4, END + 1, "1 bytes follow after the last field"},
     {16, 4, END - 1, "the path of a group's member is not one, or ends beyond the end"},
     {20, 4, 5, "flags are 0x5, of which 0x4 are unknown"},
@@ -239,25 +243,29 @@ static const struct hostile {
     {104, 8, UINT64_C(1) << 63, "the extents end at 9223372036854775808"},
     {112, 4, 3, "the witness is of kind 3"},
     {112, 4, UINT32_MAX, "the witness is of kind 4294967295"},
-    {208, 4, UINT32_MAX, "4294967295 bitmaps do not fit into 283 bytes"},
+    {208, 4, UINT32_MAX, "4294967295 bitmaps do not fit into 315 bytes"},
+    {240, 1, 0, "the driver's name is not one"},
+    {271, 1, 'x', "the driver's name is not one"},
+    {BITMAP_A + 32, 8, 786432, "two extents overlap"},
+    {BITMAP_A + 32, 8, 933888, "bitmap 0: extent 2, 36864 bytes at 933888, is not within"},
     {208, 4, 3, NULL},
     {212, 4, UINT32_MAX, "4294967295 prepared bitmaps do not fit into"},
     {216, 4, UINT32_MAX, "4294967295 commit records do not fit into"},
     {BITMAP_A, 2, 0, NULL},
     {BITMAP_A, 2, 0xffff, "bitmap 0: its name is not one, or ends beyond the end"},
-    {BITMAP_A + 48, 1, 0, "bitmap 0: its name is not one, or ends beyond the end"},
-    {BITMAP_A + 48, 1, 'b', "two bitmaps of the same name, of 1 bytes"},
-    {NEXT_C + 48, 1, 'a', "two prepared bitmaps of the same name, of 1 bytes"},
+    {BITMAP_A + BITMAP, 1, 0, "bitmap 0: its name is not one, or ends beyond the end"},
+    {BITMAP_A + BITMAP, 1, 'b', "two bitmaps of the same name, of 1 bytes"},
+    {NEXT_C + BITMAP, 1, 'a', "two prepared bitmaps of the same name, of 1 bytes"},
     {BITMAP_A + 2, 2, 1, "bitmap 0: flags are 0x0, and its job's id has 1 bytes"},
     {BITMAP_B + 2, 2, 0xffff, "bitmap 1: its job's id is not one, or ends beyond the end"},
-    {BITMAP_B + 49, 1, 0, "bitmap 1: its job's id is not one, or ends beyond the end"},
+    {BITMAP_B + BITMAP + 1, 1, 0, "bitmap 1: its job's id is not one, or ends beyond the end"},
     {BITMAP_A + 4, 1, 8, "bitmap 0: granularity_bits is 8, not 9..31"},
     {BITMAP_A + 4, 1, 32, "bitmap 0: granularity_bits is 32, not 9..31"},
     {NEXT_A + 4, 1, 0, "prepared bitmap 0: granularity_bits is 0, not 9..31"},
     {NEXT_A + 4, 1, 15, NULL},
     {BITMAP_A + 5, 1, 16, "bitmap 0: flags are 0x10, and its job's id has 0 bytes"},
-    {BITMAP_A + 6, 1, 2, "bitmap 0: the current area is in extent 2, not 0 or 1"},
-    {BITMAP_A + 7, 1, 2, "bitmap 0: the successor area is in extent 2, not 0 or 1"},
+    {BITMAP_A + 6, 1, 3, "bitmap 0: the current area is in extent 3, not 0..2"},
+    {BITMAP_A + 7, 1, 3, "bitmap 0: the successor area is in extent 3, not 0..2"},
     {BITMAP_A + 7, 1, 0, "bitmap 0: current and successor are both in extent 0"},
     {BITMAP_A + 16, 8, 0, "bitmap 0: extent 0, 36864 bytes at 0, is not within"},
     {BITMAP_A + 16, 8, 786433,
@@ -270,12 +278,12 @@ static const struct hostile {
      "bitmap 0: extent 1, 36864 bytes at 18446744073709547520"},
     {BITMAP_B + 24, 8, 786432, "two extents overlap"},
     {NEXT_A + 24, 8, 827392, "two extents overlap"},
-    {BITMAP_A + 32, 8, 0, "bitmap 0 has no current area"},
-    {BITMAP_A + 32, 8, 100,
+    {BITMAP_A + 40, 8, 0, "bitmap 0 has no current area"},
+    {BITMAP_A + 40, 8, 100,
      "bitmap 0: the current area's epoch is 100, and the next one to be used "
      "100"},
-    {BITMAP_A + 40, 8, 1, "two areas of one table have the epoch 1"},
-    {BITMAP_A + 40, 8, 11, "two areas of one table have the epoch 11"},
+    {BITMAP_A + 48, 8, 1, "two areas of one table have the epoch 1"},
+    {BITMAP_A + 48, 8, 11, "two areas of one table have the epoch 11"},
     {COORDINATOR + 16, 2, 0, NULL},
     {COORDINATOR + 16, 2, 0xffff, "the path of a coordinator is not one, or ends beyond the end"},
     {COORDINATOR + 18, 1, 0, "the path of a coordinator is not one, or ends beyond the end"},
@@ -291,7 +299,7 @@ static void refused(uint8_t *buf, size_t length, const char *expected, const cha
     struct super back = {0};
     struct error err = ERROR_INIT;
     size_t used = get(buf + 16, 4);
-    if (used >= 256 && used <= length)
+    if (used >= HEAD && used <= length)
         fix_crc(buf);
     if (decode_exact(buf, length, &back, &err) != -EBADMSG)
         fail_msg("%s %u: not refused", what, at);
@@ -308,7 +316,7 @@ static void hostile_superblocks_are_refused_by_name(void **state)
     assert_int_equal(super_encode(&s, good, &length, NULL), 0);
     assert_int_equal(length, sizeof good);
     assert_int_equal(get(good + 16, 4), END);
-    assert_int_equal(good[NEXT_C + 48], 'c');
+    assert_int_equal(good[NEXT_C + BITMAP], 'c');
     assert_int_equal(good[MEMBER_2 + 18], '/');
 
     for (size_t i = 0; i < ARRAY_SIZE(hostile); i++) {
@@ -352,9 +360,9 @@ static void random_fields_do_no_harm(void **state)
             buf[at] = (uint8_t)(rng_below(&rng, 2) ? rng_next(&rng) : 0xff * rng_below(&rng, 2));
         }
         if (rng_below(&rng, 8) == 0)
-            put(buf + 16, 4, 256 + rng_below(&rng, used - 255));
+            put(buf + 16, 4, HEAD + rng_below(&rng, used - HEAD + 1));
         used = get(buf + 16, 4);
-        if (used >= 256 && used <= length)
+        if (used >= HEAD && used <= length)
             fix_crc(buf);
         struct error err = ERROR_INIT;
         if (decode_exact(buf, length, &back, &err) == 0) {
@@ -582,28 +590,27 @@ static void sectors_hold_for_one_place_and_epoch(void **state)
     uint64_t other = 1;
     for (size_t i = 0; i < sizeof payload; i++)
         payload[i] = (uint8_t)rng_next(&rng);
-    area_encode(sector, &uuid, 786432, 3, 42, payload);
-    assert_int_equal(area_decode(sector, &uuid, 786432, 3, 42, &back, &other), AREA_DATA);
+    area_encode(sector, &uuid, 787968, 42, payload);
+    assert_int_equal(area_decode(sector, &uuid, 787968, 42, &back, &other), AREA_DATA);
     assert_memory_equal(back, payload, sizeof payload);
     assert_int_equal(other, 0);
-    assert_int_equal(area_decode(sector, &uuid, 786432, 3, 43, &back, &other), AREA_CLEAN);
+    assert_int_equal(area_decode(sector, &uuid, 787968, 43, &back, &other), AREA_CLEAN);
     assert_int_equal(other, 42);
-    assert_int_equal(area_decode(sector, &uuid, 786432, 4, 42, &back, &other), AREA_BAD);
-    assert_int_equal(area_decode(sector, &uuid, 790528, 3, 42, &back, &other), AREA_BAD);
-    assert_int_equal(area_decode(sector, &stranger, 786432, 3, 42, &back, &other), AREA_BAD);
-    assert_int_equal(area_decode(sector, &stranger, 786432, 3, 43, &back, &other), AREA_BAD);
+    assert_int_equal(area_decode(sector, &uuid, 788480, 42, &back, &other), AREA_BAD);
+    assert_int_equal(area_decode(sector, &stranger, 787968, 42, &back, &other), AREA_BAD);
+    assert_int_equal(area_decode(sector, &stranger, 787968, 43, &back, &other), AREA_BAD);
     for (size_t at = 0; at < sizeof sector; at++) {
         uint8_t was = sector[at];
         sector[at] ^= (uint8_t)(1 + rng_below(&rng, 255));
-        assert_int_equal(area_decode(sector, &uuid, 786432, 3, 42, &back, &other), AREA_BAD);
-        assert_int_equal(area_decode(sector, &uuid, 786432, 3, 43, &back, &other), AREA_BAD);
+        assert_int_equal(area_decode(sector, &uuid, 787968, 42, &back, &other), AREA_BAD);
+        assert_int_equal(area_decode(sector, &uuid, 787968, 43, &back, &other), AREA_BAD);
         sector[at] = was;
     }
     memset(sector, 0, sizeof sector);
-    assert_int_equal(area_decode(sector, &uuid, 786432, 3, 42, &back, &other), AREA_CLEAN);
+    assert_int_equal(area_decode(sector, &uuid, 787968, 42, &back, &other), AREA_CLEAN);
     assert_int_equal(other, 0);
     sector[300] = 1; /* not all zero: damaged */
-    assert_int_equal(area_decode(sector, &uuid, 786432, 3, 42, &back, &other), AREA_BAD);
+    assert_int_equal(area_decode(sector, &uuid, 787968, 42, &back, &other), AREA_BAD);
 }
 
 static void areas_have_room_for_each_bit(void **state)

@@ -167,7 +167,8 @@ static inline void small_super(struct place *p, struct super *s, uint64_t size)
                         .region_bits = 24,
                         .slots = 1024,
                         .ring_sequence = 1000,
-                        .next_epoch = 3};
+                        .next_epoch = 3,
+                        .driver = "raw"};
     s->table.items = xcalloc(1, sizeof *s->table.items);
     s->table.n = 1;
     s->table.items[0] = (struct tide_bitmap){.name = xstrdup("b"),

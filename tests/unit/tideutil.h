@@ -46,10 +46,15 @@ static inline char *some_text(struct rng *rng, size_t max, unsigned serial)
 
 static inline uint64_t next_extent(struct super *s, unsigned granularity_bits)
 {
-    uint64_t at = s->extents_end + TIDE_ALIGN * 0;
+    uint64_t at = s->extents_end;
     uint64_t size = max_u64(s->size_bytes, s->resizing_bytes);
     s->extents_end += tide_extent_bytes(size, granularity_bits);
     return at;
+}
+
+static inline bool is_used(const struct tide_bitmap *b, unsigned extent)
+{
+    return extent == b->current.extent || (b->successor.epoch && extent == b->successor.extent);
 }
 
 static inline void some_bitmap(struct rng *rng, struct super *s, struct tide_bitmap *b,
@@ -64,11 +69,14 @@ static inline void some_bitmap(struct rng *rng, struct super *s, struct tide_bit
         .generation = rng_next(rng),
         .last_job = rng_below(rng, 2) ? some_text(rng, 200, serial) : NULL,
     };
-    b->current = (struct tide_area){(unsigned)rng_below(rng, 2), s->next_epoch++};
-    if (rng_below(rng, 2))
-        b->successor = (struct tide_area){!b->current.extent, s->next_epoch++};
-    for (int e = 0; e < 2; e++)
-        if (s->level == TIDE_POWER || rng_below(rng, 2))
+    b->current = (struct tide_area){(unsigned)rng_below(rng, TIDE_EXTENTS), s->next_epoch++};
+    if (rng_below(rng, 2)) {
+        unsigned other = 1 + (unsigned)rng_below(rng, TIDE_EXTENTS - 1);
+        b->successor =
+            (struct tide_area){(b->current.extent + other) % TIDE_EXTENTS, s->next_epoch++};
+    }
+    for (unsigned e = 0; e < TIDE_EXTENTS; e++)
+        if ((s->level == TIDE_POWER && is_used(b, e)) || rng_below(rng, 2))
             b->extent[e] = next_extent(s, b->granularity_bits);
 }
 
@@ -102,6 +110,7 @@ static inline void some_super(struct rng *rng, struct super *s, size_t most)
         .next_epoch = 1 + (rng_next(rng) >> 2),
         .extents_end = TIDE_EXTENTS_OFFSET,
     };
+    snprintf(s->driver, sizeof s->driver, "driver%llu", (unsigned long long)rng_next(rng));
     s->witness.kind = (enum witness_kind)rng_below(rng, 3);
     for (size_t i = 0; i < sizeof s->witness.boot; i++) {
         s->witness.boot[i] = (uint8_t)rng_next(rng);
@@ -123,6 +132,8 @@ static inline void some_super(struct rng *rng, struct super *s, size_t most)
         some_table(rng, s, &s->next, rng_below(rng, most + 1));
         for (size_t i = 0; i < kept && i < s->next.n; i++) {
             s->next.items[i].granularity_bits = s->table.items[i].granularity_bits;
+            s->next.items[i].current.extent = s->table.items[i].current.extent;
+            s->next.items[i].successor = (struct tide_area){0, 0};
             memcpy(s->next.items[i].extent, s->table.items[i].extent,
                    sizeof s->next.items[i].extent);
         }
@@ -156,9 +167,9 @@ static inline bool table_equal(const struct tide_table *a, const struct tide_tab
         if (!text_equal(x->name, y->name) || x->granularity_bits != y->granularity_bits ||
             x->enabled != y->enabled || x->inconsistent != y->inconsistent ||
             x->based != y->based || x->generation != y->generation ||
-            !text_equal(x->last_job, y->last_job) || x->extent[0] != y->extent[0] ||
-            x->extent[1] != y->extent[1] || !area_equal(&x->current, &y->current) ||
-            !area_equal(&x->successor, &y->successor))
+            !text_equal(x->last_job, y->last_job) ||
+            memcmp(x->extent, y->extent, sizeof x->extent) != 0 ||
+            !area_equal(&x->current, &y->current) || !area_equal(&x->successor, &y->successor))
             return false;
     }
     return a->n == b->n;
@@ -185,10 +196,10 @@ static inline bool super_equal(const struct super *a, const struct super *b)
         a->size_bytes != b->size_bytes || a->resizing_bytes != b->resizing_bytes ||
         a->region_bits != b->region_bits || a->slots != b->slots ||
         a->ring_sequence != b->ring_sequence || a->next_epoch != b->next_epoch ||
-        a->extents_end != b->extents_end || !witness_equal(&a->witness, &b->witness) ||
-        !table_equal(&a->table, &b->table) || !tide_id_equal(&a->group, &b->group) ||
-        !member_equal(&a->coordinator, &b->coordinator) || !table_equal(&a->next, &b->next) ||
-        a->n_records != b->n_records)
+        a->extents_end != b->extents_end || strcmp(a->driver, b->driver) != 0 ||
+        !witness_equal(&a->witness, &b->witness) || !table_equal(&a->table, &b->table) ||
+        !tide_id_equal(&a->group, &b->group) || !member_equal(&a->coordinator, &b->coordinator) ||
+        !table_equal(&a->next, &b->next) || a->n_records != b->n_records)
         return false;
     for (size_t i = 0; i < a->n_records; i++) {
         const struct tide_record *x = &a->records[i], *y = &b->records[i];
