@@ -10,6 +10,7 @@
  * after an abort it is stored again when the image is closed. */
 #include "job/transaction.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "dirty/dirty.h"
@@ -148,6 +149,8 @@ static void undo_commit(struct action *a)
 
 static void undo_abort(struct action *a)
 {
+    if (BROKEN(failed_merge_not_undone))
+        undo_commit(a);
     if (a->undo)
         dirty_restore(a->bitmap, steal(a->undo));
 }
@@ -225,7 +228,7 @@ static int make_image(struct action *a, const char *filename, const char *format
 {
     const char *path = strncmp(filename, "file:", 5) == 0 ? filename + 5 : filename;
     struct stat st;
-    bool is_new = io_stat(path, &st) == -ENOENT;
+    bool is_new = io_stat(path, &st) == -ENOENT || BROKEN(older_file_removed);
     int r = graph_create_filename(a->transaction->graph, filename, format,
                                   backing ? node_filename(backing) : NULL,
                                   backing ? node_driver_name(backing) : NULL, size, err);
@@ -248,7 +251,7 @@ static void let_go(struct action *a)
         graph_quiesce_end(a->transaction->graph, &a->quiet, 1);
         node_unref(steal(a->quiet));
     }
-    if (a->made && a->transaction->failed && io_unlink(a->made) < 0)
+    if (a->made && a->transaction->failed && !BROKEN(made_file_stays) && io_unlink(a->made) < 0)
         log_warning("the file '%s', made in vain, cannot be removed", a->made);
     free(a->made);
 }
@@ -343,7 +346,8 @@ static int drive_backup_prepare(struct action *a, struct error *err)
 static int prepare_node(struct action *a, struct error *err)
 {
     int r = node_check_op(a->below, BLOCK_OP_EXTERNAL_SNAPSHOT, err);
-    if (r == 0 && !node_read_only(a->below) && node_flush(a->below) < 0)
+    if (r == 0 && !node_read_only(a->below) && node_flush(a->below) < 0 &&
+        !BROKEN(snapshot_without_flush))
         r = error_set(err, EIO, "An IO error has occurred");
     return r;
 }
@@ -531,7 +535,7 @@ static int run_locked(struct transaction *t, struct error *err)
     int r = 0;
 
     TAILQ_FOREACH (a, &t->actions, link) {
-        if (t->group && !a->kind->in_groups)
+        if (t->group && !a->kind->in_groups && !BROKEN(group_takes_any_action))
             r = error_set(err, EINVAL,
                           "Action '%s' does not support Transaction property completion-mode = "
                           "grouped",
