@@ -95,6 +95,8 @@ class Story:
 
     def _exchange(self, exchange):
         if "QMP" in exchange.wants[0]:
+            if self.qmp:
+                self.qmp.close()
             self.qmp = QMP(self.tmp / "qmp.sock", negotiate=False)
         if exchange.send:
             self.qmp.send_text(exchange.send)
@@ -107,8 +109,6 @@ class Story:
     def _command(self, command):
         if command.text.startswith("tidemarkd "):
             return self._start(command)
-        if "kill " in command.text:
-            self.qmp.close()
         out = self.tmp / "printed"
         self.shell.stdin.write(f"{{ {command.text}\n}} >{out} 2>&1 </dev/null; echo $?\n")
         self.shell.stdin.flush()
