@@ -11,9 +11,10 @@
  *
  * Guests' writes are reported by the source's node after they have completed, well or not, so that
  * also those are seen that do not come through the filter. A write that the filter itself brings to
- * the target is not marked, or write-blocking would never be done: the filter says so beforehand
- * (in_source), and one report of a range within its own is taken for it. Were it another's, then
- * its own report, which still comes, marks the chunk.
+ * the target is not marked, or write-blocking would never be done: the filter says so beforehand,
+ * and one report of a range within its own is taken for it. A second one that touches it means that
+ * another was written meanwhile (below the filter), and nobody knows whose bytes the source has:
+ * then what the filter has does not go to the target, and the chunk is marked.
  */
 #include "copy/follow.h"
 
@@ -83,14 +84,18 @@ static void observer_written(struct write_observer *o, struct range r, int resul
 {
     struct follow *f = container_of(o, struct follow, observer);
     struct follow_write *w;
+    bool own = false;
 
     TAILQ_FOREACH (w, &f->writes, link) {
-        if (w->in_source && w->range.start <= r.start && range_end(r) <= range_end(w->range)) {
-            w->in_source = false;
-            return;
-        }
+        if (!range_overlaps(w->range, r))
+            continue;
+        if (!w->reported && w->range.start <= r.start && range_end(r) <= range_end(w->range))
+            own = w->reported = true;
+        else
+            w->disturbed = true;
     }
-    mark(f, r);
+    if (!own)
+        mark(f, r);
 }
 
 /* ---- coming and going ---- */
@@ -443,7 +448,7 @@ void follow_write_begin(struct follow *f, struct follow_write *w, struct range r
     w->held.lock = NULL;
     int ret = rangelock_take(&f->locks, &w->held, range_round_out(r, f->unit), RANGE_EXCLUSIVE);
     assert(ret == 0); /* shielded, as every request */
-    w->in_source = true;
+    w->reported = w->disturbed = false;
     TAILQ_INSERT_TAIL(&f->writes, w, link);
 }
 
@@ -474,7 +479,7 @@ void follow_write_end(struct follow *f, struct follow_write *w, int result, cons
     int ret = 0;
 
     TAILQ_REMOVE(&f->writes, w, link);
-    if (result < 0)
+    if (result < 0 || w->disturbed)
         mark(f, r); /* nobody knows what the source has there now */
     else if (f->whole && !range_aligned(r, f->unit))
         ret = copy_held(f, range_intersect(range_round_out(r, f->unit), range_make(0, f->size)),

@@ -90,7 +90,8 @@ void mirror_top_remove(struct node *filter);
 struct follow_write {
     struct range range;
     struct range_holder held;
-    bool in_source; /* the source is being written, and has not reported it yet */
+    bool reported;  /* the source has, once */
+    bool disturbed; /* another was written there at the same time */
     TAILQ_ENTRY(follow_write) link;
 };
 /* Shall this write reach the target before it is answered? Then begin; write the source; end,

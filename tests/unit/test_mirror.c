@@ -373,6 +373,64 @@ JOB_TEST(a_target_that_hangs_is_given_up)
     }
 }
 
+/* Two guests write to the same place at once, one of them below the filter: the source has one of
+ * the two, and the target the same. */
+struct writer {
+    struct edge *edge;
+    uint64_t start, length;
+    uint8_t value;
+    unsigned flags;
+};
+
+static int writer_task(void *arg)
+{
+    struct writer *w = arg;
+    SHIELD();
+    uint8_t *buf = xcalloc(1, w->length);
+    memset(buf, w->value, w->length);
+    CHECK(edge_write(w->edge, range_make(w->start, w->length), buf, w->flags) == 0);
+    free(buf);
+    return 0;
+}
+
+JOB_TEST(writes_to_one_place_from_above_and_below)
+{
+    enum { ROUNDS = 200, PLACE = 64 * 1024 };
+    struct rng rng = {test_seed()};
+    for (int round = 0; round < ROUNDS; round++) {
+        struct guest above, below;
+        struct writer ws[8];
+        SCOPE(tasks);
+        two_disks(g, SIZE, 0);
+        guest_on(&above, s, 1);
+        mirror_ok(parse("{'device':'s','target':'t','job-id':'j','sync':'full',"
+                        "'granularity':%u,'copy-mode':'%s'}",
+                        4096u << rng_below(&rng, 5), round % 4 ? "write-blocking" : "background"));
+        guest_on(&below, s, 2);
+        wait_for("j", "READY");
+        mem_of(s)->yields = 1 + round % 5;
+        mem_of(t)->yields = round % 3;
+        for (unsigned i = 0; i < ARRAY_SIZE(ws); i++) {
+            uint64_t length = 4096 * (1 + rng_below(&rng, 16));
+            ws[i] = (struct writer){.edge = rng_below(&rng, 2) ? above.edge : below.edge,
+                                    .start = align_down(rng_below(&rng, PLACE), 4096),
+                                    .length = length,
+                                    .value = (uint8_t)(i + 1),
+                                    .flags = rng_below(&rng, 2) ? REQ_FUA : 0};
+            scope_spawn(&tasks, writer_task, &ws[i]);
+            turns(rng_below(&rng, 4));
+        }
+        CHECK(scope_join(&tasks) == 0);
+        cancel_softly("j");
+        wait_for("j", "null");
+        if (!same(SIZE))
+            fail_msg("round %d, seed %llu", round, (unsigned long long)test_seed());
+        edge_detach(above.edge);
+        edge_detach(below.edge);
+        close_disks();
+    }
+}
+
 /* Nobody waits while the job is pending, and what is written then is in the target, too. */
 JOB_TEST(writes_while_it_is_pending)
 {
@@ -912,6 +970,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(events_are_qemus),
     cmocka_unit_test(cancelling),
     cmocka_unit_test(a_target_that_hangs_is_given_up),
+    cmocka_unit_test(writes_to_one_place_from_above_and_below),
     cmocka_unit_test(writes_while_it_is_pending),
     cmocka_unit_test(none_copies_what_is_written),
     cmocka_unit_test(an_empty_disk),
