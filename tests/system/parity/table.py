@@ -359,7 +359,7 @@ class Recorder:
             return
         try:
             limit = next((s.limit for s in self.seq.setup if isinstance(s, file_size_limit)), None)
-            small = self._small()
+            small = self.small
             self.daemon = Daemon(*argv, binary=self.binary, directory=self.where,
                                  prefix=small.fs.prefix if small else (),
                                  connect=negotiate, timeout=PATIENCE, file_size_limit=limit)
@@ -375,12 +375,13 @@ class Recorder:
         if "started" not in result:
             raise Died
 
-    def _small(self):
+    @property
+    def small(self):
         return next((s for s in self.seq.setup if isinstance(s, small_disk)), None)
 
     def make_room(self):
         """The full file system of small_disk is full no more."""
-        self.tool("make-room", lambda where: self._small().fs.make_room())
+        self.tool("make-room", lambda where: self.small.fs.make_room())
 
     def finish_under_guest(self, how):
         """Ends the daemon while its guests are connected; they are gone after it."""

@@ -183,3 +183,23 @@ def _no_space_with_bitmap(sync, mode):
 for _sync, _mode in (("full", "on-success"), ("full", "always"), ("incremental", "on-success"),
                      ("bitmap", "on-success"), ("bitmap", "always"), ("bitmap", "never")):
     _no_space_with_bitmap(_sync, _mode)
+
+
+@sequence(disk("a", "raw", data="write -P 1 0 4M"), small_disk("t", leave=0))
+def drive_backup_no_space(t):
+    """drive-backup and blockdev-create where not even a header has room: what is said, and left."""
+    def left(where):
+        return sorted(p.name for p in t.small.fs.outside.iterdir())
+    for fmt in ("qcow2", "raw"):
+        t("drive-backup", job_id="j", device="a", sync="full", target=f"$DIR/small/x.{fmt}", format=fmt,
+          auto_dismiss=False)
+        if fmt == "raw":        # it takes no room until it is written
+            t.wait_job("j")
+        t("query-jobs")
+        t.tool("left", left)
+        t("blockdev-create", job_id="c", options={"driver": "file", "filename": f"$DIR/small/c.{fmt}", "size": 4 << 20,
+                                                  "preallocation": "falloc"})
+        t.wait_job("c")
+        t("query-jobs")
+        t("job-dismiss", id="c")
+        t.tool("left", left)
