@@ -76,23 +76,30 @@ static int work(void *arg)
     if (r < 0 && !pass->error) {
         pass->error = r;
         pass->read_failed = read_failed;
+        event_set(&c->nudge); /* at a low speed the next piece's turn may be an hour off */
     }
     give_back(pass, &b->piece);
     free(b);
     return 0;
 }
 
-/* True: it may have waited, look again. */
-static bool wait_for_rate(struct crew *c)
+static bool stops(const struct pass *pass)
 {
+    return pass->error || pass->crew->interrupted;
+}
+
+/* True: it may have waited, look again. */
+static bool wait_for_rate(struct pass *pass)
+{
+    struct crew *c = pass->crew;
     uint64_t at = rate_ready_at(&c->rate, clock_now_ns());
     if (at == 0)
         return false;
-    if (c->interrupted)
+    if (stops(pass))
         return true;
     event_reset(&c->nudge);
     int r = event_wait_until(&c->nudge, at);
-    (void)r; /* the moment, a new speed or an interruption: all mean looking again */
+    (void)r; /* the moment, a new speed, a failure or an interruption: all mean looking again */
     return true;
 }
 
@@ -105,11 +112,11 @@ int crew_pass(struct crew *c, unsigned workers, bool *read_failed)
     uint64_t from = 0;
 
     semaphore_init(&pass.slots, workers);
-    while (!pass.error && !c->interrupted && c->ops->next(c->opaque, from, &p)) {
-        if (wait_for_rate(c))
+    while (!stops(&pass) && c->ops->next(c->opaque, from, &p)) {
+        if (wait_for_rate(&pass))
             continue;
         take(&pass, &p);
-        if (pass.error || c->interrupted) {
+        if (stops(&pass)) {
             give_back(&pass, &p);
             break;
         }
