@@ -98,6 +98,17 @@ static void observer_written(struct write_observer *o, struct range r, int resul
         mark(f, r);
 }
 
+static void observer_changed(struct write_observer *o, struct range r)
+{
+    mark(container_of(o, struct follow, observer), r);
+}
+
+/* Another size is the end of it: whoever has the follow sees that when it comes back to him. */
+static void observer_resized(struct write_observer *o, uint64_t from, uint64_t to)
+{
+    follow_interrupt(container_of(o, struct follow, observer));
+}
+
 /* ---- coming and going ---- */
 
 static uint64_t default_granularity(struct node *target)
@@ -146,6 +157,8 @@ int follow_new(struct edge *source, struct edge *target, const struct follow_opt
     TAILQ_INIT(&f->writes);
     f->observer.mark = observer_mark;
     f->observer.written = observer_written;
+    f->observer.changed = observer_changed;
+    f->observer.resized = observer_resized;
     node_observe(n, &f->observer);
     *ret = f;
     return 0;

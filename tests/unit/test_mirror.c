@@ -792,6 +792,93 @@ JOB_TEST(a_target_that_is_zero_gets_no_zeroes)
     close_disks();
 }
 
+/* ---- a source that is reopened ---- */
+
+/* The source is another file from one moment to the next: all of it counts as written. */
+JOB_TEST(a_source_that_becomes_another_file)
+{
+    for (int blocking = 0; blocking < 2; blocking++) {
+        struct guest gu;
+        struct error err = ERROR_INIT;
+        two_disks(g, SIZE, 0);
+        struct node *other = disk(g, "other", SIZE, 0);
+        fill_disk(s, 5);
+        fill_disk(other, 6);
+        struct node *r = open_node(g, parse("{'driver':'raw','node-name':'r','file':'s'}"));
+        guest_on(&gu, r, 1);
+        mirror_ok(parse("{'device':'r','target':'t','job-id':'j','sync':'full','copy-mode':'%s'}",
+                        blocking ? "write-blocking" : "background"));
+        wait_for("j", "READY");
+        CLEANUP(json_putp)
+        struct json_object *list = parse("[{'driver':'raw','node-name':'r','file':'other'}]");
+        int ret = graph_reopen(g, list, &err);
+        CHECK_OK(ret, err);
+        verb_ok("j", JOB_VERB_COMPLETE);
+        wait_for("j", "null");
+        CHECK(gu.edge->node == t);
+        CHECK(memcmp(mem_of(t)->bytes, mem_of(other)->bytes, SIZE) == 0);
+        edge_detach(gu.edge);
+        node_unref(r);
+        node_unref(other);
+        close_disks();
+    }
+}
+
+/* The source gets another size, before the job has begun to copy, while it copies, when it is
+ * ready, pending: it ends, and the bitmap keeps what it said. */
+JOB_TEST(a_source_of_another_size)
+{
+    static const char *const when[] = {"running", "copying", "READY", "PENDING"};
+    for (int how = 0; how < 8; how++) {
+        struct guest gu;
+        struct event hold;
+        struct error err = ERROR_INIT;
+        two_disks(g, SIZE, 0);
+        struct node *other = disk(g, "other", how < 4 ? SIZE * 2 : SIZE / 2, 0);
+        struct node *r = open_node(g, parse("{'driver':'raw','node-name':'r','file':'s'}"));
+        fill_disk(s, 5);
+        fill_disk(other, 6);
+        command_ok(g, "block-dirty-bitmap-add", parse("{'node':'r','name':'b'}"));
+        struct dirty_bitmap *bm = dirty_find(r, "b");
+        guest_on(&gu, r, 1);
+        write_at(gu.edge, SIZE / 4, 512, 0x31);
+        if (how % 4 == 1) {
+            event_init(&hold);
+            mem_of(t)->hold = &hold;
+            mem_of(t)->held = range_make(0, SIZE);
+        }
+        mirror_ok(parse("{'device':'r','target':'t','job-id':'j','auto-finalize':false,%s}",
+                        how % 2 ? "'sync':'incremental','bitmap':'b'" : "'sync':'full'"));
+        if (how % 4 == 1)
+            turns(20);
+        else if (how % 4 >= 2)
+            wait_for("j", "READY");
+        if (how % 4 == 3) {
+            verb_ok("j", JOB_VERB_COMPLETE);
+            wait_for("j", "PENDING");
+        }
+        CLEANUP(json_putp)
+        struct json_object *list = parse("[{'driver':'raw','node-name':'r','file':'other'}]");
+        int ret = graph_reopen(g, list, &err);
+        CHECK_OK(ret, err);
+        if (how % 4 == 1) {
+            event_set(&hold);
+            mem_of(t)->hold = NULL;
+        }
+        if (how % 4 == 3)
+            verb_ok("j", JOB_VERB_FINALIZE);
+        wait_for("j", "null");
+        if (!strstr(events, "COMPLETED(Source and target image have different sizes)"))
+            fail_msg("%s: %s", when[how % 4], events);
+        CHECK(gu.edge->node == r && !dirty_busy(bm));
+        CHECK(bitmap_any(dirty_bits(bm), range_make(SIZE / 4, 512)));
+        edge_detach(gu.edge);
+        node_unref(r);
+        node_unref(other);
+        close_disks();
+    }
+}
+
 /* ---- verbs and texts ---- */
 
 JOB_TEST(what_is_refused)
@@ -981,6 +1068,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_node_below_a_filter_is_replaced),
     cmocka_unit_test(a_pivot_that_fails_moves_nobody),
     cmocka_unit_test(a_target_that_is_zero_gets_no_zeroes),
+    cmocka_unit_test(a_source_that_becomes_another_file),
+    cmocka_unit_test(a_source_of_another_size),
     cmocka_unit_test(what_is_refused),
     cmocka_unit_test(the_copy_mode_is_changed),
     cmocka_unit_test(actively_synced),
