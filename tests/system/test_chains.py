@@ -6,10 +6,11 @@ import contextlib
 
 import pytest
 from tidemark_testlib import (
-    QSD, Daemon, QMPError, check_image, compare, create_image, nbd_uri, qemu_img,
+    QSD, Daemon, QMPError, check_image, compare, connect, create_image, nbd_uri, qemu_img,
 )
 from tidemark_testlib.images import image_info
 from tidemark_testlib.load import Load, Model
+from tidemark_testlib.nbd import extents
 
 MiB = 1 << 20
 SIZE = 32 * MiB
@@ -324,3 +325,47 @@ def test_no_room_for_one_of_two_overlays(tidemarkd, tmp, small_fs):
         last = s.end()
     for name in "ab":
         assert content(s.images[name]) == last[name]
+
+
+@pytest.mark.parametrize("how", ["snapshot", "mirror", "undone", "backup"])
+def test_an_export_keeps_the_bitmap_that_it_shows(daemon, tmp, how):
+    """The disk below goes elsewhere; the bitmap's node stays as long as a client may read it."""
+    for name in ("a", "o"):
+        create_image(tmp / f"{name}.qcow2", size=MiB)
+    d = daemon("--nbd-server", f"addr.type=unix,addr.path={tmp}/nbd.sock", "--blockdev",
+               f"qcow2,node-name=a,file.driver=file,file.filename={tmp}/a.qcow2")
+    q = d.qmp
+    o = {"driver": "qcow2", "node-name": "o", "file": {"driver": "file",
+                                                       "filename": str(tmp / "o.qcow2")}}
+    q.call("blockdev-add", {**o, "backing": None})
+    q.execute("block-dirty-bitmap-add", node="a", name="x")
+    q.execute("block-export-add", type="nbd", id="e", node_name="a", name="e", writable=True,
+              bitmaps=["x"])
+    uri = nbd_uri(tmp / "nbd.sock", "e")
+    handle = connect(uri)
+    handle.pwrite(bytes(65536), 65536)
+    handle.shutdown()
+    if how == "snapshot":
+        q.execute("blockdev-snapshot", node="a", overlay="o")
+        q.call("blockdev-reopen", {"options": [{**o, "backing": None}]})
+    elif how == "undone":
+        with pytest.raises(QMPError):
+            q.transaction(("blockdev-snapshot", {"node": "a", "overlay": "o"}), ("abort", {}))
+    else:
+        q.execute(f"blockdev-{how}", job_id="j", device="a", target="o", sync="full")
+        if how == "mirror":
+            q.wait_event("BLOCK_JOB_READY", device="j")
+            q.execute("job-complete", id="j")
+        q.wait_job("j", "null")
+    used = "a" if how in ("undone", "backup") else "o"
+    assert q.execute("query-block-exports")[0]["node-name"] == used
+    with pytest.raises(QMPError, match="in use"):
+        q.execute("blockdev-del", node_name="a")
+    context = "qemu:dirty-bitmap:x"
+    handle = connect(uri, [context])
+    assert [list(e) for e in extents(handle, context)] == [
+        [0, 65536, 0], [65536, 65536, 1], [131072, MiB - 131072, 0]]
+    handle.shutdown()
+    q.execute("block-export-del", id="e", mode="hard")
+    q.wait_event("BLOCK_EXPORT_DELETED", id="e")
+    q.execute("blockdev-del", node_name="a")
