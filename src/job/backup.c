@@ -101,6 +101,7 @@ static int backup_run(struct job *j, struct error *err)
         enum job_on_error on_error = read_failed ? b->on_source_error : b->on_target_error;
         if (!job_go_on_after(j, on_error, read_failed, -r))
             return r;
+        job_rest(j);
         if (BROKEN(resume_starts_over))
             bitmap_mark_all(copy_remaining(b->copy));
     }

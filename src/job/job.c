@@ -10,8 +10,10 @@
 #include "base/broken.h"
 #include "base/id.h"
 #include "base/log.h"
+#include "rt/clock.h"
 #include "rt/task.h"
 
+enum { REST_NS = 100 * 1000 * 1000 };
 #define NEGATIVE_SPEED "Parameter 'speed' expects a non-negative value"
 
 #define TO(s) (1u << JOB_##s)
@@ -271,6 +273,7 @@ int job_create(struct jobs *js, const struct job_driver *d, const struct job_opt
     j->user.ops = &job_user_ops;
     j->device.ops = &job_device_ops;
     waitq_init(&j->wake);
+    event_init(&j->nudge);
     TAILQ_INIT(&j->nodes);
     TAILQ_INSERT_HEAD(&js->list, j, in_jobs);
 
@@ -557,6 +560,7 @@ void job_kick(struct job *j)
     if (j->driver->interrupt)
         j->driver->interrupt(j);
     waitq_wake_all(&j->wake);
+    event_set(&j->nudge);
 }
 
 void job_ready(struct job *j)
@@ -599,6 +603,16 @@ bool job_go_on_after(struct job *j, enum job_on_error on_error, bool is_read, in
             j->io_status = code == ENOSPC ? JOB_IO_NOSPACE : JOB_IO_FAILED;
     }
     return stop || ignore;
+}
+
+void job_rest(struct job *j)
+{
+    SHIELD();
+    if (j->pause_count > 0 || j->force_cancel || BROKEN(ignored_at_once))
+        return;
+    event_reset(&j->nudge);
+    int r = event_wait_until(&j->nudge, clock_after_ns(REST_NS));
+    (void)r; /* the moment, or somebody wants something */
 }
 
 /* ---- what verbs do ---- */

@@ -91,7 +91,10 @@ static int on_error(struct mirror *m, bool read_failed, int r)
     if (m->job.force_cancel)
         return -ECANCELED; /* it may have failed because of that */
     enum job_on_error how = read_failed ? m->on_source_error : m->on_target_error;
-    return job_go_on_after(&m->job, how, read_failed, -r) ? 0 : r;
+    if (!job_go_on_after(&m->job, how, read_failed, -r))
+        return r;
+    job_rest(&m->job);
+    return 0;
 }
 
 /* A reopen can change it, of either. */

@@ -92,6 +92,21 @@ def test_policies(daemon, tmp, where, policy, error):
     assert b.is_complete() == (action != "report")
 
 
+@pytest.mark.parametrize("command", ("blockdev-backup", "blockdev-mirror"))
+def test_ignored_for_ever(daemon, tmp, command):
+    """A disk that always fails, at once, and a user who ignores that: the monitor is not flooded (a client
+    that does not read for a while is not cut off), and the job can be cancelled."""
+    b = Backup(daemon, tmp, source=[{"event": "none", "iotype": "read", "immediately": True}])
+    b.qmp.execute(command, **{"job-id": "j", "device": "disk", "target": "t", "sync": "full", "auto-dismiss": False,
+                              "on-source-error": "ignore"})
+    time.sleep(1)
+    b.qmp.execute("job-cancel", id="j")
+    b.qmp.wait_job("j", "concluded")
+    errors = [e for e in b.qmp.history if e["event"] == "BLOCK_JOB_ERROR"]
+    assert 1 <= len(errors) < 100
+    assert errors[0]["data"] == {"device": "j", "operation": "read", "action": "ignore"}
+
+
 @pytest.mark.parametrize("mode", ("on-success", "always", "never"))
 @pytest.mark.parametrize("where", ("source", "target"))
 def test_bitmap_after_failure(daemon, tmp, where, mode):

@@ -797,6 +797,43 @@ JOB_TASK(granularities)
     play_cells(g, "blockdev-backup", true, 4 * UNIT, 65536);
 }
 
+static unsigned errors_ignored(void)
+{
+    unsigned n = 0;
+    for (const char *e = events; (e = strstr(e, "ERROR(read ignore)")); e++)
+        n++;
+    return n;
+}
+
+/* A disk that fails for ever, and a user who wants that ignored: some ten tries a second, each with
+ * its event, and every verb works. */
+JOB_TASK(ignored_for_ever)
+{
+    struct node *s = disk(g, "s", SIZE, 0), *t = disk(g, "t", SIZE, 0);
+    memset(mem_of(s)->bytes, 0x11, SIZE);
+    mem_of(s)->bad_read = range_make(0, 512);
+    mem_of(s)->read_errno = EIO;
+    command_ok(g, "blockdev-backup",
+               parse("{'device':'s','target':'t','job-id':'j','sync':'full','auto-dismiss':false,"
+                     "'on-source-error':'ignore'}"));
+    turns(1000);
+    CHECK(errors_ignored() == 1);
+    CHECK(sleep_until(clock_after_ns(5 * NSEC_PER_SEC)) == 0);
+    CHECK(errors_ignored() >= 40 && errors_ignored() <= 60);
+    uint64_t now = clock_now_ns();
+    verb_ok("j", JOB_VERB_PAUSE);
+    wait_for("j", "paused");
+    CHECK(clock_now_ns() == now);
+    verb_ok("j", JOB_VERB_RESUME);
+    turns(20);
+    verb_ok("j", JOB_VERB_CANCEL);
+    wait_for("j", "concluded");
+    CHECK(clock_now_ns() == now && strstr(events, "j:CANCELLED"));
+    verb_ok("j", JOB_VERB_DISMISS);
+    node_unref(s);
+    node_unref(t);
+}
+
 #define VIRTUAL(name, task)                                                                        \
     static void name(void **state)                                                                 \
     {                                                                                              \
@@ -806,12 +843,14 @@ VIRTUAL(each_outcome_of_blockdev_backup, blockdev_backup)
 VIRTUAL(each_outcome_of_drive_backup, drive_backup)
 VIRTUAL(each_outcome_with_a_disabled_bitmap, disabled_bitmap)
 VIRTUAL(each_outcome_where_granularity_and_chunk_differ, granularities)
+VIRTUAL(what_is_ignored_for_ever_floods_nobody, ignored_for_ever)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(each_outcome_of_blockdev_backup),
     cmocka_unit_test(each_outcome_of_drive_backup),
     cmocka_unit_test(each_outcome_with_a_disabled_bitmap),
     cmocka_unit_test(each_outcome_where_granularity_and_chunk_differ),
+    cmocka_unit_test(what_is_ignored_for_ever_floods_nobody),
 };
 
 UNIT_MAIN(tests)
