@@ -234,6 +234,7 @@ void job_unref(struct job *j)
 static void let_go(struct job *j)
 {
     group_remove(j);
+    j->held = false;
     job_move(j, JOB_NULL);
     TAILQ_REMOVE(&j->jobs->list, j, in_jobs);
     waitq_wake_all(&j->jobs->settled);
@@ -645,8 +646,7 @@ void job_cancel_and_wait(struct job *j)
     SHIELD();
     struct jobs *js = j->jobs;
     job_ref(j);
-    j->held = false;
-    while (job_settling(j) && j->status != JOB_NULL) {
+    while (j->group && j->group->concluding) {
         int r = waitq_wait(&js->settled);
         assert(r == 0);
     }
