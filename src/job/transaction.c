@@ -7,7 +7,15 @@
  *
  * A bitmap that is removed is hidden until the commit: its name is free for the actions after it,
  * and abort brings it back. What its image holds of it goes at prepare, because that may fail;
- * after an abort it is stored again when the image is closed. */
+ * after an abort it is stored again when the image is closed.
+ *
+ * A snapshot flushes its node, puts the overlay above it and holds who has moved there until all is
+ * decided. Only at commit does the node become read-only (and its persistent bitmaps are saved in
+ * it); that may fail, and then it stays as it is, which nobody above can tell.
+ *
+ * Image files that prepare has made are removed after an abort, when nobody has them open any more;
+ * a file that was there before is not ours to remove, although making an image in it has cost it
+ * its content: that happens at prepare, as with QEMU. */
 #include "job/transaction.h"
 
 #include "base/broken.h"

@@ -3,6 +3,9 @@ bitmaps, snapshots, each under guests that write. What is restored is compared w
 were answered at the instant."""
 
 import contextlib
+import random
+import threading
+import time
 
 import pytest
 from tidemark_testlib import (
@@ -325,6 +328,37 @@ def test_no_room_for_one_of_two_overlays(tidemarkd, tmp, small_fs):
         last = s.end()
     for name in "ab":
         assert content(s.images[name]) == last[name]
+
+
+def test_killed_among_snapshots(tidemarkd, tmp):
+    """What is below an overlay that was answered is durable, though no guest has flushed; the rest is
+    sound, and at most leaks clusters."""
+    rng = random.Random(1)
+    with Stage(tmp) as s:
+        tops, instants = ["a"], []
+        killer = threading.Timer(rng.uniform(0.2, 0.6), s.daemon.process.kill)
+        killer.start()
+        try:
+            while True:
+                top = f"o{len(tops)}"
+                with s.paused() as then:
+                    s.q.execute("blockdev-snapshot-sync", node_name=tops[-1],
+                                snapshot_node_name=top, snapshot_file=str(tmp / f"{top}.qcow2"))
+                instants.append(then["a"])
+                tops.append(top)
+                want = s.loads["a"].written + 3
+                while s.loads["a"].written < want and s.daemon.running:
+                    time.sleep(0.005)
+        except (EOFError, ConnectionError):
+            pass
+        killer.join()
+        s.daemon.kill()
+        s.loads.pop("a").end()
+    assert len(tops) > 2
+    for top, then in zip(tops, instants):
+        assert content(tmp / f"{top}.qcow2") == then, top
+    for top in tops:
+        assert not check_image(tmp / f"{top}.qcow2")["corruptions"]
 
 
 @pytest.mark.parametrize("how", ["snapshot", "mirror", "undone", "backup"])
