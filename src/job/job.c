@@ -394,7 +394,7 @@ static void group_abort(struct job *first)
 
     struct job *j;
     TAILQ_FOREACH (j, &grp->jobs, in_group) {
-        if (j != first && !(j->started && BROKEN(sibling_not_cancelled))) {
+        if (j != first && !(j->ended && BROKEN(sibling_not_cancelled))) {
             ask_to_cancel(j, true);
             if (j->started)
                 job_kick(j);
