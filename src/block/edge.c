@@ -6,6 +6,7 @@
 
 #include "block/internal.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 
 struct edge *edge_new(struct node *parent, struct user *user, struct node *child, const char *name,
@@ -421,7 +422,7 @@ void node_append_undo(struct node_append *a)
     /* The last to come is the first to go back, so that the order is what it was. One that could
      * not come back to the overlay from a filter stays there. */
     for (size_t i = a->moved.n; i--;)
-        if (a->moved.items[i]->node == a->overlay)
+        if (a->moved.items[i]->node == a->overlay && !BROKEN(users_stay_at_undone_overlay))
             back.items[back.n++] = a->moved.items[i];
     if (move_edges(&back, a->overlay, a->below, true, &err) < 0)
         log_error("node '%s' cannot be had again as it was: %s", a->below->name, err.text);

@@ -177,6 +177,7 @@ static int file_open(struct node *n, struct json_object *options, struct error *
         return r;
     }
     s->now = handle_new(fd, flags);
+    n->write_generation = 1; /* what a killed program wrote may lie in the page cache only */
     n->write_flags = REQ_FUA;
     n->write_zeroes_flags = REQ_MAY_UNMAP | REQ_NO_FALLBACK;
     return 0;

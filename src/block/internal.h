@@ -117,7 +117,8 @@ char *json_as_qemu(struct json_object *obj);
 unsigned json_qemu_order(const char *key);
 
 /* ---- request.c ---- */
-void node_resized(struct node *n, uint64_t from); /* tells observers, users and parents */
+void node_resized(struct node *n, uint64_t from);          /* tells observers, users and parents */
+void node_content_changed(struct node *n, struct range r); /* without a write: tells observers */
 
 /* ---- status.c ---- */
 int node_status(struct node *n, bool want_zero, struct range r, struct block_status *ret);

@@ -196,11 +196,9 @@ static int raw_reopen_prepare(struct node *n, struct json_object *options, bool 
 static void raw_reopen_commit(struct node *n, void *plan)
 {
     struct raw_state *s = n->state, *to = plan;
-    struct write_observer *o;
 
     if (to->offset != s->offset && n->size_bytes)
-        TAILQ_FOREACH (o, &n->observers, link)
-            o->mark(o, range_make(0, n->size_bytes));
+        node_content_changed(n, range_make(0, n->size_bytes));
     *s = *to;
     free(to);
 }

@@ -508,12 +508,11 @@ static void follow_content(struct node *n, uint64_t from, bool other)
     uint64_t to = n->size_bytes;
     struct write_observer *o;
 
-    TAILQ_FOREACH (o, &n->observers, link) {
+    TAILQ_FOREACH (o, &n->observers, link)
         if (from != to && o->resized)
             o->resized(o, from, to);
-        if (other || to > from)
-            o->mark(o, range_between(other ? 0 : from, to));
-    }
+    if (other || to > from)
+        node_content_changed(n, range_between(other ? 0 : from, to));
     if (from != to)
         node_resized(n, from);
 }

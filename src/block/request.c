@@ -349,6 +349,17 @@ static void announce_end(struct node *n, struct range r, int result)
             o->written(o, r, result);
 }
 
+void node_content_changed(struct node *n, struct range r)
+{
+    struct write_observer *o;
+
+    TAILQ_FOREACH (o, &n->observers, link) {
+        o->mark(o, r);
+        if (o->changed)
+            o->changed(o, r);
+    }
+}
+
 /* ---- reading ---- */
 
 int edge_read(struct edge *e, struct range r, void *buf, unsigned flags)
@@ -658,8 +669,7 @@ static int truncate_alone(struct node *n, uint64_t size_bytes, bool exact, struc
         n->size_bytes = to;
     } else if (to < from && result != -ENOTSUP && result != -EINVAL) {
         /* Of what was to be cut off a part may be gone. */
-        TAILQ_FOREACH (o, &n->observers, link)
-            o->mark(o, range_between(to, from));
+        node_content_changed(n, range_between(to, from));
     }
     TAILQ_FOREACH (o, &n->observers, link)
         if (o->resized && (result == 0 || o->resizing))

@@ -17,9 +17,8 @@
 
 #include "base/broken.h"
 #include "block/driver.h"
-#include "copy/rate.h"
+#include "copy/crew.h"
 #include "dirty/dirty.h"
-#include "rt/clock.h"
 #include "rt/sync.h"
 #include "rt/task.h"
 
@@ -30,10 +29,10 @@ enum {
     RUN_MAX = 1024 * 1024,            /* of data, unless a chunk is larger */
     ZERO_RUN_MAX = 64 * 1024 * 1024,  /* of zeroes: nothing is read */
     STATUS_AHEAD = 128 * 1024 * 1024, /* asked about at once */
-    MEMORY_MAX = 128 * 1024 * 1024,   /* of buffers, the job's */
     WORKERS = 64,
-    BUFFERS_KEPT = 16,
 };
+
+static const struct crew_ops crew_ops;
 
 struct copy {
     struct edge *source, *target; /* lent */
@@ -45,15 +44,9 @@ struct copy {
     struct rangelock locks;
     unsigned busy;
 
-    struct rate rate;
-    bool interrupted;
-    struct event nudge; /* ends the job's waiting for its rate */
-    struct semaphore memory;
-    uint64_t done; /* bytes, whole chunks */
-
-    uint64_t buffer_bytes; /* of a kept buffer: the longest run */
-    void *kept[BUFFERS_KEPT];
-    unsigned kept_count;
+    struct crew crew;
+    uint64_t run_max; /* of this copy_run: the longest run of data */
+    uint64_t done;    /* bytes, whole chunks */
 
     struct range known; /* what block status said last; true for chunks that remain */
     bool known_zero;
@@ -80,7 +73,6 @@ int copy_new(struct edge *source, struct edge *target, const struct bitmap *what
     c->target = target;
     c->size = node_size(source->node);
     c->chunk = max_u64(CHUNK_MIN, node_cluster_size(node_skip_filters(target->node)));
-    c->buffer_bytes = max_u64(RUN_MAX, c->chunk);
     /* Somebody may read the target while it is made from its own backing image (fleecing): what he
      * reads from there must not be what a guest has written since. */
     if (reaches(target->node, source->node))
@@ -106,8 +98,7 @@ int copy_new(struct edge *source, struct edge *target, const struct bitmap *what
     else
         bitmap_mark_all(c->remaining);
     rangelock_init(&c->locks);
-    event_init(&c->nudge);
-    semaphore_init(&c->memory, MEMORY_MAX);
+    crew_init(&c->crew, &crew_ops, c, max_u64(RUN_MAX, c->chunk));
     *ret = c;
     return 0;
 }
@@ -120,8 +111,7 @@ void copy_free(struct copy *c)
     dirty_release(c->shown);
     graph_quiesce_end(node_graph(n), &n, 1);
     bitmap_free(c->saved);
-    while (c->kept_count)
-        free(c->kept[--c->kept_count]);
+    crew_fini(&c->crew);
     free(c);
 }
 
@@ -145,27 +135,6 @@ struct copy_progress copy_progress(const struct copy *c)
     return (struct copy_progress){c->done, c->done + bitmap_count(c->remaining)};
 }
 
-/* ---- buffers ---- */
-
-/* Fresh memory of a megabyte costs as much as reading it from a fast disk; so they are kept. */
-static void *take_buffer(struct copy *c, uint64_t bytes)
-{
-    if (bytes <= c->buffer_bytes) {
-        if (c->kept_count)
-            return c->kept[--c->kept_count];
-        bytes = c->buffer_bytes;
-    }
-    return block_buffer(bytes);
-}
-
-static void give_buffer(struct copy *c, void *buf, uint64_t bytes)
-{
-    if (bytes <= c->buffer_bytes && c->kept_count < BUFFERS_KEPT)
-        c->kept[c->kept_count++] = buf;
-    else
-        free(buf);
-}
-
 /* ---- one piece ---- */
 
 static int write_run(struct copy *c, struct range r, bool zero, bool *read_failed)
@@ -175,7 +144,7 @@ static int write_run(struct copy *c, struct range r, bool zero, bool *read_faile
     if (zero)
         return edge_write_zeroes(c->target, r, flags | REQ_MAY_UNMAP);
 
-    void *buf = take_buffer(c, r.length);
+    void *buf = crew_take_buffer(&c->crew, r.length);
     if (!buf)
         return -ENOMEM;
     int ret = edge_read(c->source, r, buf, 0);
@@ -185,7 +154,7 @@ static int write_run(struct copy *c, struct range r, bool zero, bool *read_faile
         ret = edge_write_zeroes(c->target, r, flags | REQ_MAY_UNMAP);
     else
         ret = edge_write(c->target, r, buf, flags | REQ_REGISTERED_BUF);
-    give_buffer(c, buf, r.length);
+    crew_give_buffer(&c->crew, buf, r.length);
     return ret;
 }
 
@@ -242,38 +211,6 @@ int copy_hold(struct copy *c, struct range r)
 
 /* ---- the job ---- */
 
-struct pass {
-    struct copy *copy;
-    struct scope workers;
-    struct semaphore slots;
-    int error; /* the first */
-    bool read_failed;
-};
-
-struct piece {
-    struct pass *pass;
-    struct range range;
-    uint64_t memory;
-    bool zero;
-};
-
-static int work(void *arg)
-{
-    struct piece *p = arg;
-    struct pass *pass = p->pass;
-    bool read_failed = false;
-
-    int r = copy_piece(pass->copy, p->range, p->zero, &read_failed);
-    if (r < 0 && !pass->error) {
-        pass->error = r;
-        pass->read_failed = read_failed;
-    }
-    semaphore_give(&pass->copy->memory, p->memory);
-    semaphore_give(&pass->slots, 1);
-    free(p);
-    return 0;
-}
-
 /* What block status says of the chunks from RUN's start: cuts RUN to what is of one kind. */
 static bool run_is_zero(struct copy *c, struct range *run)
 {
@@ -300,53 +237,27 @@ static bool run_is_zero(struct copy *c, struct range *run)
     return c->known_zero;
 }
 
-/* Waits until the rate allows more. True: it may have waited, look again. */
-static bool wait_for_rate(struct copy *c)
+static bool next_piece(void *opaque, uint64_t from, struct piece *ret)
 {
-    uint64_t at = rate_ready_at(&c->rate, clock_now_ns());
-    if (at == 0)
+    struct copy *c = opaque;
+    struct range run;
+    uint64_t longest = c->crew.rate.speed ? c->run_max : max_u64(c->run_max, ZERO_RUN_MAX);
+
+    if (!bitmap_next(c->remaining, from, longest, &run))
         return false;
-    if (c->interrupted)
-        return true;
-    event_reset(&c->nudge);
-    int r = event_wait_until(&c->nudge, at);
-    (void)r; /* the moment, a new speed or an interruption: all mean looking again */
+    bool zero = run_is_zero(c, &run);
+    if (!zero)
+        run.length = min_u64(run.length, c->run_max);
+    *ret = (struct piece){run, zero, align_up(run.length, c->chunk), zero ? 0 : run.length};
     return true;
 }
 
-static void one_pass(struct pass *pass, uint64_t max_run)
+static int copy_one(void *opaque, const struct piece *p, bool *read_failed)
 {
-    struct copy *c = pass->copy;
-    uint64_t cursor = 0;
-
-    while (!pass->error && !c->interrupted) {
-        struct range run;
-        uint64_t longest = c->rate.speed ? max_run : max_u64(max_run, ZERO_RUN_MAX);
-        if (!bitmap_next(c->remaining, cursor, longest, &run))
-            break;
-        bool zero = run_is_zero(c, &run);
-        if (!zero)
-            run.length = min_u64(run.length, max_run);
-        if (wait_for_rate(c))
-            continue;
-
-        struct piece *p = xnew(struct piece);
-        *p = (struct piece){pass, run, zero ? 0 : min_u64(run.length, MEMORY_MAX), zero};
-        int r = semaphore_take(&pass->slots, 1);
-        assert(r == 0);
-        r = semaphore_take(&c->memory, p->memory);
-        assert(r == 0);
-        if (pass->error || c->interrupted) {
-            semaphore_give(&pass->slots, 1);
-            semaphore_give(&c->memory, p->memory);
-            free(p);
-            break;
-        }
-        rate_spend(&c->rate, clock_now_ns(), align_up(run.length, c->chunk));
-        scope_spawn(&pass->workers, work, p);
-        cursor = range_end(run);
-    }
+    return copy_piece(opaque, p->range, p->zero, read_failed);
 }
+
+static const struct crew_ops crew_ops = {.next = next_piece, .copy = copy_one};
 
 int copy_run(struct copy *c, const struct copy_limits *limits, bool *read_failed)
 {
@@ -358,43 +269,28 @@ int copy_run(struct copy *c, const struct copy_limits *limits, bool *read_failed
     if (limits && limits->max_workers)
         workers = limits->max_workers;
 
-    *read_failed = false;
+    c->run_max = max_run;
     for (;;) {
-        struct pass pass = {.copy = c};
-        scope_init(&pass.workers);
-        semaphore_init(&pass.slots, workers);
-        one_pass(&pass, max_run);
-        int r = scope_join(&pass.workers);
-        assert(r == 0);
-        scope_fini(&pass.workers);
-
-        if (pass.error) {
-            *read_failed = pass.read_failed;
-            return pass.error;
-        }
-        if (c->interrupted)
-            return -EINTR;
+        int r = crew_pass(&c->crew, workers, read_failed);
         /* What guests failed to save while we were beyond it is ours again. */
-        if (bitmap_count(c->remaining) == 0)
-            return 0;
+        if (r < 0 || bitmap_count(c->remaining) == 0)
+            return r;
     }
 }
 
 void copy_interrupt(struct copy *c)
 {
-    c->interrupted = true;
-    event_set(&c->nudge);
+    crew_interrupt(&c->crew);
 }
 
 void copy_resume(struct copy *c)
 {
-    c->interrupted = false;
+    crew_resume(&c->crew);
 }
 
 void copy_set_speed(struct copy *c, uint64_t speed)
 {
-    rate_set(&c->rate, speed);
-    event_set(&c->nudge);
+    crew_set_speed(&c->crew, speed);
 }
 
 int copy_drop_unallocated(struct copy *c, uint64_t offset, uint64_t *next)

@@ -11,15 +11,16 @@
  *
  * Guests' writes are reported by the source's node after they have completed, well or not, so that
  * also those are seen that do not come through the filter. A write that the filter itself brings to
- * the target is not marked, or write-blocking would never be done: the filter says so beforehand
- * (in_source), and one report of a range within its own is taken for it. Were it another's, then
- * its own report, which still comes, marks the chunk.
+ * the target is not marked, or write-blocking would never be done: the filter says so beforehand,
+ * and one report of a range within its own is taken for it. A second one that touches it means that
+ * another was written meanwhile (below the filter), and nobody knows whose bytes the source has:
+ * then what the filter has does not go to the target, and the chunk is marked.
  */
 #include "copy/follow.h"
 
 #include "base/broken.h"
 #include "block/driver.h"
-#include "copy/rate.h"
+#include "copy/crew.h"
 #include "dirty/dirty.h"
 #include "rt/clock.h"
 #include "rt/sync.h"
@@ -33,6 +34,8 @@ enum {
     STATUS_AHEAD = 128 * 1024 * 1024, /* asked about at once */
 };
 #define IDLE_NS (NSEC_PER_SEC / 10)
+
+static const struct crew_ops crew_ops;
 
 struct follow {
     struct edge *source, *target; /* lent */
@@ -53,13 +56,11 @@ struct follow {
     struct rangelock locks;
     TAILQ_HEAD(, follow_write) writes;
 
-    struct rate rate;
-    bool interrupted, idle;
-    struct event nudge;
+    struct crew crew;
+    bool idle;
+    struct event nudge;       /* ends being idle */
     uint64_t done, in_flight; /* bytes */
 
-    void *kept[WORKERS]; /* buffers of io_bytes */
-    unsigned kept_count;
     struct range hint; /* what block status said last; guests may have changed it */
     bool hint_zero;
 };
@@ -83,14 +84,29 @@ static void observer_written(struct write_observer *o, struct range r, int resul
 {
     struct follow *f = container_of(o, struct follow, observer);
     struct follow_write *w;
+    bool own = false;
 
     TAILQ_FOREACH (w, &f->writes, link) {
-        if (w->in_source && w->range.start <= r.start && range_end(r) <= range_end(w->range)) {
-            w->in_source = false;
-            return;
-        }
+        if (!range_overlaps(w->range, r))
+            continue;
+        if (!w->reported && w->range.start <= r.start && range_end(r) <= range_end(w->range))
+            own = w->reported = true;
+        else
+            w->disturbed = true;
     }
-    mark(f, r);
+    if (!own)
+        mark(f, r);
+}
+
+static void observer_changed(struct write_observer *o, struct range r)
+{
+    mark(container_of(o, struct follow, observer), r);
+}
+
+/* Another size is the end of it: whoever has the follow sees that when it comes back to him. */
+static void observer_resized(struct write_observer *o, uint64_t from, uint64_t to)
+{
+    follow_interrupt(container_of(o, struct follow, observer));
 }
 
 /* ---- coming and going ---- */
@@ -136,10 +152,13 @@ int follow_new(struct edge *source, struct edge *target, const struct follow_opt
     f->shown = shown;
     f->dirty = dirty_bits(shown);
     rangelock_init(&f->locks);
+    crew_init(&f->crew, &crew_ops, f, f->io_bytes);
     event_init(&f->nudge);
     TAILQ_INIT(&f->writes);
     f->observer.mark = observer_mark;
     f->observer.written = observer_written;
+    f->observer.changed = observer_changed;
+    f->observer.resized = observer_resized;
     node_observe(n, &f->observer);
     *ret = f;
     return 0;
@@ -150,8 +169,7 @@ void follow_free(struct follow *f)
     assert(rangelock_idle(&f->locks) && TAILQ_EMPTY(&f->writes) && f->in_flight == 0);
     node_unobserve(dirty_node(f->shown), &f->observer);
     dirty_release(f->shown);
-    while (f->kept_count)
-        free(f->kept[--f->kept_count]);
+    crew_fini(&f->crew);
     free(f);
 }
 
@@ -173,19 +191,18 @@ void follow_progress(const struct follow *f, uint64_t *done, uint64_t *total)
 
 void follow_set_speed(struct follow *f, uint64_t speed)
 {
-    rate_set(&f->rate, speed);
-    event_set(&f->nudge);
+    crew_set_speed(&f->crew, speed);
 }
 
 void follow_interrupt(struct follow *f)
 {
-    f->interrupted = true;
+    crew_interrupt(&f->crew);
     event_set(&f->nudge);
 }
 
 void follow_resume(struct follow *f)
 {
-    f->interrupted = false;
+    crew_resume(&f->crew);
 }
 
 /* ---- to begin with ---- */
@@ -207,7 +224,7 @@ int follow_zero_target(struct follow *f)
         int ret = edge_write_zeroes(f->target, r, f->unmap ? REQ_MAY_UNMAP : 0);
         if (ret < 0)
             return ret;
-        if (f->interrupted)
+        if (f->crew.interrupted)
             return -EINTR;
         at = range_end(r);
     }
@@ -236,7 +253,7 @@ int follow_mark_allocated(struct follow *f, struct node *base, bool skip_zeroes)
             length = r.length;
         if (ret > 0)
             bitmap_mark(f->dirty, range_make(at, length));
-        if (f->interrupted)
+        if (f->crew.interrupted)
             return -EINTR;
         at += length;
     }
@@ -248,7 +265,7 @@ int follow_mark_allocated(struct follow *f, struct node *base, bool skip_zeroes)
 static int copy_part(struct follow *f, struct range r, void **buf, bool *read_failed)
 {
     if (!*buf) {
-        *buf = f->kept_count ? f->kept[--f->kept_count] : block_buffer(f->io_bytes);
+        *buf = crew_take_buffer(&f->crew, f->io_bytes);
         if (!*buf)
             return -ENOMEM;
     }
@@ -300,10 +317,7 @@ static int copy_held(struct follow *f, struct range run, bool *read_failed)
         bitmap_clear(f->dirty, run);
     if (r < 0)
         mark(f, rest);
-    if (buf && f->kept_count < ARRAY_SIZE(f->kept))
-        f->kept[f->kept_count++] = buf;
-    else
-        free(buf);
+    crew_give_buffer(&f->crew, buf, f->io_bytes);
     return r;
 }
 
@@ -313,39 +327,6 @@ static int copy_run(struct follow *f, struct range run, bool *read_failed)
     int r = rangelock_take(&f->locks, &held, run, RANGE_EXCLUSIVE);
     assert(r == 0);
     return copy_held(f, run, read_failed);
-}
-
-struct pass {
-    struct follow *follow;
-    struct scope workers;
-    struct semaphore slots;
-    int error; /* the first */
-    bool read_failed;
-};
-
-struct piece {
-    struct pass *pass;
-    struct range range;
-};
-
-static int work(void *arg)
-{
-    struct piece *p = arg;
-    struct pass *pass = p->pass;
-    bool read_failed = false;
-    SHIELD();
-
-    /* Another may have taken it meanwhile. */
-    int r = 0;
-    if (bitmap_any(pass->follow->dirty, p->range))
-        r = copy_run(pass->follow, p->range, &read_failed);
-    if (r < 0 && !pass->error) {
-        pass->error = r;
-        pass->read_failed = read_failed;
-    }
-    semaphore_give(&pass->slots, 1);
-    free(p);
-    return 0;
 }
 
 /* Cuts RUN to what a worker should take, as far as can be told without its lock. */
@@ -370,64 +351,43 @@ static struct range cut_run(struct follow *f, struct range run, bool *zero)
     return range_intersect(run, range_make(0, f->size));
 }
 
-/* True: it may have waited, look again. */
-static bool wait_for_rate(struct follow *f)
+static bool next_piece(void *opaque, uint64_t from, struct piece *ret)
 {
-    uint64_t at = rate_ready_at(&f->rate, clock_now_ns());
-    if (at == 0)
+    struct follow *f = opaque;
+    struct range run;
+    bool zero;
+
+    if (!bitmap_next(f->dirty, from, ZERO_RUN_MAX, &run))
         return false;
-    if (f->interrupted)
-        return true;
-    event_reset(&f->nudge);
-    int r = event_wait_until(&f->nudge, at);
-    (void)r; /* the moment, a new speed or an interruption: all mean looking again */
+    run = cut_run(f, run, &zero);
+    /* Memory is `buffer`, and its workers are as many as that has room for. */
+    *ret = (struct piece){run, zero, zero && zeroes_cheaply(f) ? 0 : run.length, 0};
     return true;
 }
 
-static void one_pass(struct pass *pass)
+static int copy_piece(void *opaque, const struct piece *p, bool *read_failed)
 {
-    struct follow *f = pass->follow;
-    uint64_t cursor = 0;
-    struct range run;
+    struct follow *f = opaque;
 
-    while (!pass->error && !f->interrupted && bitmap_next(f->dirty, cursor, ZERO_RUN_MAX, &run)) {
-        bool zero;
-        if (wait_for_rate(f))
-            continue;
-        run = cut_run(f, run, &zero);
-        int r = semaphore_take(&pass->slots, 1);
-        assert(r == 0);
-        struct piece *p = xnew(struct piece);
-        *p = (struct piece){pass, run};
-        if (!zero || !zeroes_cheaply(f))
-            rate_spend(&f->rate, clock_now_ns(), run.length);
-        scope_spawn(&pass->workers, work, p);
-        cursor = range_end(run);
-    }
+    /* Another may have taken it meanwhile. */
+    return bitmap_any(f->dirty, p->range) ? copy_run(f, p->range, read_failed) : 0;
 }
+
+static const struct crew_ops crew_ops = {.next = next_piece, .copy = copy_piece};
 
 int follow_run(struct follow *f, uint64_t enough, unsigned passes, bool *read_failed)
 {
     SHIELD();
     *read_failed = false;
     f->failed = false;
-    while (!f->interrupted) {
+    while (!f->crew.interrupted) {
         uint64_t dirty = bitmap_count(f->dirty);
         f->synced = dirty == 0;
         if (dirty <= enough)
             return 0;
-        struct pass pass = {.follow = f};
-        scope_init(&pass.workers);
-        semaphore_init(&pass.slots, f->workers);
-        one_pass(&pass);
-        int r = scope_join(&pass.workers);
-        assert(r == 0);
-        scope_fini(&pass.workers);
-
-        if (pass.error) {
-            *read_failed = pass.read_failed;
-            return pass.error;
-        }
+        int r = crew_pass(&f->crew, f->workers, read_failed);
+        if (r < 0)
+            return r;
         if (passes && --passes == 0)
             return 0;
     }
@@ -452,7 +412,7 @@ void follow_idle(struct follow *f)
     SHIELD();
     int r;
     f->idle = true;
-    while (!f->interrupted && bitmap_count(f->dirty) == 0) {
+    while (!f->crew.interrupted && bitmap_count(f->dirty) == 0) {
         event_reset(&f->nudge);
         r = event_wait(&f->nudge);
         assert(r == 0);
@@ -460,7 +420,7 @@ void follow_idle(struct follow *f)
     f->idle = false;
     /* What is written once is often written again. */
     event_reset(&f->nudge);
-    if (!f->interrupted)
+    if (!f->crew.interrupted)
         r = event_wait_until(&f->nudge, clock_after_ns(IDLE_NS));
     (void)r;
 }
@@ -501,7 +461,7 @@ void follow_write_begin(struct follow *f, struct follow_write *w, struct range r
     w->held.lock = NULL;
     int ret = rangelock_take(&f->locks, &w->held, range_round_out(r, f->unit), RANGE_EXCLUSIVE);
     assert(ret == 0); /* shielded, as every request */
-    w->in_source = true;
+    w->reported = w->disturbed = false;
     TAILQ_INSERT_TAIL(&f->writes, w, link);
 }
 
@@ -532,7 +492,7 @@ void follow_write_end(struct follow *f, struct follow_write *w, int result, cons
     int ret = 0;
 
     TAILQ_REMOVE(&f->writes, w, link);
-    if (result < 0)
+    if (result < 0 || w->disturbed)
         mark(f, r); /* nobody knows what the source has there now */
     else if (f->whole && !range_aligned(r, f->unit))
         ret = copy_held(f, range_intersect(range_round_out(r, f->unit), range_make(0, f->size)),

@@ -28,7 +28,8 @@ struct follow_options {
     bool blocking;        /* copy mode write-blocking */
 };
 
-/* SOURCE (of the filter) and TARGET are lent edges of equal size. Nothing is dirty. The source's
+/* SOURCE (of the filter) and TARGET are lent edges of equal size; if the source gets another one,
+ * that is as follow_interrupt, and nothing more may be copied. Nothing is dirty. The source's
  * node is quiesced; graph_lock held. */
 int follow_new(struct edge *source, struct edge *target, const struct follow_options *options,
                struct follow **ret, struct error *err) MUST_CHECK;
@@ -90,7 +91,8 @@ void mirror_top_remove(struct node *filter);
 struct follow_write {
     struct range range;
     struct range_holder held;
-    bool in_source; /* the source is being written, and has not reported it yet */
+    bool reported;  /* the source has, once */
+    bool disturbed; /* another was written there at the same time */
     TAILQ_ENTRY(follow_write) link;
 };
 /* Shall this write reach the target before it is answered? Then begin; write the source; end,

@@ -55,16 +55,26 @@ static void make_everything(struct daemon *d, bool daemonized)
     scope_init(&d->monitors);
 }
 
-/* Exports first, so that nothing is written any more; then jobs, so that nobody holds a node;
- * then the images with their bitmaps. Clients hear of all this before they are let go. */
+static int cancel_jobs(void *arg)
+{
+    jobs_cancel_all(arg);
+    return 0;
+}
+
+/* Exports, so that nothing is written any more; and jobs, so that nobody holds a node (both at once:
+ * a guest's write may wait for the target of a job, and that may hang); then the images with their
+ * bitmaps. Clients hear of all this before they are let go. */
 static void end_everything(struct daemon *d)
 {
     SHIELD();
+    SCOPE(jobs);
 
     throttle_groups_lift(d->graph);        /* from here on haste is better than limits */
     mutex_lock_shielded(&d->qmp->in_band); /* for good: no command begins any more */
+    scope_spawn(&jobs, cancel_jobs, d->jobs);
     exports_close_all(d->exports);
-    jobs_cancel_all(d->jobs);
+    int r = scope_join(&jobs);
+    assert(r == 0);
     graph_close_all(d->graph);
     qmp_farewell(d->qmp);
     chardevs_free(d->chardevs);

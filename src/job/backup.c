@@ -54,7 +54,7 @@ struct node *backup_filter(struct job *j)
     return backup_of(j)->filter;
 }
 
-static void backup_commit(struct job *j);
+static void conclude(struct backup *b, bool advance, const struct bitmap *remaining);
 
 /* ---- running ---- */
 
@@ -94,13 +94,18 @@ static int backup_run(struct job *j, struct error *err)
         int r = copy_run(b->copy, &b->limits, &read_failed);
         if (r == -EINTR)
             continue;
-        if (r == 0 && BROKEN(outcome_at_completion))
-            backup_commit(j);
+        if (r == 0 && b->bitmap && BROKEN(outcome_at_completion)) {
+            conclude(b, b->bitmap_mode != BITMAP_NEVER, NULL);
+            b->bitmap = NULL;
+        }
+        if (r == 0 && b->bitmap && BROKEN(busy_dropped_in_waiting))
+            dirty_set_busy(b->bitmap, false);
         if (r == 0 || j->force_cancel)
             return 0;
         enum job_on_error on_error = read_failed ? b->on_source_error : b->on_target_error;
         if (!job_go_on_after(j, on_error, read_failed, -r))
             return r;
+        job_rest(j);
         if (BROKEN(resume_starts_over))
             bitmap_mark_all(copy_remaining(b->copy));
     }
@@ -172,6 +177,8 @@ static void conclude(struct backup *b, bool advance, const struct bitmap *remain
 {
     struct dirty_outcome o = {b->bitmap, advance, remaining, b->job.id};
     struct error err = ERROR_INIT;
+    if (BROKEN(busy_dropped_in_waiting))
+        dirty_set_busy(b->bitmap, true);
     if (dirty_conclude(&o, 1, &err) < 0)
         log_error("job '%s': bitmap '%s' stays busy: %s", b->job.id, dirty_name(b->bitmap),
                   err.text);
@@ -189,6 +196,8 @@ static bool backup_outcome(struct job *j, struct dirty_outcome *ret)
         return false;
     ret->bitmap = b->bitmap;
     ret->advance = b->bitmap_mode != BITMAP_NEVER || BROKEN(never_advances);
+    if (BROKEN(busy_dropped_in_waiting))
+        dirty_set_busy(b->bitmap, true);
     return true;
 }
 

@@ -84,6 +84,7 @@ struct job {
     bool user_paused;
     unsigned pause_count; /* reasons to pause; one until it starts */
     struct waitq wake;    /* run() waits here when it has nothing to do */
+    struct event nudge;   /* ends its rest */
 
     int result; /* 0 or -errno */
     struct error error;
@@ -137,6 +138,9 @@ void job_ready(struct job *j);
 /* A request failed with CODE (positive errno): raises BLOCK_JOB_ERROR, and pauses the job if
  * that is what the user wants. True: go on (through job_pause_point); false: fail. */
 bool job_go_on_after(struct job *j, enum job_on_error on_error, bool is_read, int code);
+/* After that, before it goes on: a tenth of a second, or until somebody wants something. What fails
+ * for ever and is ignored costs no processor then, and does not flood the monitor with events. */
+void job_rest(struct job *j);
 
 /* ---- groups ---- */
 

@@ -10,8 +10,10 @@
 #include "base/broken.h"
 #include "base/id.h"
 #include "base/log.h"
+#include "rt/clock.h"
 #include "rt/task.h"
 
+enum { REST_NS = 100 * 1000 * 1000 };
 #define NEGATIVE_SPEED "Parameter 'speed' expects a non-negative value"
 
 #define TO(s) (1u << JOB_##s)
@@ -232,6 +234,7 @@ void job_unref(struct job *j)
 static void let_go(struct job *j)
 {
     group_remove(j);
+    j->held = false;
     job_move(j, JOB_NULL);
     TAILQ_REMOVE(&j->jobs->list, j, in_jobs);
     waitq_wake_all(&j->jobs->settled);
@@ -271,6 +274,7 @@ int job_create(struct jobs *js, const struct job_driver *d, const struct job_opt
     j->user.ops = &job_user_ops;
     j->device.ops = &job_device_ops;
     waitq_init(&j->wake);
+    event_init(&j->nudge);
     TAILQ_INIT(&j->nodes);
     TAILQ_INSERT_HEAD(&js->list, j, in_jobs);
 
@@ -390,7 +394,7 @@ static void group_abort(struct job *first)
 
     struct job *j;
     TAILQ_FOREACH (j, &grp->jobs, in_group) {
-        if (j != first && !(j->started && BROKEN(sibling_not_cancelled))) {
+        if (j != first && !(j->ended && BROKEN(sibling_not_cancelled))) {
             ask_to_cancel(j, true);
             if (j->started)
                 job_kick(j);
@@ -557,6 +561,7 @@ void job_kick(struct job *j)
     if (j->driver->interrupt)
         j->driver->interrupt(j);
     waitq_wake_all(&j->wake);
+    event_set(&j->nudge);
 }
 
 void job_ready(struct job *j)
@@ -601,6 +606,16 @@ bool job_go_on_after(struct job *j, enum job_on_error on_error, bool is_read, in
     return stop || ignore;
 }
 
+void job_rest(struct job *j)
+{
+    SHIELD();
+    if (j->pause_count > 0 || j->force_cancel || BROKEN(ignored_at_once))
+        return;
+    event_reset(&j->nudge);
+    int r = event_wait_until(&j->nudge, clock_after_ns(REST_NS));
+    (void)r; /* the moment, or somebody wants something */
+}
+
 /* ---- what verbs do ---- */
 
 int job_check_verb(struct job *j, enum job_verb v, struct error *err)
@@ -631,8 +646,7 @@ void job_cancel_and_wait(struct job *j)
     SHIELD();
     struct jobs *js = j->jobs;
     job_ref(j);
-    j->held = false;
-    while (job_settling(j) && j->status != JOB_NULL) {
+    while (j->group && j->group->concluding) {
         int r = waitq_wait(&js->settled);
         assert(r == 0);
     }

@@ -91,7 +91,22 @@ static int on_error(struct mirror *m, bool read_failed, int r)
     if (m->job.force_cancel)
         return -ECANCELED; /* it may have failed because of that */
     enum job_on_error how = read_failed ? m->on_source_error : m->on_target_error;
-    return job_go_on_after(&m->job, how, read_failed, -r) ? 0 : r;
+    if (!job_go_on_after(&m->job, how, read_failed, -r))
+        return r;
+    job_rest(&m->job);
+    return 0;
+}
+
+/* A reopen can change it, of either. */
+static bool same_size(const struct mirror *m)
+{
+    return node_size(m->source) == node_size(m->target);
+}
+
+static int check_sizes(const struct mirror *m, struct error *err)
+{
+    return same_size(m) ? 0
+                        : error_set(err, EINVAL, "Source and target image have different sizes");
 }
 
 /* What is to be copied. 0, or -ECANCELED, or an error that ends the job. */
@@ -105,6 +120,8 @@ static int begin(struct mirror *m)
         follow_resume(m->follow);
         if (job_pause_point(j) < 0)
             return -ECANCELED;
+        if (!same_size(m))
+            return 0; /* found out again, and said */
         int r = 1;
         if (!zeroed) {
             r = follow_zero_target(m->follow);
@@ -127,7 +144,7 @@ static int begin(struct mirror *m)
 /* With nobody inside the source or the filter. */
 static int drain(struct mirror *m, bool *read_failed)
 {
-    int r = follow_drain(m->follow, read_failed);
+    int r = same_size(m) ? follow_drain(m->follow, read_failed) : -EINTR;
     if (r == 0)
         r = edge_flush(m->to);
     if (r == 0 && m->bitmap) {
@@ -157,9 +174,9 @@ static uint64_t last_step(const struct mirror *m)
 static int mirror_run(struct job *j, struct error *err)
 {
     struct mirror *m = mirror_of(j);
-    if (node_size(m->source) != node_size(m->target))
-        return error_set(err, EINVAL, "Source and target image have different sizes");
-    int r = begin(m);
+    int r = check_sizes(m, err);
+    if (r == 0)
+        r = begin(m);
     if (r < 0)
         return r == -ECANCELED ? 0 : r;
 
@@ -168,12 +185,12 @@ static int mirror_run(struct job *j, struct error *err)
         follow_resume(m->follow);
         if (job_pause_point(j) < 0)
             return 0; /* cancelled: the state machine says so */
+        if ((r = check_sizes(m, err)) < 0)
+            return r;
         if (m->failed)
             return m->failed;
         uint64_t enough = ready && ending(m) ? last_step(m) : 0;
         r = follow_run(m->follow, enough, 0, &read_failed);
-        if (r == -EINTR)
-            continue;
         if (r == 0 && !ready) {
             r = edge_flush(m->to);
             if (r == 0)
@@ -187,7 +204,7 @@ static int mirror_run(struct job *j, struct error *err)
         } else if (r == 0) {
             follow_idle(m->follow);
         }
-        if (r < 0 && (r = on_error(m, read_failed, r)) < 0)
+        if (r < 0 && r != -EINTR && (r = on_error(m, read_failed, r)) < 0)
             return r;
     }
 }
@@ -389,11 +406,16 @@ static int mirror_prepare(struct job *j, struct error *err)
     struct mirror *m = mirror_of(j);
     bool read_failed;
     SHIELD();
+    int r = check_sizes(m, err);
+    if (r < 0)
+        return r;
 
     /* What has become dirty while it was pending is copied before guests have to wait. */
     follow_resume(m->follow);
-    int r = follow_run(m->follow, last_step(m), CATCH_UP_PASSES, &read_failed);
-    return r < 0 ? r : exit_quiesced(m, true, err);
+    r = follow_run(m->follow, last_step(m), CATCH_UP_PASSES, &read_failed);
+    if (r == 0)
+        r = exit_quiesced(m, true, err);
+    return check_sizes(m, err) < 0 ? -EINVAL : r;
 }
 
 static void roll_back(struct mirror *m, const struct bitmap *remaining)

@@ -7,9 +7,18 @@
  *
  * A bitmap that is removed is hidden until the commit: its name is free for the actions after it,
  * and abort brings it back. What its image holds of it goes at prepare, because that may fail;
- * after an abort it is stored again when the image is closed. */
+ * after an abort it is stored again when the image is closed.
+ *
+ * A snapshot flushes its node, puts the overlay above it and holds who has moved there until all is
+ * decided. Only at commit does the node become read-only (and its persistent bitmaps are saved in
+ * it); that may fail, and then it stays as it is, which nobody above can tell.
+ *
+ * Image files that prepare has made are removed after an abort, when nobody has them open any more;
+ * a file that was there before is not ours to remove, although making an image in it has cost it
+ * its content: that happens at prepare, as with QEMU. */
 #include "job/transaction.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "dirty/dirty.h"
@@ -148,6 +157,8 @@ static void undo_commit(struct action *a)
 
 static void undo_abort(struct action *a)
 {
+    if (BROKEN(failed_merge_not_undone))
+        undo_commit(a);
     if (a->undo)
         dirty_restore(a->bitmap, steal(a->undo));
 }
@@ -225,7 +236,7 @@ static int make_image(struct action *a, const char *filename, const char *format
 {
     const char *path = strncmp(filename, "file:", 5) == 0 ? filename + 5 : filename;
     struct stat st;
-    bool is_new = io_stat(path, &st) == -ENOENT;
+    bool is_new = io_stat(path, &st) == -ENOENT || BROKEN(older_file_removed);
     int r = graph_create_filename(a->transaction->graph, filename, format,
                                   backing ? node_filename(backing) : NULL,
                                   backing ? node_driver_name(backing) : NULL, size, err);
@@ -248,7 +259,7 @@ static void let_go(struct action *a)
         graph_quiesce_end(a->transaction->graph, &a->quiet, 1);
         node_unref(steal(a->quiet));
     }
-    if (a->made && a->transaction->failed && io_unlink(a->made) < 0)
+    if (a->made && a->transaction->failed && !BROKEN(made_file_stays) && io_unlink(a->made) < 0)
         log_warning("the file '%s', made in vain, cannot be removed", a->made);
     free(a->made);
 }
@@ -343,7 +354,8 @@ static int drive_backup_prepare(struct action *a, struct error *err)
 static int prepare_node(struct action *a, struct error *err)
 {
     int r = node_check_op(a->below, BLOCK_OP_EXTERNAL_SNAPSHOT, err);
-    if (r == 0 && !node_read_only(a->below) && node_flush(a->below) < 0)
+    if (r == 0 && !node_read_only(a->below) && node_flush(a->below) < 0 &&
+        !BROKEN(snapshot_without_flush))
         r = error_set(err, EIO, "An IO error has occurred");
     return r;
 }
@@ -531,7 +543,7 @@ static int run_locked(struct transaction *t, struct error *err)
     int r = 0;
 
     TAILQ_FOREACH (a, &t->actions, link) {
-        if (t->group && !a->kind->in_groups)
+        if (t->group && !a->kind->in_groups && !BROKEN(group_takes_any_action))
             r = error_set(err, EINVAL,
                           "Action '%s' does not support Transaction property completion-mode = "
                           "grouped",

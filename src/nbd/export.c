@@ -6,6 +6,7 @@
  *
  * The texts are QEMU 7.2's. */
 #include "base/id.h"
+#include "base/log.h"
 #include "block/driver.h"
 #include "nbd/internal.h"
 
@@ -90,7 +91,24 @@ static char *describe(struct user *u)
     return xstrdup("an unnamed block device");
 }
 
-static const struct user_ops export_user_ops = {.describe = describe};
+static int hold_bitmap(struct export *e, size_t i, struct error *err);
+
+/* The export leads to another node now (an overlay, a mirror's target). Its bitmaps stay where they
+ * are, and their nodes must stay as long as it shows them. */
+static void moved(struct user *u, struct edge *edge)
+{
+    struct export *e = container_of(u, struct export, user);
+
+    for (size_t i = 0; edge == e->edge && i < e->bitmap_count; i++) {
+        struct error err = ERROR_INIT;
+        if (e->bitmap_edges[i] && dirty_node(e->bitmaps[i]) == edge->node)
+            edge_detach(steal(e->bitmap_edges[i]));
+        else if (!e->bitmap_edges[i] && hold_bitmap(e, i, &err) < 0)
+            log_error("export '%s': %s", e->id, err.text); /* it needs nothing: cannot be */
+    }
+}
+
+static const struct user_ops export_user_ops = {.describe = describe, .moved = moved};
 
 static void export_free(struct export *e)
 {
@@ -151,7 +169,7 @@ static int find_bitmap(struct export *e, struct json_object *which, struct dirty
 }
 
 /* A bitmap may be on another node than the export's: that one must not go before the export. */
-static int hold_node(struct export *e, size_t i, struct error *err)
+static int hold_bitmap(struct export *e, size_t i, struct error *err)
 {
     struct node *n = dirty_node(e->bitmaps[i]);
 
@@ -176,7 +194,7 @@ static int take_bitmaps(struct export *e, struct json_object *list, struct error
     e->bitmaps = steal(found);
     e->bitmap_edges = xcalloc(n + 1, sizeof(*e->bitmap_edges));
     for (; e->bitmap_count < n; e->bitmap_count++) {
-        int r = hold_node(e, e->bitmap_count, err);
+        int r = hold_bitmap(e, e->bitmap_count, err);
         if (r < 0)
             return r;
         /* Only now, so that the same bitmap named twice is not refused as busy by ourselves. */

@@ -92,10 +92,28 @@ def test_policies(daemon, tmp, where, policy, error):
     assert b.is_complete() == (action != "report")
 
 
+@pytest.mark.parametrize("command", ("blockdev-backup", "blockdev-mirror"))
+def test_ignored_for_ever(daemon, tmp, command):
+    """A disk that always fails, at once, and a user who ignores that: the monitor is not flooded (a client
+    that does not read for a while is not cut off), and the job can be cancelled."""
+    b = Backup(daemon, tmp, source=[{"event": "none", "iotype": "read", "immediately": True}])
+    b.qmp.execute(command, **{"job-id": "j", "device": "disk", "target": "t", "sync": "full", "auto-dismiss": False,
+                              "on-source-error": "ignore"})
+    time.sleep(1)
+    b.qmp.execute("job-cancel", id="j")
+    b.qmp.wait_job("j", "concluded")
+    errors = [e for e in b.qmp.history if e["event"] == "BLOCK_JOB_ERROR"]
+    assert 1 <= len(errors) < 100
+    assert errors[0]["data"] == {"device": "j", "operation": "read", "action": "ignore"}
+
+
 @pytest.mark.parametrize("mode", ("on-success", "always", "never"))
-def test_bitmap_after_failure(daemon, tmp, mode):
-    """A failed run leaves the bitmap as its mode says; the next one completes the target."""
-    b = Backup(daemon, tmp, target=[rule("write", ENOSPC)])
+@pytest.mark.parametrize("where", ("source", "target"))
+def test_bitmap_after_failure(daemon, tmp, where, mode):
+    """A read or a write that fails leaves the bitmap as its mode says; the next run completes the target.
+    (A file system that is full: test_outcomes.py.)"""
+    rules = [rule("read" if where == "source" else "write", EIO, once=True)]
+    b = Backup(daemon, tmp, **{where: rules})
     b.qmp.execute("block-dirty-bitmap-add", node="disk", name="b", granularity=65536)
     b.qmp.execute("block-export-add", type="nbd", id="e", node_name="disk", name="disk", writable=True)
     h = connect(nbd_uri(tmp / "nbd.sock", "disk"))
@@ -103,7 +121,7 @@ def test_bitmap_after_failure(daemon, tmp, mode):
     before = b.bitmap()["count"]
     assert before == SIZE
     b.begin(sync="bitmap", bitmap="b", **{"bitmap-mode": mode, "x-perf": {"max-workers": 1}})
-    assert b.conclude() == TEXTS[ENOSPC]
+    assert b.conclude() == TEXTS[EIO]
     after = b.bitmap()["count"]
     assert not b.bitmap()["busy"]
     if mode == "always":        # what was copied before the failure need not be copied again
@@ -114,7 +132,6 @@ def test_bitmap_after_failure(daemon, tmp, mode):
     h.shutdown()
     b.qmp.execute("block-export-del", id="e")
     b.qmp.wait_event("BLOCK_EXPORT_DELETED", id="e")
-    b.reopen_target()
     b.begin(sync="bitmap", bitmap="b", **{"bitmap-mode": mode})
     assert b.conclude() is None
     assert b.bitmap()["count"] == (before if mode == "never" else 0)

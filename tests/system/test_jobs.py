@@ -274,6 +274,28 @@ def test_histories_agree_with_a_model(tidemarkd, tmp):
             path.unlink()
 
 
+def end_together(qmp, how):
+    """Two backups of `disk`, which end at nearly the same time, or at the same."""
+    jobs = [{"job-id": f"j{n}", "device": "disk", "target": f"t{n}",
+             "sync": "none" if how == 1 else "full"} for n in range(2)]
+    if how < 2:     # by themselves; cancelled
+        for job in jobs:
+            qmp.execute("blockdev-backup", **job)
+        if how == 1:
+            for n in range(2):
+                qmp.send("job-cancel", {"id": f"j{n}"})
+        return
+    if how == 2:    # as a group
+        qmp.transaction(*(("blockdev-backup", job) for job in jobs), completion_mode="grouped")
+        return
+    for job in jobs:    # by hand
+        qmp.execute("blockdev-backup", auto_finalize=False, **job)
+    for n in range(2):
+        qmp.wait_job(f"j{n}", "pending")
+    for n in range(2):
+        qmp.send("job-finalize", {"id": f"j{n}"})
+
+
 def test_two_backups_of_one_node_end_together(tidemarkd, tmp):
     """qemu-storage-daemon 7.2 aborts here within 20 rounds."""
     image = create_image(tmp / "disk.qcow2", size=4 * MiB)
@@ -298,15 +320,12 @@ def test_two_backups_of_one_node_end_together(tidemarkd, tmp):
         try:
             for n in range(2):
                 create_image(tmp / f"t{n}.qcow2", size=4 * MiB)
-            for number in range(50):
+            for number in range(200):
                 for n in range(2):
                     d.qmp.execute("blockdev-add", driver="qcow2", node_name=f"t{n}",
                                   file={"driver": "file", "filename": str(tmp / f"t{n}.qcow2")})
-                    d.qmp.execute("blockdev-backup", job_id=f"j{n}", device="disk",
-                                  target=f"t{n}", sync="none" if number % 2 else "full")
-                if number % 2:
-                    for n in range(2):
-                        d.qmp.send("job-cancel", {"id": f"j{n}"})
+                d.qmp.events.clear()
+                end_together(d.qmp, number % 4)
                 for n in range(2):
                     d.qmp.wait_job(f"j{n}", "null")
                     d.qmp.execute("blockdev-del", node_name=f"t{n}")

@@ -1,6 +1,11 @@
 """Mirrors with real guests: several NBD clients write while the disk is copied and while they are moved
 to the target; what they have been answered must be there, and the old disk stays as it was left."""
 
+import json
+import subprocess
+import time
+
+import nbd
 import pytest
 from tidemark_testlib import (
     Daemon, check_image, connect, create_image, nbd_uri, qemu_img,
@@ -173,3 +178,129 @@ def test_steady_writes_converge(tidemarkd, tmp):
         load.wait_written(100)
         final = settle(load, model)
     assert content(target, "qcow2") == final
+
+
+def fio(uri, tmp, seconds):
+    """Four clients that write at random and read back what they wrote; as a process."""
+    job = tmp / "verify.fio"
+    job.write_text(f"""[global]
+ioengine=nbd
+uri={uri}
+rw=randwrite
+bsrange=512-64k
+blockalign=512
+iodepth=8
+size=8m
+time_based=1
+runtime={seconds}
+rate_iops=400
+verify=crc32c
+verify_backlog=32
+verify_fatal=1
+verify_state_save=0
+randseed=11
+""" + "".join(f"[c{i}]\noffset={16 * i}m\n" for i in range(4)))
+    return subprocess.Popen(["fio", "--output-format=json", job], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("mode", ["background", "write-blocking"])
+def test_fio_verifies_over_pivots(tidemarkd, tmp, mode):
+    """Its four clients are moved from disk to disk while they write and read back."""
+    daemon, uri, _, _ = start(tmp)
+    create_image(tmp / "third.raw", "raw", SIZE)
+    with daemon as d:
+        q = d.qmp
+        q.execute("blockdev-add", driver="raw", node_name="third",
+                  file={"driver": "file", "filename": str(tmp / "third.raw")})
+        with fio(uri, tmp, 8) as process:
+            for n, (device, target) in enumerate([("disk", "target"), ("target", "third"),
+                                                  ("third", "disk"), ("disk", "target")]):
+                q.execute("blockdev-mirror", job_id=f"m{n}", device=device, target=target,
+                          sync="full", copy_mode=mode)
+                q.wait_event("BLOCK_JOB_READY", device=f"m{n}", timeout=60)
+                q.execute("job-complete", id=f"m{n}")
+                assert "error" not in q.wait_event("BLOCK_JOB_COMPLETED", device=f"m{n}")["data"]
+                q.wait_job(f"m{n}", "null")
+                assert export_node(q, "guest") == target
+            assert process.poll() is None       # it has seen it all
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, out.decode() + err.decode()
+        jobs = json.loads(out[out.index(b"{"):])["jobs"]
+        assert len(jobs) == 4 and all(j["error"] == 0 for j in jobs)
+        assert all(j["write"]["io_bytes"] > MiB for j in jobs)
+
+
+def delayed(path, event="none"):
+    return {"driver": "blkdebug", "image": {"driver": "file", "filename": str(path)},
+            "x-tidemark-delay": [{"event": event, "iotype": "write", "delay-ns": 3600 * 10**9}]}
+
+
+def add_slow(q, how, target):
+    if how == "blkdebug":
+        q.execute("blockdev-del", node_name="target")
+        q.execute("blockdev-add", driver="raw", node_name="slow", file=delayed(target))
+    elif how == "qcow2":
+        q.execute("blockdev-del", node_name="target")
+        q.execute("blockdev-add", driver="qcow2", node_name="slow", file=delayed(target, "write_aio"))
+    elif how == "null-co":
+        q.execute("blockdev-add", driver="null-co", node_name="slow", size=SIZE,
+                  latency_ns=3600 * 10**9)
+    else:
+        q.execute("object-add", qom_type="throttle-group", id="g", limits={"bps-write": 1})
+        q.execute("blockdev-add", driver="throttle", node_name="slow", throttle_group="g",
+                  file="target")
+
+
+@pytest.mark.parametrize("how, ends", [("blkdebug", True), ("qcow2", False), ("null-co", False),
+                                       ("throttle", True)])
+def test_a_target_that_hangs_is_given_up(tidemarkd, tmp, how, ends):
+    """Cancelled by force, with a guest's write that waits for the target; and when the daemon ends
+    (not with a target that hangs even when it is closed)."""
+    daemon, uri, _, target = start(tmp, "raw" if how == "blkdebug" else "qcow2")
+    with daemon as d:
+        q = d.qmp
+        add_slow(q, how, target)
+        guest = connect(uri)
+        guest.pwrite(b"a" * 65536, 0)
+        for n in range(1 + ends):
+            q.execute("blockdev-mirror", job_id="m", device="disk", target="slow", sync="full",
+                      copy_mode="write-blocking")
+            cookie = guest.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"b" * 65536)), 65536 * n)
+            deadline = time.monotonic() + 0.5
+            while not guest.aio_command_completed(cookie) and time.monotonic() < deadline:
+                guest.poll(50)
+            started = time.monotonic()
+            if n == 1:
+                break
+            q.execute("block-job-cancel", device="m", force=True)
+            q.wait_event("BLOCK_JOB_CANCELLED", device="m", timeout=10)
+            q.wait_job("m", "null")
+            while not guest.aio_command_completed(cookie):
+                assert guest.poll(10000) > 0
+            assert guest.pread(65536, 0) == b"b" * 65536
+            assert time.monotonic() - started < 5
+        if ends:
+            d.stop()
+            assert time.monotonic() - started < 5
+        else:
+            d.kill()
+
+
+@pytest.mark.parametrize("unmap", [True, False])
+def test_zeroes_become_holes_or_not(tidemarkd, tmp, unmap):
+    """unmap of drive-mirror, seen in the blocks of a file that was full."""
+    daemon, uri, _, _ = start(tmp)
+    full = tmp / "full.raw"
+    full.write_bytes(b"\xee" * (SIZE // 4) + b"\xdd" * (SIZE - SIZE // 4))
+    with daemon as d:
+        q = d.qmp
+        connect(uri).pwrite(b"a" * MiB, 3 * MiB)
+        q.execute("drive-mirror", job_id="m", device="disk", target=str(full), sync="full",
+                  mode="existing", format="raw", unmap=unmap)
+        q.wait_event("BLOCK_JOB_READY", device="m")
+        q.execute("block-job-cancel", device="m")
+        q.wait_job("m", "null")
+    assert full.read_bytes() == bytes(3 * MiB) + b"a" * MiB + bytes(SIZE - 4 * MiB)
+    blocks = full.stat().st_blocks * 512
+    assert blocks < 2 * MiB if unmap else blocks >= SIZE

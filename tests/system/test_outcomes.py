@@ -23,17 +23,22 @@ class Stage:
         self.tmp, self.fs, self.fmt, self.command = tmp, fs, fmt, command
         create_image(tmp / "base.raw", "raw", SIZE)
         create_image(tmp / "a.qcow2", size=None, backing_file=tmp / "base.raw", backing_fmt="raw")
-        self.daemon = daemon("--blockdev", f"qcow2,node-name=a,file.driver=file,file.filename={tmp}/a.qcow2",
-                             "--nbd-server", f"addr.type=unix,addr.path={tmp}/nbd.sock",
-                             "--export", "nbd,id=guest,node-name=a,name=guest,writable=on", prefix=fs.prefix)
-        self.qmp = self.daemon.qmp
-        self.qmp.execute("block-dirty-bitmap-add", node="a", name="b", granularity=CHUNK)
-        self.guest = connect(nbd_uri(tmp / "nbd.sock", "guest"))
+        self.make_daemon = daemon
+        self.start()
+        self.qmp.execute("block-dirty-bitmap-add", node="a", name="b", granularity=CHUNK, persistent=True)
         self.now = bytearray(SIZE)
         for at in range(0, SIZE, CHUNK):
             self.write(at, CHUNK, at // CHUNK % 250 + 1)
         self.then = None
         self.make_target()
+
+    def start(self):
+        self.daemon = self.make_daemon(
+            "--blockdev", f"qcow2,node-name=a,file.driver=file,file.filename={self.tmp}/a.qcow2",
+            "--nbd-server", f"addr.type=unix,addr.path={self.tmp}/nbd.sock",
+            "--export", "nbd,id=guest,node-name=a,name=guest,writable=on", prefix=self.fs.prefix)
+        self.qmp = self.daemon.qmp
+        self.guest = connect(nbd_uri(self.tmp / "nbd.sock", "guest"))
 
     # -- the guest
 
@@ -332,3 +337,36 @@ def test_never_started(daemon, tmp, small_fs, command, sync, mode):
     assert json.dumps(st.qmp.bitmaps("a")) == before
     assert st.dirty() == {0, 3 * MiB // CHUNK}
     assert st.qmp.execute("query-jobs") == []
+
+
+@pytest.mark.parametrize("when", ("running", "paused", "pending"))
+@pytest.mark.parametrize("sync,mode", WAYS)
+def test_the_daemon_ends(daemon, tmp, small_fs, sync, mode, when):
+    """SIGTERM cancels the job in whatever state it is; what the bitmap then is, is in the image. The next
+    daemon's run completes the target."""
+    fs = small_fs("16M")
+    st = Stage(daemon, tmp, fs, "qcow2")
+    more = {"running": {"speed": 1}, "pending": {"auto-finalize": False}, "paused": {"on-target-error": "stop"}}[when]
+    if when == "paused":
+        fs.fill(leave=2 * MiB)
+    st.begin(sync, mode, **more)
+    st.qmp.wait_job("j", when)
+    while st.status()["offset"] == 0:
+        pass
+    st.write(0, 512, 0xfd)
+    if when != "paused":
+        st.write(5 * MiB, 512, 0xfd)
+    st.guest.shutdown()
+    st.daemon.stop()
+    if when == "paused":
+        fs.make_room()
+    left = chunks(st.content(), st.then)
+    assert (left == set()) == (when == "pending")
+    written = {0} if when == "paused" else {0, 5 * MiB // CHUNK}
+    st.start()
+    assert st.dirty() == (left | written if mode == "always" else ALL)
+    st.open_target()
+    st.begin("bitmap" if mode == "always" else sync, mode)
+    assert "error" not in st.conclude()["data"]
+    st.close_target()
+    assert st.content() == st.then

@@ -90,11 +90,13 @@ class Story:
         elif block.kind == "console":
             for command in transcript.commands(block):
                 self._command(command)
-        elif block.kind not in PICTURES:
+        elif block.kind not in PICTURES or re.search(r"->|<-|^\$ ", block.text, re.M):
             raise Wrong(f"line {block.line}: nobody runs a block of '{block.kind}'")
 
     def _exchange(self, exchange):
         if "QMP" in exchange.wants[0]:
+            if self.qmp:
+                self.qmp.close()
             self.qmp = QMP(self.tmp / "qmp.sock", negotiate=False)
         if exchange.send:
             self.qmp.send_text(exchange.send)
@@ -107,8 +109,6 @@ class Story:
     def _command(self, command):
         if command.text.startswith("tidemarkd "):
             return self._start(command)
-        if "kill " in command.text:
-            self.qmp.close()
         out = self.tmp / "printed"
         self.shell.stdin.write(f"{{ {command.text}\n}} >{out} 2>&1 </dev/null; echo $?\n")
         self.shell.stdin.flush()
@@ -226,7 +226,9 @@ def passes(step, first, second):
 
 def test_the_tour(story):
     """All blocks, then the same with each value altered: none of these may pass."""
-    page = transcript.blocks(TOUR.read_text())
+    text = TOUR.read_text()
+    assert transcript.dead_links(text) == []
+    page = transcript.blocks(text)
     for block in page:
         story.play(block)
     story.ended()
@@ -248,6 +250,8 @@ WRONG_PAGES = (
     "```qmp\n-> {\"execute\": \"quit\"}\n",                             # does not end
     "```json\n{}\n```\n",                                               # nobody runs it
     "    -> {\"execute\": \"quit\"}\n",                                 # not fenced
+    "~~~qmp\n-> {\"execute\": \"quit\"}\n~~~\n",
+    "```text\n-> {\"execute\": \"quit\"}\n```\n",                       # called a picture
     "```qmp\n{\"execute\": \"quit\"}\n```\n",                           # neither sent nor received
     "```qmp\n-> {\"execute\": \"quit\"}\n```\n",                        # without a reply
     "```qmp\n-> {\"execute\": \"quit\"}\n...\n<- {\"return\": {}}\n```\n",   # '...' without an end

@@ -81,7 +81,7 @@ static inline void fake_commit(struct job *j)
 
 static inline void fake_abort(struct job *j)
 {
-    note(j, j->started ? 'a' : 'n');
+    note(j, j->started ? 'a' : j->held ? 'h' : 'n');
     yield(3);
 }
 

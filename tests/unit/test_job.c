@@ -27,57 +27,247 @@ static void the_tables_are_qemus(void **state)
     }
 }
 
-/* Brings a new job into STATUS. */
-static struct job *job_in(enum job_status status)
+/* ---- every verb in every state ---- */
+
+enum place { /* the states, and who has paused it */
+             IN_CREATED,
+             IN_RUNNING,
+             IN_PAUSED,
+             IN_PAUSED_INTERNALLY,
+             IN_READY,
+             IN_STANDBY,
+             IN_STANDBY_INTERNALLY,
+             IN_READY_ENDING, /* cancelled without force, and still at it */
+             IN_WAITING,
+             IN_PENDING,
+             IN_CONCLUDED,
+             IN_FAILED,
+             PLACES,
+};
+
+static const struct {
+    enum job_status status;
+    bool user, internal; /* paused by */
+    /* Of `answers`, to: job-cancel, block-job-cancel without force and with it; pause, resume,
+     * set-speed, set-speed to -1, complete, finalize, dismiss, change. */
+    const char *codes;
+} matrix[PLACES] = {
+    [IN_CREATED] = {JOB_CREATED, 0, 0, "....r.-NNNx"},
+    [IN_RUNNING] = {JOB_RUNNING, 0, 0, "....r.-NNNx"},
+    [IN_PAUSED] = {JOB_PAUSED, 1, 0, ".c.p..-NNNx"},
+    [IN_PAUSED_INTERNALLY] = {JOB_PAUSED, 0, 1, "....r.-NNNx"},
+    [IN_READY] = {JOB_READY, 0, 0, "....r.-.NNx"},
+    [IN_STANDBY] = {JOB_STANDBY, 1, 0, ".c.p..-.NNx"},
+    [IN_STANDBY_INTERNALLY] = {JOB_STANDBY, 0, 1, "....r.-.NNx"},
+    [IN_READY_ENDING] = {JOB_READY, 0, 0, "....r.-fNNx"},
+    [IN_WAITING] = {JOB_WAITING, 0, 0, "...NrNNNNNN"},
+    [IN_PENDING] = {JOB_PENDING, 0, 0, "...NrNNN.NN"},
+    [IN_CONCLUDED] = {JOB_CONCLUDED, 0, 0, "NNNNrNNNN.N"},
+    [IN_FAILED] = {JOB_CONCLUDED, 0, 0, "NNNNrNNNN.N"},
+};
+
+static const struct {
+    char code;
+    const char *text;
+} answers[] = {
+    {'.', ""},   /* taken */
+    {'N', NULL}, /* the state does not allow it */
+    {'p', "Job is already paused"},
+    {'r', "Can't resume a job that was not paused"},
+    {'c', "The block job for device 'j' is currently paused"},
+    {'f', "The active block job 'j' cannot be completed"},
+    {'-', "Parameter 'speed' expects a non-negative value"},
+    {'x', "Job type does not support change"},
+};
+
+static struct job *job_in(enum place p)
 {
-    struct job *j = make(
-        "j", (struct job_options){.manual_finalize = true, .manual_dismiss = true, .speed = 5});
+    CLEANUP(job_group_unrefp) struct job_group *grp = job_group_new();
+    struct job *j =
+        make("j", (struct job_options){
+                      .manual_finalize = true, .manual_dismiss = true, .speed = 5, .group = grp});
     struct fake *f = fake_of(j);
-    if (status == JOB_CREATED)
-        return j;
-    f->want_ready = status == JOB_READY || status == JOB_STANDBY;
-    job_start(j);
+    enum job_status s = matrix[p].status;
+    f->want_ready = s == JOB_READY || s == JOB_STANDBY;
+    f->soft_cancel = true;
+    if (p == IN_WAITING)
+        make("sibling", (struct job_options){.group = grp});
+    if (s != JOB_CREATED)
+        job_start(j);
     settle();
-    if (status == JOB_PAUSED || status == JOB_STANDBY)
+    if (matrix[p].user)
         ok("j", JOB_VERB_PAUSE);
-    if (status == JOB_PENDING || status == JOB_CONCLUDED)
-        finish(j, 0);
+    if (matrix[p].internal)
+        job_pause(j);
+    if (p == IN_READY_ENDING) {
+        f->linger_ns = 1000000000;
+        assert_int_equal(jobs_do_block(js, "j", JOB_VERB_CANCEL, false, NULL), 0);
+    }
+    if (s == JOB_WAITING || s == JOB_PENDING || s == JOB_CONCLUDED)
+        finish(j, p == IN_FAILED ? -ENOSPC : 0);
     settle();
-    if (status == JOB_CONCLUDED)
+    if (p == IN_CONCLUDED)
         ok("j", JOB_VERB_FINALIZE);
-    assert_int_equal(j->status, status);
+    assert_int_equal(j->status, s);
+    events[0] = '\0';
     return j;
 }
 
-IN_LOOP(each_verb_in_each_state)
+/* NAME: the verb by one of its names. */
+static int by_name(unsigned name, struct error *err)
 {
-    static const enum job_status reachable[] = {
-        JOB_CREATED, JOB_RUNNING, JOB_PAUSED, JOB_READY, JOB_STANDBY, JOB_PENDING, JOB_CONCLUDED,
-    };
-    for (unsigned i = 0; i < ARRAY_SIZE(reachable); i++) {
-        for (int v = 0; v < JOB_VERBS; v++) {
-            enum job_status s = reachable[i];
-            struct job *j = job_in(s);
-            bool paused = s == JOB_PAUSED || s == JOB_STANDBY;
-            char text[200] = "";
-            if (v == JOB_VERB_RESUME && !paused)
-                strcpy(text, "Can't resume a job that was not paused");
-            else if (!job_accepts(s, v))
+    static const enum job_verb verbs[] = {JOB_VERB_PAUSE, JOB_VERB_RESUME, JOB_VERB_COMPLETE,
+                                          JOB_VERB_FINALIZE, JOB_VERB_DISMISS};
+    switch (name) {
+    case 0:
+        return jobs_do(js, "j", JOB_VERB_CANCEL, err);
+    case 1:
+    case 2:
+        return jobs_do_block(js, "j", JOB_VERB_CANCEL, name == 2, err);
+    case 3:
+        return jobs_set_speed(js, "j", 7, err);
+    case 4:
+        return jobs_set_speed(js, "j", -1, err);
+    case 5: {
+        CLEANUP(json_putp) struct json_object *options = json_object_new_object();
+        json_add_string(options, "id", "j");
+        json_add_string(options, "type", "mirror");
+        return jobs_change(js, options, err);
+    }
+    default:
+        return name % 2 ? jobs_do_block(js, "j", verbs[(name - 6) / 2], false, err)
+                        : jobs_do(js, "j", verbs[(name - 6) / 2], err);
+    }
+}
+
+enum { NAMES = 16 };
+
+/* What taking it must lead to, once the loop has gone round. */
+static void check_taken(enum place p, unsigned name, struct job *j)
+{
+    bool was_ready = matrix[p].status == JOB_READY || matrix[p].status == JOB_STANDBY;
+    enum job_status paused = was_ready ? JOB_STANDBY : JOB_PAUSED;
+    const char *ended = "";
+    switch (name) {
+    case 0:
+    case 2:
+        ended = "j:CANCELLED j:concluded ";
+        break;
+    case 1: /* a gentle cancel of a ready one lets it end well, when it is not held up */
+        ended = !was_ready ? "j:CANCELLED j:concluded " : "";
+        if (was_ready)
+            assert_true(j->cancelled && !j->force_cancel);
+        if (p == IN_READY || p == IN_READY_ENDING)
+            assert_int_equal(j->status, JOB_PENDING);
+        break;
+    case 3:
+        assert_int_equal(j->speed, 7);
+        break;
+    case 6: /* pause */
+    case 7:
+        assert_true(j->user_paused);
+        if (p == IN_RUNNING || p == IN_READY || matrix[p].internal)
+            assert_int_equal(j->status, paused);
+        assert_int_equal(j->pause_count, 1 + (matrix[p].internal || p == IN_CREATED));
+        break;
+    case 8: /* resume */
+    case 9:
+        assert_int_equal(j->status, was_ready ? JOB_READY : JOB_RUNNING);
+        break;
+    case 10: /* complete */
+    case 11:
+        assert_int_equal(j->status, p == IN_READY ? JOB_PENDING : JOB_STANDBY);
+        break;
+    case 12: /* finalize */
+    case 13:
+        assert_string_equal(events, "j:COMPLETED j:concluded ");
+        break;
+    case 14: /* dismiss */
+    case 15:
+        assert_string_equal(events, "j:null ");
+        break;
+    }
+    if (p == IN_CREATED && *ended)
+        ended = "j:concluded "; /* one that never ran says nothing of it */
+    assert_non_null(strstr(events, ended));
+}
+
+IN_LOOP(each_verb_in_each_state_by_each_name)
+{
+    for (int p = 0; p < PLACES; p++) {
+        static const unsigned which[NAMES] = {0, 1, 2, 5, 6, 10, 3, 3, 4, 4, 7, 7, 8, 8, 9, 9};
+        static const char *const verbs[NAMES] = {
+            "cancel",   "cancel",   "cancel",  "set-speed", "set-speed", "change",
+            "pause",    "pause",    "resume",  "resume",    "complete",  "complete",
+            "finalize", "finalize", "dismiss", "dismiss",
+        };
+        for (unsigned name = 0; name < NAMES; name++) {
+            struct error err = ERROR_INIT;
+            struct job *j = job_in((enum place)p);
+            enum job_status was = j->status;
+            char text[200] = "no such code", code = matrix[p].codes[which[name]];
+            for (unsigned i = 0; i < ARRAY_SIZE(answers); i++) {
+                if (answers[i].code == code && answers[i].text)
+                    strcpy(text, answers[i].text);
+            }
+            if (code == 'N')
                 snprintf(text, sizeof text, "Job 'j' in state '%s' cannot accept command verb '%s'",
-                         job_status_name(s), job_verb_name(v));
-            else if (v == JOB_VERB_PAUSE && paused)
-                strcpy(text, "Job is already paused");
-            else if (v == JOB_VERB_CHANGE)
-                strcpy(text, "Job type does not support change");
-            int r = verb_text("j", v, text);
-            assert_int_equal(r == 0, text[0] == '\0');
-            if (r == 0 && v == JOB_VERB_SET_SPEED)
-                assert_int_equal(j->speed, 7);
+                         job_status_name(was), verbs[name]);
+            job_ref(j);
+            int r = by_name(name, &err);
+            if (strcmp(err.text, text) != 0 || (r == 0) != (code == '.'))
+                fail_msg("%s %s by name %u: %d '%s'", job_status_name(was), verbs[name], name, r,
+                         err.text);
+            settle();
+            if (r == 0) {
+                if (p == IN_READY_ENDING)
+                    assert_int_equal(sleep_until(clock_after_ns(2000000000)), 0);
+                check_taken((enum place)p, name, j);
+            } else {
+                assert_string_equal(events, "");
+                assert_int_equal(j->status, was);
+                assert_int_equal(j->speed, 5);
+                assert_int_equal(j->user_paused, matrix[p].user);
+            }
             jobs_cancel_all(js);
-            bool block = v == JOB_VERB_SET_SPEED || v == JOB_VERB_CHANGE;
-            verb_text("j", v, block ? "Block job 'j' not found" : "Job not found");
-            events[0] = '\0';
+            job_unref(j);
+            error_clear(&err);
+            assert_true(by_name(name, &err) < 0);
+            bool block = name == 1 || name == 2 || name == 3 || name == 4 || name == 5 ||
+                         (name > 5 && name % 2);
+            assert_string_equal(err.text, block ? "Block job 'j' not found" : "Job not found");
+            assert_int_equal(err.class, block ? ERROR_DEVICE_NOT_ACTIVE : ERROR_GENERIC);
         }
+    }
+    return 0;
+}
+
+/* What queries tell of a job in each state. */
+IN_LOOP(each_state_in_queries)
+{
+    for (int p = 0; p < PLACES; p++) {
+        job_in((enum place)p);
+        CLEANUP(json_putp) struct json_object *list = jobs_query(js);
+        CLEANUP(json_putp) struct json_object *block = jobs_query_block(js);
+        size_t last = json_object_array_length(list) - 1; /* the oldest */
+        struct json_object *info = json_object_array_get_idx(list, last);
+        struct json_object *binfo = json_object_array_get_idx(block, last);
+        enum job_status s = matrix[p].status;
+        assert_string_equal(json_get_string(info, "id", ""), "j");
+        assert_string_equal(json_get_string(binfo, "device", ""), "j");
+        assert_string_equal(json_get_string(info, "status", ""), job_status_name(s));
+        assert_string_equal(json_get_string(binfo, "status", ""), job_status_name(s));
+        assert_int_equal(json_get_bool(binfo, "paused", false),
+                         matrix[p].user || matrix[p].internal || s == JOB_CREATED);
+        assert_int_equal(json_get_bool(binfo, "ready", false), s == JOB_READY || s == JOB_STANDBY);
+        assert_string_equal(json_get_string(binfo, "io-status", ""), "ok");
+        assert_false(json_get_bool(binfo, "auto-finalize", true));
+        assert_false(json_get_bool(binfo, "auto-dismiss", true));
+        const char *error = p == IN_FAILED ? "No space left on device" : "";
+        assert_string_equal(json_get_string(info, "error", ""), error);
+        assert_string_equal(json_get_string(binfo, "error", ""), error);
+        assert_int_equal(json_has(binfo, "error"), p == IN_FAILED);
+        jobs_cancel_all(js);
     }
     return 0;
 }
@@ -266,54 +456,81 @@ IN_LOOP(queries_list_the_newest_first)
 /* ---- verbs in the middle of an end ---- */
 
 struct late_verb {
+    unsigned name;
     int result;
+    bool answered;
     struct error err;
 };
 
 static int late_verb_task(void *arg)
 {
     struct late_verb *lv = arg;
-    lv->result = jobs_do(js, "j", JOB_VERB_CANCEL, &lv->err);
+    lv->result = by_name(lv->name, &lv->err);
+    lv->answered = true;
     return 0;
 }
 
-IN_LOOP(a_verb_waits_for_a_job_that_is_being_concluded)
+/* JOB is about to end; once it is in STATUS every verb comes, and waits until it has ended. */
+static void late_verbs(struct job *j, enum job_status status, bool dismissed)
 {
-    struct job *j = make("j", (struct job_options){0});
-    struct late_verb lv = {.result = 1};
+    struct late_verb lv[NAMES];
     SCOPE(others);
-    job_start(j);
-    settle();
-    finish(j, 0);
-    while (j->status != JOB_PENDING) /* prepare and commit have waits of their own */
-        assert_int_equal(task_yield(), 0);
-    scope_spawn(&others, late_verb_task, &lv);
-    expect("j:created j:running j:waiting j:pending j:COMPLETED j:concluded j:null ");
+    while (j->status != status)
+        yield(1);
+    for (unsigned i = 0; i < NAMES; i++) {
+        lv[i] = (struct late_verb){.name = i};
+        scope_spawn(&others, late_verb_task, &lv[i]);
+    }
+    yield(1);
+    for (unsigned i = 0; i < NAMES; i++)
+        assert_false(lv[i].answered);
     assert_int_equal(scope_join(&others), 0);
-    assert_string_equal(lv.err.text, "Job not found");
+    for (unsigned i = 0; i < NAMES; i++) {
+        const char *state = strstr(lv[i].err.text, "'concluded'");
+        if (dismissed)
+            assert_non_null(strstr(lv[i].err.text, "ob not found")
+                                ?: strstr(lv[i].err.text, "ob 'j' not found"));
+        else if (i == 8 || i == 9)
+            assert_string_equal(lv[i].err.text, "Can't resume a job that was not paused");
+        else if (i == 14)
+            assert_int_equal(lv[i].result, 0);
+        else
+            assert_non_null(i == 15 ? strstr(lv[i].err.text, "ob 'j' not found") : state);
+    }
+}
+
+IN_LOOP(verbs_wait_for_a_job_that_is_being_concluded)
+{
+    for (int dismissed = 0; dismissed < 2; dismissed++) {
+        struct job *j = make("j", (struct job_options){.manual_dismiss = !dismissed});
+        job_start(j);
+        settle();
+        events[0] = '\0';
+        finish(j, 0);
+        late_verbs(j, JOB_PENDING, dismissed);
+        expect("j:waiting j:pending j:COMPLETED j:concluded j:null ");
+    }
     return 0;
 }
 
-IN_LOOP(a_verb_waits_for_a_job_that_is_being_aborted)
+IN_LOOP(verbs_wait_for_a_job_that_is_being_aborted)
 {
-    struct job *j = make("j", (struct job_options){0});
-    struct late_verb lv = {.result = 1};
-    SCOPE(others);
-    job_start(j);
-    settle();
-    finish(j, -EIO);
-    while (j->status != JOB_ABORTING)
-        assert_int_equal(task_yield(), 0);
-    scope_spawn(&others, late_verb_task, &lv);
-    settle();
-    assert_int_equal(scope_join(&others), 0);
-    assert_string_equal(lv.err.text, "Job not found");
+    for (int dismissed = 0; dismissed < 2; dismissed++) {
+        struct job *j = make("j", (struct job_options){.manual_dismiss = !dismissed});
+        job_start(j);
+        settle();
+        events[0] = '\0';
+        finish(j, -EIO);
+        late_verbs(j, JOB_ABORTING, dismissed);
+        expect("j:aborting j:COMPLETED(Input/output error) j:concluded j:null ");
+    }
     return 0;
 }
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(the_tables_are_qemus),
-    cmocka_unit_test(each_verb_in_each_state),
+    cmocka_unit_test(each_verb_in_each_state_by_each_name),
+    cmocka_unit_test(each_state_in_queries),
     cmocka_unit_test(a_job_succeeds),
     cmocka_unit_test(a_job_fails),
     cmocka_unit_test(a_job_fails_at_the_last_moment),
@@ -325,8 +542,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(an_error_that_stops_shows_its_status_until_resumed),
     cmocka_unit_test(ids_are_checked),
     cmocka_unit_test(queries_list_the_newest_first),
-    cmocka_unit_test(a_verb_waits_for_a_job_that_is_being_concluded),
-    cmocka_unit_test(a_verb_waits_for_a_job_that_is_being_aborted),
+    cmocka_unit_test(verbs_wait_for_a_job_that_is_being_concluded),
+    cmocka_unit_test(verbs_wait_for_a_job_that_is_being_aborted),
 };
 
 UNIT_MAIN(tests)

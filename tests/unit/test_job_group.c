@@ -580,6 +580,33 @@ IN_LOOP(a_concluded_member_is_dismissed_while_its_sibling_ends)
     return 0;
 }
 
+/* ---- given up by its transaction ---- */
+
+IN_LOOP(a_group_is_given_up_before_it_starts)
+{
+    for (unsigned first = 0; first < MOST; first++) {
+        CLEANUP(job_group_unrefp) struct job_group *grp = job_group_new();
+        struct client late = {.id = ids[first], .verb = JOB_VERB_PAUSE};
+        SCOPE(clients);
+        for (unsigned i = 0; i < MOST; i++)
+            member[i] = make(
+                ids[i], (struct job_options){.group = grp, .held = true, .manual_dismiss = true});
+        scope_spawn(&clients, client_task, &late);
+        settle();
+        assert_false(late.answered);
+        history[0] = '\0';
+        job_cancel_and_wait(member[first]); /* ends the others, too: no transaction has one alone */
+        assert_int_equal(count_jobs(), 0);
+        assert_string_equal(history, "c:h c:l b:h b:l a:h a:l ");
+        for (unsigned i = 0; i < MOST; i++)
+            expect_of(ids[i], "created aborting concluded null ", "given up");
+        assert_int_equal(scope_join(&clients), 0);
+        assert_string_equal(late.err.text, "Job not found");
+        events[0] = '\0';
+    }
+    return 0;
+}
+
 /* ---- each alone ---- */
 
 IN_LOOP(individual_jobs_leave_each_other_alone)
@@ -748,6 +775,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(success_after_the_group_has_failed_is_none),
     cmocka_unit_test(each_member_is_dismissed_by_its_own_rule),
     cmocka_unit_test(a_concluded_member_is_dismissed_while_its_sibling_ends),
+    cmocka_unit_test(a_group_is_given_up_before_it_starts),
     cmocka_unit_test(individual_jobs_leave_each_other_alone),
     cmocka_unit_test(all_are_cancelled_in_whatever_state),
     cmocka_unit_test(a_group_commits_wholly_or_not_at_all),

@@ -373,6 +373,64 @@ JOB_TEST(a_target_that_hangs_is_given_up)
     }
 }
 
+/* Two guests write to the same place at once, one of them below the filter: the source has one of
+ * the two, and the target the same. */
+struct writer {
+    struct edge *edge;
+    uint64_t start, length;
+    uint8_t value;
+    unsigned flags;
+};
+
+static int writer_task(void *arg)
+{
+    struct writer *w = arg;
+    SHIELD();
+    uint8_t *buf = xcalloc(1, w->length);
+    memset(buf, w->value, w->length);
+    CHECK(edge_write(w->edge, range_make(w->start, w->length), buf, w->flags) == 0);
+    free(buf);
+    return 0;
+}
+
+JOB_TEST(writes_to_one_place_from_above_and_below)
+{
+    enum { ROUNDS = 200, PLACE = 64 * 1024 };
+    struct rng rng = {test_seed()};
+    for (int round = 0; round < ROUNDS; round++) {
+        struct guest above, below;
+        struct writer ws[8];
+        SCOPE(tasks);
+        two_disks(g, SIZE, 0);
+        guest_on(&above, s, 1);
+        mirror_ok(parse("{'device':'s','target':'t','job-id':'j','sync':'full',"
+                        "'granularity':%u,'copy-mode':'%s'}",
+                        4096u << rng_below(&rng, 5), round % 4 ? "write-blocking" : "background"));
+        guest_on(&below, s, 2);
+        wait_for("j", "READY");
+        mem_of(s)->yields = 1 + round % 5;
+        mem_of(t)->yields = round % 3;
+        for (unsigned i = 0; i < ARRAY_SIZE(ws); i++) {
+            uint64_t length = 4096 * (1 + rng_below(&rng, 16));
+            ws[i] = (struct writer){.edge = rng_below(&rng, 2) ? above.edge : below.edge,
+                                    .start = align_down(rng_below(&rng, PLACE), 4096),
+                                    .length = length,
+                                    .value = (uint8_t)(i + 1),
+                                    .flags = rng_below(&rng, 2) ? REQ_FUA : 0};
+            scope_spawn(&tasks, writer_task, &ws[i]);
+            turns(rng_below(&rng, 4));
+        }
+        CHECK(scope_join(&tasks) == 0);
+        cancel_softly("j");
+        wait_for("j", "null");
+        if (!same(SIZE))
+            fail_msg("round %d, seed %llu", round, (unsigned long long)test_seed());
+        edge_detach(above.edge);
+        edge_detach(below.edge);
+        close_disks();
+    }
+}
+
 /* Nobody waits while the job is pending, and what is written then is in the target, too. */
 JOB_TEST(writes_while_it_is_pending)
 {
@@ -512,8 +570,23 @@ JOB_TEST(a_guests_write_survives_a_bad_target)
 
 /* ---- the bitmap ---- */
 
-enum outcome { COMPLETED, NO_PIVOT, FAILED, CANCELLED, CANCELLED_PENDING, SOURCE_FLUSH, OUTCOMES };
+enum outcome {
+    COMPLETED,
+    NO_PIVOT,
+    FAILED,
+    READ_FAILED,
+    CANCELLED_EARLY,
+    CANCELLED,
+    CANCELLED_PENDING,
+    SOURCE_FLUSH,
+    OUTCOMES
+};
 enum { CHUNKS = SIZE / 65536, BAD = 38 };
+
+static bool same_chunk(int c)
+{
+    return !memcmp(mem_of(s)->bytes + c * 65536, mem_of(t)->bytes + c * 65536, 65536);
+}
 
 static void one_outcome(struct graph *g, const char *args, enum outcome what, bool enabled)
 {
@@ -535,10 +608,29 @@ static void one_outcome(struct graph *g, const char *args, enum outcome what, bo
         mem_of(t)->bad_write = range_make(BAD * 65536, 65536);
         mem_of(t)->write_errno = EIO;
     }
+    if (what == READ_FAILED) {
+        mem_of(s)->bad_read = range_make(BAD * 65536, 65536);
+        mem_of(s)->read_errno = EIO;
+    }
+    struct event hold;
+    event_init(&hold);
+    if (what == CANCELLED_EARLY) {
+        mem_of(t)->hold = &hold;
+        mem_of(t)->held = range_make(BAD * 65536, 65536);
+    }
     mirror_ok(parse("{'device':'s','target':'t','job-id':'j','auto-finalize':false,%s}", args));
     CHECK(dirty_busy(bm));
-    if (what == FAILED) {
+    if (what == FAILED || what == READ_FAILED) {
         wait_for("j", "null");
+    } else if (what == CANCELLED_EARLY) {
+        turns(30);
+        CHECK(mem_of(t)->holding && !strstr(events, "READY"));
+        write_at(gu.edge, 10 * 65536 + 512, 512, 0x33);
+        write_at(gu.edge, 50 * 65536, 512, 0x33);
+        during[10] = during[50] = enabled;
+        cancel_softly("j");
+        event_set(&hold);
+        mem_of(t)->hold = NULL;
     } else {
         wait_for("j", "READY");
         CHECK(dirty_busy(bm) && bitmap_count(dirty_bits(bm)) == 16 * 65536); /* never at ready */
@@ -571,6 +663,7 @@ static void one_outcome(struct graph *g, const char *args, enum outcome what, bo
     bool good = what == COMPLETED || what == NO_PIVOT;
     CHECK(!dirty_busy(bm) && dirty_enabled(bm) == enabled);
     bool after = gu.edge->node == s && enabled;
+    bool half = what == FAILED || what == READ_FAILED || what == CANCELLED_EARLY;
     mem_of(s)->flush_errno = 0;
     write_at(gu.edge, 60 * 65536, 512, 0x44);
     for (int c = 0; c < CHUNKS; c++) {
@@ -578,14 +671,17 @@ static void one_outcome(struct graph *g, const char *args, enum outcome what, bo
         if (good && !never)
             want = false;
         else if (!good && always && what != SOURCE_FLUSH)
-            want = during[c] || (what == FAILED && c == BAD);
+            want = during[c] || (half && what != CANCELLED_EARLY && c == BAD);
         else
             want = user[c] || during[c];
         if (c == 60)
             want = after;
         bool is = bitmap_any(dirty_bits(bm), range_make((uint64_t)c * 65536, 65536));
+        /* What it does not name is on the target. */
+        if (enabled && !is && gu.edge->node == s)
+            CHECK(same_chunk(c));
         /* What was not on the target for another reason remains, too. */
-        if (what == FAILED && always && user[c] && is)
+        if (half && always && user[c] && is)
             continue;
         /* What a bitmap does not record remains nevertheless, if it has not been copied again. */
         if (!good && always && !enabled && (c == 10 || c == 50 || c == 51))
@@ -593,17 +689,23 @@ static void one_outcome(struct graph *g, const char *args, enum outcome what, bo
         if (is != want)
             fail_msg("%s, outcome %d: chunk %d is %s", args, what, c, is ? "dirty" : "clean");
     }
-    if (what == FAILED && always) {
-        /* A second run resumes. */
-        mem_of(t)->bad_times = 0;
+    if (gu.edge->node == s) {
+        /* A second run goes on where this one ended, and copies nothing but what is named. */
+        mem_of(t)->bad_times = mem_of(s)->bad_times = 0;
         write_at(gu.edge, 61 * 65536, 512, 0x45);
+        memset(mem_of(t)->written, 0, CHUNKS * sizeof *mem_of(t)->written);
+        bool named[CHUNKS];
+        for (int c = 0; c < CHUNKS; c++)
+            named[c] = bitmap_any(dirty_bits(bm), range_make((uint64_t)c * 65536, 65536));
         events[0] = '\0';
         mirror_ok(parse("{'device':'s','target':'t','job-id':'j',%s}", args));
         wait_for("j", "READY");
         cancel_softly("j");
         wait_for("j", "null");
+        for (int c = 0; c < CHUNKS; c++)
+            CHECK(!mem_of(t)->written[c] == !named[c]);
         if (enabled)
-            CHECK(same(SIZE) && bitmap_count(dirty_bits(bm)) == 0);
+            CHECK(same(SIZE) && (never || bitmap_count(dirty_bits(bm)) == 0));
     }
     edge_detach(gu.edge);
     close_disks();
@@ -622,6 +724,65 @@ JOB_TEST(the_bitmap_follows_its_table)
         for (int what = 0; what < OUTCOMES; what++)
             for (int enabled = 0; enabled < 2; enabled++)
                 one_outcome(g, modes[m], what, enabled);
+}
+
+/* A filter of the user's: what is below it is replaced, its users stay on it. */
+static struct node *user_filter(struct graph *g)
+{
+    struct error err = ERROR_INIT;
+    struct node *n = NULL;
+    CLEANUP(json_putp)
+    struct json_object *o =
+        parse("{'driver':'mirror_top','node-name':'over','source':'s','discard':'unmap'}");
+    int r = graph_open(g, o, &n, &err);
+    CHECK_OK(r, err);
+    return n;
+}
+
+/* The pivot is the last that can fail. */
+JOB_TEST(a_pivot_that_fails_keeps_the_bitmap)
+{
+    static const char *const modes[] = {"on-success", "always", "never"};
+    for (int m = 0; m < 3; m++) {
+        struct guest gu;
+        two_disks(g, SIZE, 0);
+        memset(mem_of(s)->bytes, 0x11, SIZE);
+        memset(mem_of(t)->bytes, 0x11, SIZE);
+        struct node *over = user_filter(g);
+        guest_on(&gu, over, 1);
+        command_ok(g, "block-dirty-bitmap-add",
+                   parse("{'node':'over','name':'b','granularity':65536}"));
+        struct dirty_bitmap *bm = dirty_find(over, "b");
+        write_at(gu.edge, 3 * 65536, 512, 0x21);
+        for (int run = 0; run < 2; run++) {
+            mirror_ok(parse("{'device':'over','target':'t','job-id':'j','sync':'bitmap','bitmap':"
+                            "'b','bitmap-mode':'%s','replaces':'s','auto-finalize':false}",
+                            modes[m]));
+            wait_for("j", "READY");
+            write_at(gu.edge, (5 + run) * 65536, 512, 0x22);
+            if (run == 0) {
+                verb_ok("j", JOB_VERB_COMPLETE);
+                CHECK(edge_freeze(over->file, NULL) == 0);
+            } else {
+                cancel_softly("j");
+            }
+            wait_for("j", "PENDING");
+            write_at(gu.edge, (8 + run) * 65536, 512, 0x23);
+            verb_ok("j", JOB_VERB_FINALIZE);
+            wait_for("j", "null");
+            edge_thaw(over->file);
+            CHECK(gu.edge->node == over && over->file->node == s && !dirty_busy(bm));
+            for (int c = 0; run == 0 && c < CHUNKS; c++)
+                CHECK(bitmap_any(dirty_bits(bm), range_make(c * 65536, 65536)) ==
+                      (c == 3 || c == 5 || c == 8));
+            CHECK(!!strstr(events, "Operation not permitted") == (run == 0));
+            events[0] = '\0';
+        }
+        CHECK(same(SIZE) && bitmap_count(dirty_bits(bm)) == (m == 2 ? 5 * 65536 : 0));
+        edge_detach(gu.edge);
+        node_unref(over);
+        close_disks();
+    }
 }
 
 /* The target may be an image of the changes alone: never a part of one of its clusters. */
@@ -659,19 +820,6 @@ JOB_TEST(an_image_of_changes_has_whole_clusters)
 }
 
 /* ---- the pivot ---- */
-
-/* A filter of the user's: what is below it is replaced, its users stay on it. */
-static struct node *user_filter(struct graph *g)
-{
-    struct error err = ERROR_INIT;
-    struct node *n = NULL;
-    CLEANUP(json_putp)
-    struct json_object *o =
-        parse("{'driver':'mirror_top','node-name':'over','source':'s','discard':'unmap'}");
-    int r = graph_open(g, o, &n, &err);
-    CHECK_OK(r, err);
-    return n;
-}
 
 JOB_TEST(a_node_below_a_filter_is_replaced)
 {
@@ -732,6 +880,93 @@ JOB_TEST(a_target_that_is_zero_gets_no_zeroes)
     verb_ok("j", JOB_VERB_COMPLETE);
     wait_for("j", "null");
     close_disks();
+}
+
+/* ---- a source that is reopened ---- */
+
+/* The source is another file from one moment to the next: all of it counts as written. */
+JOB_TEST(a_source_that_becomes_another_file)
+{
+    for (int blocking = 0; blocking < 2; blocking++) {
+        struct guest gu;
+        struct error err = ERROR_INIT;
+        two_disks(g, SIZE, 0);
+        struct node *other = disk(g, "other", SIZE, 0);
+        fill_disk(s, 5);
+        fill_disk(other, 6);
+        struct node *r = open_node(g, parse("{'driver':'raw','node-name':'r','file':'s'}"));
+        guest_on(&gu, r, 1);
+        mirror_ok(parse("{'device':'r','target':'t','job-id':'j','sync':'full','copy-mode':'%s'}",
+                        blocking ? "write-blocking" : "background"));
+        wait_for("j", "READY");
+        CLEANUP(json_putp)
+        struct json_object *list = parse("[{'driver':'raw','node-name':'r','file':'other'}]");
+        int ret = graph_reopen(g, list, &err);
+        CHECK_OK(ret, err);
+        verb_ok("j", JOB_VERB_COMPLETE);
+        wait_for("j", "null");
+        CHECK(gu.edge->node == t);
+        CHECK(memcmp(mem_of(t)->bytes, mem_of(other)->bytes, SIZE) == 0);
+        edge_detach(gu.edge);
+        node_unref(r);
+        node_unref(other);
+        close_disks();
+    }
+}
+
+/* The source gets another size, before the job has begun to copy, while it copies, when it is
+ * ready, pending: it ends, and the bitmap keeps what it said. */
+JOB_TEST(a_source_of_another_size)
+{
+    static const char *const when[] = {"running", "copying", "READY", "PENDING"};
+    for (int how = 0; how < 8; how++) {
+        struct guest gu;
+        struct event hold;
+        struct error err = ERROR_INIT;
+        two_disks(g, SIZE, 0);
+        struct node *other = disk(g, "other", how < 4 ? SIZE * 2 : SIZE / 2, 0);
+        struct node *r = open_node(g, parse("{'driver':'raw','node-name':'r','file':'s'}"));
+        fill_disk(s, 5);
+        fill_disk(other, 6);
+        command_ok(g, "block-dirty-bitmap-add", parse("{'node':'r','name':'b'}"));
+        struct dirty_bitmap *bm = dirty_find(r, "b");
+        guest_on(&gu, r, 1);
+        write_at(gu.edge, SIZE / 4, 512, 0x31);
+        if (how % 4 == 1) {
+            event_init(&hold);
+            mem_of(t)->hold = &hold;
+            mem_of(t)->held = range_make(0, SIZE);
+        }
+        mirror_ok(parse("{'device':'r','target':'t','job-id':'j','auto-finalize':false,%s}",
+                        how % 2 ? "'sync':'incremental','bitmap':'b'" : "'sync':'full'"));
+        if (how % 4 == 1)
+            turns(20);
+        else if (how % 4 >= 2)
+            wait_for("j", "READY");
+        if (how % 4 == 3) {
+            verb_ok("j", JOB_VERB_COMPLETE);
+            wait_for("j", "PENDING");
+        }
+        CLEANUP(json_putp)
+        struct json_object *list = parse("[{'driver':'raw','node-name':'r','file':'other'}]");
+        int ret = graph_reopen(g, list, &err);
+        CHECK_OK(ret, err);
+        if (how % 4 == 1) {
+            event_set(&hold);
+            mem_of(t)->hold = NULL;
+        }
+        if (how % 4 == 3)
+            verb_ok("j", JOB_VERB_FINALIZE);
+        wait_for("j", "null");
+        if (!strstr(events, "COMPLETED(Source and target image have different sizes)"))
+            fail_msg("%s: %s", when[how % 4], events);
+        CHECK(gu.edge->node == r && !dirty_busy(bm));
+        CHECK(bitmap_any(dirty_bits(bm), range_make(SIZE / 4, 512)));
+        edge_detach(gu.edge);
+        node_unref(r);
+        node_unref(other);
+        close_disks();
+    }
 }
 
 /* ---- verbs and texts ---- */
@@ -891,6 +1126,46 @@ JOB_TEST(actively_synced)
     close_disks();
 }
 
+/* buf-size is what is on its way at once, granularity what a write of a few bytes costs. */
+JOB_TEST(sizes_of_what_is_copied)
+{
+    static const struct {
+        unsigned granularity, buf_size, at_once;
+    } rows[] = {
+        {4096, 1, 1}, {65536, 131072, 1}, {1048576, 1, 1}, {65536, 2 << 20, 2}, {0, 0, SIZE >> 20},
+    };
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+        struct guest gu;
+        struct event hold;
+        two_disks(g, SIZE, 0);
+        memset(mem_of(s)->bytes, 0x11, SIZE);
+        event_init(&hold);
+        mem_of(t)->hold = &hold;
+        mem_of(t)->held = range_make(0, SIZE);
+        guest_on(&gu, s, 1);
+        struct json_object *args =
+            parse("{'device':'s','target':'t','job-id':'j','sync':'full','buf-size':%u}",
+                  rows[i].buf_size);
+        if (rows[i].granularity)
+            json_add_uint(args, "granularity", rows[i].granularity);
+        mirror_ok(args);
+        turns(50);
+        CHECK(mem_of(t)->holding == rows[i].at_once);
+        event_set(&hold);
+        turns(1); /* those that were held, and no more yet */
+        mem_of(t)->hold = NULL;
+        wait_for("j", "READY");
+        uint64_t before = t->counters.wr_bytes;
+        write_at(gu.edge, SIZE / 2 + 512, 512, 0x12);
+        cancel_softly("j");
+        wait_for("j", "null");
+        CHECK(same(SIZE));
+        CHECK(t->counters.wr_bytes - before == (rows[i].granularity ? rows[i].granularity : 65536));
+        edge_detach(gu.edge);
+        close_disks();
+    }
+}
+
 JOB_TEST(a_speed_limit_takes_effect)
 {
     struct error err = ERROR_INIT;
@@ -912,19 +1187,24 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(events_are_qemus),
     cmocka_unit_test(cancelling),
     cmocka_unit_test(a_target_that_hangs_is_given_up),
+    cmocka_unit_test(writes_to_one_place_from_above_and_below),
     cmocka_unit_test(writes_while_it_is_pending),
     cmocka_unit_test(none_copies_what_is_written),
     cmocka_unit_test(an_empty_disk),
     cmocka_unit_test(errors_report_stop_and_ignore),
     cmocka_unit_test(a_guests_write_survives_a_bad_target),
     cmocka_unit_test(the_bitmap_follows_its_table),
+    cmocka_unit_test(a_pivot_that_fails_keeps_the_bitmap),
     cmocka_unit_test(an_image_of_changes_has_whole_clusters),
     cmocka_unit_test(a_node_below_a_filter_is_replaced),
     cmocka_unit_test(a_pivot_that_fails_moves_nobody),
     cmocka_unit_test(a_target_that_is_zero_gets_no_zeroes),
+    cmocka_unit_test(a_source_that_becomes_another_file),
+    cmocka_unit_test(a_source_of_another_size),
     cmocka_unit_test(what_is_refused),
     cmocka_unit_test(the_copy_mode_is_changed),
     cmocka_unit_test(actively_synced),
+    cmocka_unit_test(sizes_of_what_is_copied),
     cmocka_unit_test(a_speed_limit_takes_effect),
 };
 

@@ -45,7 +45,8 @@ enum cause {
     CANCEL,
     STOP_CANCEL, /* on-target-error=stop, then cancelled */
     STOP_RESUME, /* ... then mended and resumed */
-    SAVE_FAILS,  /* a copy-before-write, once */
+    SOURCE_STOP_RESUME,
+    SAVE_FAILS, /* a copy-before-write, once */
     SAVE_FAILS_CANCEL,
     SAVE_FAILS_ALL_FAILS, /* and the job's own copy of that chunk */
     TARGET_FLUSH,
@@ -64,58 +65,67 @@ static const struct outcome {
     enum moment moment;
     enum cause cause;
     enum fate fate;
-    const char *ending; /* the events that it shows in */
+    const char *events; /* all of the job's, in their order, between created and concluded */
     unsigned flags;
 } outcomes[] = {
-#define CANCELLED "j:aborting j:CANCELLED j:concluded"
-#define IO_ERROR "j:aborting j:COMPLETED(Input/output error) j:concluded"
-#define NO_SPACE_LEFT "j:aborting j:COMPLETED(No space left on device) j:concluded"
-#define DONE "j:waiting j:pending j:COMPLETED j:concluded"
-#define GROUP_DONE "j:COMPLETED j:concluded"
-#define GONE "j:created j:aborting j:concluded j:null"
-    {"aborted by the next action", CREATED, NOTHING, UNSTARTED, GONE, 0},
-    {"the next backup is refused", CREATED, REFUSED, UNSTARTED, GONE, 0},
-    {"its group is refused", CREATED, REFUSED, UNSTARTED, GONE, GROUPED},
-    {"cancelled in created", CREATED, CANCEL, UNSTARTED, GONE, 0},
-    {"success", MIDDLE, NOTHING, SUCCEEDED, DONE, 0},
-    {"success, finalized", PENDING, NOTHING, SUCCEEDED, "j:PENDING j:COMPLETED j:concluded", 0},
-    {"success of the group", MIDDLE, NOTHING, SUCCEEDED, GROUP_DONE, GROUPED},
-    {"success of the group, finalized", PENDING, NOTHING, SUCCEEDED, GROUP_DONE, GROUPED},
-    {"a save failed", MIDDLE, SAVE_FAILS, SUCCEEDED, DONE, 0},
-    {"stopped and resumed", MIDDLE, STOP_RESUME, SUCCEEDED,
-     "j:ERROR(write stop) j:paused j:running j:waiting j:pending j:COMPLETED j:concluded", 0},
-    {"read error at 0", AT_0, READ_ERROR, FAILED, IO_ERROR, 0},
-    {"read error", MIDDLE, READ_ERROR, FAILED, IO_ERROR, 0},
-    {"write error at 0", FIRST, WRITE_ERROR, FAILED, IO_ERROR, 0},
-    {"write error", MIDDLE, WRITE_ERROR, FAILED, IO_ERROR, 0},
-    {"write error in a group", MIDDLE, WRITE_ERROR, FAILED, IO_ERROR, GROUPED},
+#define RAN "running waiting pending "
+#define CANCELLED "aborting CANCELLED"
+#define IO_ERROR "aborting COMPLETED(Input/output error)"
+#define READ_IO_ERROR "running ERROR(read report) " IO_ERROR
+#define WRITE_IO_ERROR "running ERROR(write report) " IO_ERROR
+#define NO_SPACE_LEFT "running ERROR(write report) aborting COMPLETED(No space left on device)"
+#define STOPPED(what) "running ERROR(" what " stop) paused running "
+    {"aborted by the next action", CREATED, NOTHING, UNSTARTED, "aborting", 0},
+    {"the next backup is refused", CREATED, REFUSED, UNSTARTED, "aborting", 0},
+    {"its group is refused", CREATED, REFUSED, UNSTARTED, "aborting", GROUPED},
+    {"cancelled in created", CREATED, CANCEL, UNSTARTED, "aborting", 0},
+    {"success", MIDDLE, NOTHING, SUCCEEDED, RAN "COMPLETED", 0},
+    {"success, finalized", PENDING, NOTHING, SUCCEEDED, RAN "PENDING COMPLETED", 0},
+    {"success of the group", MIDDLE, NOTHING, SUCCEEDED, RAN "COMPLETED", GROUPED},
+    {"success of the group, finalized", PENDING, NOTHING, SUCCEEDED, RAN "PENDING COMPLETED",
+     GROUPED},
+    {"a save failed", MIDDLE, SAVE_FAILS, SUCCEEDED, RAN "COMPLETED", 0},
+    {"stopped by the target and resumed", MIDDLE, STOP_RESUME, SUCCEEDED,
+     STOPPED("write") "waiting pending COMPLETED", 0},
+    {"stopped by the source and resumed", MIDDLE, SOURCE_STOP_RESUME, SUCCEEDED,
+     STOPPED("read") "waiting pending COMPLETED", 0},
+    {"read error at 0", AT_0, READ_ERROR, FAILED, READ_IO_ERROR, 0},
+    {"read error", MIDDLE, READ_ERROR, FAILED, READ_IO_ERROR, 0},
+    {"write error at 0", FIRST, WRITE_ERROR, FAILED, WRITE_IO_ERROR, 0},
+    {"write error", MIDDLE, WRITE_ERROR, FAILED, WRITE_IO_ERROR, 0},
+    {"write error in a group", MIDDLE, WRITE_ERROR, FAILED, WRITE_IO_ERROR, GROUPED},
     {"no space", MIDDLE, NO_SPACE, FAILED, NO_SPACE_LEFT, 0},
     {"a save failed, and the copy", MIDDLE, SAVE_FAILS_ALL_FAILS, FAILED, NO_SPACE_LEFT, 0},
-    {"a save failed, cancelled", MIDDLE, SAVE_FAILS_CANCEL, FAILED, CANCELLED, 0},
-    {"cancelled at 0", AT_0, CANCEL, FAILED, CANCELLED, 0},
-    {"cancelled at the first chunk", FIRST, CANCEL, FAILED, CANCELLED, 0},
-    {"cancelled in the middle", MIDDLE, CANCEL, FAILED, CANCELLED, 0},
-    {"cancelled, and a late failure", MIDDLE, CANCEL, FAILED, CANCELLED, LATE_FAILURE},
-    {"stopped, cancelled", MIDDLE, STOP_CANCEL, FAILED, CANCELLED, 0},
-    {"cancelled in waiting", WAITING, CANCEL, FAILED, CANCELLED, GROUPED},
-    {"cancelled in pending", PENDING, CANCEL, FAILED, CANCELLED, 0},
-    {"cancelled in pending, group", PENDING, CANCEL, FAILED, CANCELLED, GROUPED},
-    {"target's flush", PENDING, TARGET_FLUSH, FAILED, IO_ERROR, 0},
-    {"source's flush", PENDING, SOURCE_FLUSH, FAILED, IO_ERROR, 0},
-    {"target's flush in a group", PENDING, TARGET_FLUSH, FAILED, IO_ERROR, GROUPED},
-    {"sibling fails, first chunk", FIRST, SIBLING_FAILS, FAILED, CANCELLED, GROUPED},
-    {"sibling fails, middle", MIDDLE, SIBLING_FAILS, FAILED, CANCELLED, GROUPED},
-    {"sibling fails, late failure", MIDDLE, SIBLING_FAILS, FAILED, CANCELLED,
+    {"a save failed, cancelled", MIDDLE, SAVE_FAILS_CANCEL, FAILED, "running " CANCELLED, 0},
+    {"cancelled at 0", AT_0, CANCEL, FAILED, "running " CANCELLED, 0},
+    {"cancelled at the first chunk", FIRST, CANCEL, FAILED, "running " CANCELLED, 0},
+    {"cancelled in the middle", MIDDLE, CANCEL, FAILED, "running " CANCELLED, 0},
+    {"cancelled, and a late failure", MIDDLE, CANCEL, FAILED, "running " CANCELLED, LATE_FAILURE},
+    {"stopped, cancelled", MIDDLE, STOP_CANCEL, FAILED, STOPPED("write") CANCELLED, 0},
+    {"cancelled in waiting", WAITING, CANCEL, FAILED, "running waiting " CANCELLED, GROUPED},
+    {"cancelled in pending", PENDING, CANCEL, FAILED, RAN "PENDING " CANCELLED, 0},
+    {"cancelled in pending, group", PENDING, CANCEL, FAILED, RAN "PENDING " CANCELLED, GROUPED},
+    {"target's flush", PENDING, TARGET_FLUSH, FAILED, RAN "PENDING " IO_ERROR, 0},
+    {"source's flush", PENDING, SOURCE_FLUSH, FAILED, RAN "PENDING " IO_ERROR, 0},
+    {"target's flush in a group", PENDING, TARGET_FLUSH, FAILED, RAN "PENDING " IO_ERROR, GROUPED},
+    {"sibling fails, first chunk", FIRST, SIBLING_FAILS, FAILED, "running " CANCELLED, GROUPED},
+    {"sibling fails, middle", MIDDLE, SIBLING_FAILS, FAILED, "running " CANCELLED, GROUPED},
+    {"sibling fails, late failure", MIDDLE, SIBLING_FAILS, FAILED, "running " CANCELLED,
      GROUPED | LATE_FAILURE},
-    {"sibling fails, waiting", WAITING, SIBLING_FAILS, FAILED, CANCELLED, GROUPED | SIBLING_FIRST},
-    {"sibling cancelled, at 0", AT_0, SIBLING_CANCELLED, FAILED, CANCELLED,
+    {"sibling fails, waiting", WAITING, SIBLING_FAILS, FAILED, "running waiting " CANCELLED,
      GROUPED | SIBLING_FIRST},
-    {"sibling cancelled, first chunk", FIRST, SIBLING_CANCELLED, FAILED, CANCELLED, GROUPED},
-    {"sibling cancelled, middle", MIDDLE, SIBLING_CANCELLED, FAILED, CANCELLED, GROUPED},
-    {"sibling cancelled, waiting", WAITING, SIBLING_CANCELLED, FAILED, CANCELLED, GROUPED},
-    {"sibling cancelled, pending", PENDING, SIBLING_CANCELLED, FAILED, CANCELLED, GROUPED},
-    {"first sibling's flush", PENDING, SIBLING_FLUSH, FAILED, CANCELLED, GROUPED | SIBLING_FIRST},
-    {"last sibling's flush", PENDING, SIBLING_FLUSH, FAILED, CANCELLED, GROUPED},
+    {"sibling cancelled, at 0", AT_0, SIBLING_CANCELLED, FAILED, "running " CANCELLED,
+     GROUPED | SIBLING_FIRST},
+    {"sibling cancelled, first chunk", FIRST, SIBLING_CANCELLED, FAILED, "running " CANCELLED,
+     GROUPED},
+    {"sibling cancelled, middle", MIDDLE, SIBLING_CANCELLED, FAILED, "running " CANCELLED, GROUPED},
+    {"sibling cancelled, waiting", WAITING, SIBLING_CANCELLED, FAILED, "running waiting " CANCELLED,
+     GROUPED},
+    {"sibling cancelled, pending", PENDING, SIBLING_CANCELLED, FAILED, RAN "PENDING " CANCELLED,
+     GROUPED},
+    {"first sibling's flush", PENDING, SIBLING_FLUSH, FAILED, RAN "PENDING " CANCELLED,
+     GROUPED | SIBLING_FIRST},
+    {"last sibling's flush", PENDING, SIBLING_FLUSH, FAILED, RAN "PENDING " CANCELLED, GROUPED},
 };
 
 /* Which modes each sync takes; "" is no bitmap-mode. */
@@ -352,6 +362,11 @@ static void clear_stage(struct play *p)
     events[0] = '\0';
 }
 
+static bool stops(enum cause cause)
+{
+    return cause == STOP_CANCEL || cause == STOP_RESUME || cause == SOURCE_STOP_RESUME;
+}
+
 /* The arguments of a backup from s to t. drive-backup opens its target by name: a raw node over t.
  */
 static struct json_object *arguments(const struct play *p, const char *sync, const char *mode)
@@ -368,8 +383,9 @@ static struct json_object *arguments(const struct play *p, const char *sync, con
     } else
         json_add_string(data, "target", "t");
     json_add_bool(data, "auto-finalize", o->moment != PENDING);
-    if (o->cause == STOP_CANCEL || o->cause == STOP_RESUME)
-        json_add_string(data, "on-target-error", "stop");
+    if (stops(o->cause))
+        json_add_string(
+            data, o->cause == SOURCE_STOP_RESUME ? "on-source-error" : "on-target-error", "stop");
     return data;
 }
 
@@ -491,6 +507,7 @@ static void strike(struct play *p)
     case REFUSED:
         break;
     case READ_ERROR:
+    case SOURCE_STOP_RESUME:
         mem_of(p->s)->bad_read = o->moment == AT_0 ? range_make(0, SIZE) : fails;
         mem_of(p->s)->read_errno = EIO;
         break;
@@ -551,6 +568,7 @@ static void strike(struct play *p)
     case NOTHING:
     case SAVE_FAILS:
     case STOP_RESUME:
+    case SOURCE_STOP_RESUME:
         copied_below(p, SIZE);
         break;
     default:
@@ -565,7 +583,8 @@ static void stop(struct play *p)
     wait_for("j", "paused");
     struct json_object *list = jobs_query_block(js);
     struct json_object *info = json_object_array_get_idx(list, 0);
-    MUST(p, strcmp(json_get_string(info, "io-status", ""), "nospace") == 0);
+    MUST(p, strcmp(json_get_string(info, "io-status", ""),
+                   p->cell->outcome->cause == SOURCE_STOP_RESUME ? "failed" : "nospace") == 0);
     MUST(p, json_get_bool(info, "paused", false));
     json_object_put(list);
     MUST(p, dirty_busy(p->bitmap));
@@ -575,6 +594,7 @@ static void stop(struct play *p)
         return;
     }
     target_fails(p, range_make(0, 0), 0, -1);
+    mem_of(p->s)->bad_read = range_make(0, 0);
     mem_of(p->t)->check_once = true; /* it goes on where it stopped */
     verb_ok("j", JOB_VERB_RESUME);
 }
@@ -612,7 +632,7 @@ static void run(struct play *p)
         write_late(p);
     }
     strike(p);
-    if (o->cause == STOP_CANCEL || o->cause == STOP_RESUME)
+    if (stops(o->cause))
         stop(p);
     if (o->moment == PENDING && o->cause != CANCEL && o->cause != SIBLING_CANCELLED)
         verb_ok("j", JOB_VERB_FINALIZE);
@@ -701,19 +721,22 @@ static void run_again(struct play *p)
         MUST(p, bitmap_count(dirty_bits(p->bitmap)) == 0);
 }
 
-/* The job's own events, without its sibling's. */
-static bool ended_with(const char *ending)
+/* The job's own events, without its sibling's, are exactly these. */
+static bool events_are(const char *expected)
 {
-    char own[sizeof events] = "", text[sizeof events];
-    char *next = strcpy(text, events), *e;
-    while ((e = strsep(&next, " ")) != NULL) {
-        /* What is said in brackets has spaces, too. */
-        if (strncmp(e, "k:", 2) != 0 && *e) {
-            strcat(own, e);
-            strcat(own, " ");
-        }
+    char own[sizeof events] = "", wanted[512], text[sizeof events];
+    char *next = strcpy(text, events), *word;
+    bool mine = false;
+    while ((word = strsep(&next, " ")) != NULL) {
+        if (strncmp(word, "j:", 2) == 0 || strncmp(word, "k:", 2) == 0) {
+            mine = *word == 'j';
+            word += 2;
+        } /* else the last one goes on */
+        if (mine && *word)
+            strcat(strcat(own, word), " ");
     }
-    return strstr(own, ending);
+    snprintf(wanted, sizeof wanted, "created %s concluded null ", expected);
+    return strcmp(own, wanted) == 0;
 }
 
 static void play_cell(struct graph *g, const struct cell *c)
@@ -726,7 +749,7 @@ static void play_cell(struct graph *g, const struct cell *c)
         never_start(p);
     else
         run(p);
-    MUST(p, ended_with(c->outcome->ending));
+    MUST(p, events_are(c->outcome->events));
     MUST(p, p->guest.edge->node == p->s);
     if (c->outcome->fate != UNSTARTED)
         check_copied(p);
@@ -774,6 +797,43 @@ JOB_TASK(granularities)
     play_cells(g, "blockdev-backup", true, 4 * UNIT, 65536);
 }
 
+static unsigned errors_ignored(void)
+{
+    unsigned n = 0;
+    for (const char *e = events; (e = strstr(e, "ERROR(read ignore)")); e++)
+        n++;
+    return n;
+}
+
+/* A disk that fails for ever, and a user who wants that ignored: some ten tries a second, each with
+ * its event, and every verb works. */
+JOB_TASK(ignored_for_ever)
+{
+    struct node *s = disk(g, "s", SIZE, 0), *t = disk(g, "t", SIZE, 0);
+    memset(mem_of(s)->bytes, 0x11, SIZE);
+    mem_of(s)->bad_read = range_make(0, 512);
+    mem_of(s)->read_errno = EIO;
+    command_ok(g, "blockdev-backup",
+               parse("{'device':'s','target':'t','job-id':'j','sync':'full','auto-dismiss':false,"
+                     "'on-source-error':'ignore'}"));
+    turns(1000);
+    CHECK(errors_ignored() == 1);
+    CHECK(sleep_until(clock_after_ns(5 * NSEC_PER_SEC)) == 0);
+    CHECK(errors_ignored() >= 40 && errors_ignored() <= 60);
+    uint64_t now = clock_now_ns();
+    verb_ok("j", JOB_VERB_PAUSE);
+    wait_for("j", "paused");
+    CHECK(clock_now_ns() == now);
+    verb_ok("j", JOB_VERB_RESUME);
+    turns(20);
+    verb_ok("j", JOB_VERB_CANCEL);
+    wait_for("j", "concluded");
+    CHECK(clock_now_ns() == now && strstr(events, "j:CANCELLED"));
+    verb_ok("j", JOB_VERB_DISMISS);
+    node_unref(s);
+    node_unref(t);
+}
+
 #define VIRTUAL(name, task)                                                                        \
     static void name(void **state)                                                                 \
     {                                                                                              \
@@ -783,12 +843,14 @@ VIRTUAL(each_outcome_of_blockdev_backup, blockdev_backup)
 VIRTUAL(each_outcome_of_drive_backup, drive_backup)
 VIRTUAL(each_outcome_with_a_disabled_bitmap, disabled_bitmap)
 VIRTUAL(each_outcome_where_granularity_and_chunk_differ, granularities)
+VIRTUAL(what_is_ignored_for_ever_floods_nobody, ignored_for_ever)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(each_outcome_of_blockdev_backup),
     cmocka_unit_test(each_outcome_of_drive_backup),
     cmocka_unit_test(each_outcome_with_a_disabled_bitmap),
     cmocka_unit_test(each_outcome_where_granularity_and_chunk_differ),
+    cmocka_unit_test(what_is_ignored_for_ever_floods_nobody),
 };
 
 UNIT_MAIN(tests)

@@ -172,32 +172,196 @@ JOB_TEST(a_guests_marks_survive_an_undone_clear)
     "{'type':'blockdev-backup','data':{'device':'" device "','target':'" target "','job-id':'" id  \
     "','sync':'full'" more "}}"
 
+enum { CHUNKS = 4 * MiB / 65536 };
+
+/* Is what the bitmap says exactly what was written since THEN, chunk by chunk? */
+static void check_written_since(struct graph *g, const unsigned *then)
+{
+    graph_quiesce_begin(g, &n, 1);
+    const struct bitmap *bits = dirty_bits(dirty_find(n, "b"));
+    CHECK(bitmap_granularity(bits) == 65536);
+    for (uint64_t c = 0; c < CHUNKS; c++)
+        CHECK(bitmap_get(bits, c * 65536) == (mem_of(n)->written[c] != then[c]));
+    graph_quiesce_end(g, &n, 1);
+}
+
+/* The three ways to begin a chain: with a new bitmap, with one that is cleared, and (the way for
+ * groups) with one that the backup itself moves on. */
 JOB_TEST(a_chain_starts_with_no_write_lost_or_doubled)
 {
+    static const char *const ways[] = {
+        "[" ADD("b") "," BACKUP("s", "t", "j", "") "]",
+        "[" ON("clear", "b") "," BACKUP("s", "t", "j", "") "]",
+        "[" BACKUP("s", "t", "j", ",'bitmap':'b','bitmap-mode':'on-success'") "]",
+    };
     struct node *t = disk(g, "t", 4 * MiB, 0);
-    struct guest gu;
+    struct guest gu[3];
     n = disk(g, "s", 4 * MiB, 0);
     fill_disk(n, 5);
     mem_of(n)->yields = mem_of(t)->yields = 3;
-    guest_on(&gu, n, 1);
     SCOPE(tasks);
-    scope_spawn(&tasks, guest_task, &gu);
-    for (int round = 0; round < 5; round++) {
+    for (unsigned i = 0; i < ARRAY_SIZE(gu); i++) {
+        guest_on(&gu[i], n, i);
+        scope_spawn(&tasks, guest_task, &gu[i]);
+    }
+    for (unsigned round = 0; round < 9; round++) {
+        struct error err = ERROR_INIT;
+        unsigned then[CHUNKS];
         turns(20);
-        run_ok(g, round ? parse("[" ON("clear", "b") "," BACKUP("s", "t", "j", "") "]")
-                        : parse("[" ADD("b") "," BACKUP("s", "t", "j", "") "]"));
+        /* No guest's write is inside; some wait at the gate, as they would in the transaction. */
+        graph_quiesce_begin(g, &n, 1);
+        memcpy(then, mem_of(n)->written, sizeof then);
+        uint8_t *instant = xcalloc(1, 4 * MiB);
+        memcpy(instant, mem_of(n)->bytes, 4 * MiB);
+        int r = run(g, &err, parse("%s", ways[round % 3]), round % 3 == 2 ? "grouped" : NULL);
+        CHECK_OK(r, err);
+        graph_quiesce_end(g, &n, 1);
         wait_for("j", "null");
         CHECK(strstr(events, "j:COMPLETED j:"));
         events[0] = '\0';
-        for (uint64_t i = 0; i < 4 * MiB; i++)
-            CHECK(mem_of(t)->bytes[i] == mem_of(n)->bytes[i] ||
-                  bitmap_get(dirty_bits(dirty_find(n, "b")), i));
+        CHECK(memcmp(mem_of(t)->bytes, instant, 4 * MiB) == 0);
+        check_written_since(g, then);
+        turns(20);
+        check_written_since(g, then);
+        if (round % 3 == 2)
+            command_ok(g, "block-dirty-bitmap-remove", parse("{'node':'s','name':'b'}"));
+        free(instant);
+    }
+    for (unsigned i = 0; i < ARRAY_SIZE(gu); i++)
+        gu[i].stop = true;
+    CHECK(scope_join(&tasks) == 0);
+    for (unsigned i = 0; i < ARRAY_SIZE(gu); i++) {
+        CHECK(gu[i].failed == 0);
+        edge_detach(gu[i].edge);
+    }
+    node_unref(n);
+    node_unref(t);
+}
+
+/* As libvirt starts an increment: always on a copy, merged from wherever the bits are. The copy and
+ * what the bitmaps go on to record have one instant. */
+JOB_TEST(a_backup_on_a_copy_of_many_bitmaps)
+{
+    struct node *t = disk(g, "t", 4 * MiB, 0), *other = disk(g, "o", 4 * MiB, 0);
+    struct guest gu;
+    n = disk(g, "s", 4 * MiB, 0);
+    mem_of(n)->yields = mem_of(t)->yields = 3;
+    guest_on(&gu, n, 1);
+    gu.writes = 5;
+    guest_task(&gu);
+    memcpy(mem_of(t)->bytes, mem_of(n)->bytes, 4 * MiB); /* the full backup */
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'o','name':'x','granularity':4096}"));
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'y','granularity':1048576}"));
+    gu.writes = 2;
+    guest_task(&gu);
+    bitmap_mark(dirty_bits(dirty_find(other, "x")), range_make(3 * MiB - 5, 10));
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b','disabled':true}"));
+    gu.writes = UINT32_MAX;
+    SCOPE(tasks);
+    scope_spawn(&tasks, guest_task, &gu);
+    for (int round = 0; round < 6; round++) {
+        struct error err = ERROR_INIT;
+        turns(15);
+        graph_quiesce_begin(g, &n, 1);
+        uint8_t *instant = xcalloc(1, 4 * MiB);
+        memcpy(instant, mem_of(n)->bytes, 4 * MiB);
+        static const char tmp[] =
+            "{'type':'block-dirty-bitmap-add','data':{'node':'s','name':'tmp',"
+            "'granularity':512,'disabled':true}}";
+        char actions[2048];
+        snprintf(
+            actions, sizeof actions,
+            "[%s," MERGE("tmp", "'b','y',{'node':'o','name':'x'}") "," ON(
+                "clear",
+                "y") ","
+                     "{'type':'blockdev-backup','data':{'device':'s','target':'t','job-id':'j',"
+                     "'sync':'%s','bitmap':'tmp'%s}}]",
+            tmp, round % 2 ? "bitmap" : "incremental", round % 2 ? ",'bitmap-mode':'never'" : "");
+        int r = run(g, &err, parse("%s", actions), NULL);
+        CHECK_OK(r, err);
+        CHECK(!dirty_enabled(dirty_find(n, "tmp")) && !dirty_recording(dirty_find(n, "tmp")));
+        CHECK(bitmap_get(dirty_bits(dirty_find(n, "tmp")), 3 * MiB + 4095));
+        CHECK(!bitmap_count(dirty_bits(dirty_find(n, "y"))));
+        graph_quiesce_end(g, &n, 1);
+        wait_for("j", "null");
+        CHECK(strstr(events, "j:COMPLETED j:"));
+        events[0] = '\0';
+        CHECK(memcmp(mem_of(t)->bytes, instant, 4 * MiB) == 0);
+        CHECK(round % 2 || count("tmp") == 0); /* what guests wrote is not the copy's affair */
+        command_ok(g, "block-dirty-bitmap-remove", parse("{'node':'s','name':'tmp'}"));
+        free(instant);
     }
     gu.stop = true;
     CHECK(scope_join(&tasks) == 0);
     edge_detach(gu.edge);
     node_unref(n);
     node_unref(t);
+    node_unref(other);
+}
+
+/* Each way in which one of many sources cannot be merged, at each place among them. */
+JOB_TEST(a_merge_that_fails_changes_nothing)
+{
+    struct node *small = disk(g, "small", 2 * MiB, 0), *t = disk(g, "t", 4 * MiB, 0);
+    n = disk(g, "s", 4 * MiB, 0);
+    static const char *const names[] = {"a", "b", "c", "busy", "broken"};
+    for (unsigned i = 0; i < ARRAY_SIZE(names); i++) {
+        command_ok(g, "block-dirty-bitmap-add",
+                   parse("{'node':'s','name':'%s','granularity':%u}", names[i], 512u << i));
+        mark(names[i], i * MiB / 2);
+    }
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'small','name':'x'}"));
+    command_ok(g, "blockdev-backup",
+               parse("{'device':'s','target':'t','job-id':'j','sync':'bitmap','bitmap':'busy',"
+                     "'bitmap-mode':'never','auto-finalize':false}"));
+    wait_for("j", "pending");
+    dirty_set_inconsistent(dirty_find(n, "broken"));
+    static const struct {
+        const char *source, *text;
+    } bad[] = {
+        {"'x'", "Dirty bitmap 'x' not found"},
+        {"{'node':'s','name':'x'}", "Dirty bitmap 'x' not found"},
+        {"{'node':'x','name':'a'}", "Node 'x' not found"},
+        {"{'node':'small','name':'x'}",
+         "Bitmaps are of different sizes (destination size is 4194304, source size is 2097152) and "
+         "can't be merged"},
+        {"'busy'", "Bitmap 'busy' is currently in use by another operation and cannot be used"},
+        {"'broken'", "Bitmap 'broken' is inconsistent and cannot be used"},
+    };
+    char before[65], after[65];
+    CHECK(dirty_sha256(dirty_find(n, "a"), before, NULL) == 0);
+    for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
+        for (unsigned place = 0; place < 3; place++) {
+            struct error err = ERROR_INIT;
+            char sources[256];
+            snprintf(sources, sizeof sources, "%s%s%s", place > 0 ? "'b'," : "", bad[i].source,
+                     place < 2 ? ",'c'" : "");
+            CHECK(command(g, &err, "block-dirty-bitmap-merge",
+                          parse("{'node':'s','target':'a','bitmaps':[%s]}", sources)) < 0);
+            CHECK_TEXT(err, bad[i].text);
+            run_fails(g, bad[i].text,
+                      parse("[" ADD("d") "," MERGE("d", "'a','b','c'") "," MERGE("a", "'c'") "," ON(
+                                "clear", "b") "," MERGE("a", "%s") "]",
+                            sources));
+            CHECK(dirty_sha256(dirty_find(n, "a"), after, NULL) == 0);
+            CHECK(strcmp(before, after) == 0 && !dirty_find(n, "d"));
+            CHECK(count("b") == 1024 && count("c") == 2048);
+        }
+    }
+    static const char *const targets[] = {"busy", "broken"};
+    for (unsigned i = 0; i < ARRAY_SIZE(targets); i++) {
+        struct error err = ERROR_INIT;
+        uint64_t dirty = count(targets[i]);
+        CHECK(command(g, &err, "block-dirty-bitmap-merge",
+                      parse("{'node':'s','target':'%s','bitmaps':['a','b']}", targets[i])) < 0);
+        CHECK_TEXT(err, bad[4 + i].text);
+        CHECK(count(targets[i]) == dirty);
+    }
+    verb_ok("j", JOB_VERB_FINALIZE);
+    wait_for("j", "null");
+    node_unref(n);
+    node_unref(t);
+    node_unref(small);
 }
 
 /* A guest that writes the same number to one disk, then to the other: a backup of both may have
@@ -401,6 +565,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(what_fails_has_changed_nothing),
     cmocka_unit_test(a_guests_marks_survive_an_undone_clear),
     cmocka_unit_test(a_chain_starts_with_no_write_lost_or_doubled),
+    cmocka_unit_test(a_backup_on_a_copy_of_many_bitmaps),
+    cmocka_unit_test(a_merge_that_fails_changes_nothing),
     cmocka_unit_test(all_disks_have_one_instant),
     cmocka_unit_test(a_backup_that_cannot_be_prepared_undoes_those_before_it),
     cmocka_unit_test(a_group_ends_together),

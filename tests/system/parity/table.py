@@ -27,7 +27,8 @@ import subprocess
 import tempfile
 
 from tidemark_testlib import (
-    QMP, Daemon, Exited, Timeout, connect, create_image, nbd_uri, qemu_img, qemu_io, temp_dir,
+    QMP, Daemon, Exited, SmallFileSystem, Timeout, connect, create_image, nbd_uri, qemu_img, qemu_io,
+    temp_dir,
 )
 from tidemark_testlib.nbd import extents
 
@@ -176,6 +177,30 @@ class file_size_limit(Setup):
 
     def __init__(self, limit):
         self.limit = limit
+
+
+class small_disk(image):
+    """A raw node of its name whose file is in a file system of SPACE bytes (a number and a letter), which
+    has room for LEAVE of them: the way to ENOSPC. t.make_room() gives it the rest."""
+
+    def __init__(self, name, space="16M", leave=1 << 20, size="4M"):
+        super().__init__(name, "raw", size)
+        self.space, self.leave = space, leave
+        self.fs = None
+
+    def prepare(self, where):
+        self.fs = SmallFileSystem(where / "small", self.space)
+        create_image(self.fs.outside / self.file, "raw", self.size)
+        self.fs.fill(self.leave)
+
+    def argv(self):
+        return ["--blockdev", f"driver=raw,node-name={self.name},file.driver=file,"
+                f"file.filename=$DIR/small/{self.file}"]
+
+    def end(self):
+        if self.fs:
+            self.fs.close()
+            self.fs = None
 
 
 def mark_in_use(path):
@@ -334,7 +359,9 @@ class Recorder:
             return
         try:
             limit = next((s.limit for s in self.seq.setup if isinstance(s, file_size_limit)), None)
+            small = self.small
             self.daemon = Daemon(*argv, binary=self.binary, directory=self.where,
+                                 prefix=small.fs.prefix if small else (),
                                  connect=negotiate, timeout=PATIENCE, file_size_limit=limit)
             if not negotiate:
                 self.daemon.qmp = self.daemon.new_monitor(negotiate=False)
@@ -347,6 +374,14 @@ class Recorder:
         self._record("start", request, result, count)
         if "started" not in result:
             raise Died
+
+    @property
+    def small(self):
+        return next((s for s in self.seq.setup if isinstance(s, small_disk)), None)
+
+    def make_room(self):
+        """The full file system of small_disk is full no more."""
+        self.tool("make-room", lambda where: self.small.fs.make_room())
 
     def finish_under_guest(self, how):
         """Ends the daemon while its guests are connected; they are gone after it."""

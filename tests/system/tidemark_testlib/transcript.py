@@ -61,11 +61,18 @@ def blocks(document):
             kind = None
         elif kind is not None:
             text.append(line)
-        elif "```" in line or line.startswith(("    ", "\t")) and re.search(r"->|<-|\$ ", line):
+        elif re.search("```|~~~|<pre", line) or re.match(r"(    |\t).*(->|<-|\$ )", line):
             raise Wrong(f"line {number}: a block that is not fenced at the margin")
     if kind is not None:
         raise Wrong(f"line {begun}: this block does not end")
     return found
+
+
+def dead_links(document):
+    """Links within the page that lead nowhere."""
+    headings = re.findall(r"^#+ (.*)$", document, re.M)
+    places = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+    return [link for link in re.findall(r"\]\(#([^)]*)\)", document) if link not in places]
 
 
 def exchanges(block):

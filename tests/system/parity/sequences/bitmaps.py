@@ -221,6 +221,76 @@ def bitmap_merge_counts(t):
     t.nodes()
 
 
+@sequence(disk("a"), disk("b", "raw"), disk("c", cluster_size="4k"), disk("t"), nbd_server("a", "b", "c"))
+def bitmap_merge_from_other_nodes(t):
+    """Many sources, from three nodes, of every granularity, onto each of every granularity; onto a
+    disabled copy in one transaction with the backup. Equal content has an equal sum."""
+    grains = (512, 4096, 65536, 1 << 20, 1 << 31)
+    for number, node in enumerate("abc"):
+        for grain in grains:
+            t(ADD, node=node, name=f"g{grain}", granularity=grain)
+        t(ADD, node=node, name="default")
+        for at in (512 * (number + 1), 700 * 512 + 65536 * number, (2 << 20) + 4096 * number):
+            t.write(node, at, 512 * (1 + 9 * number))
+    t.write("c", (4 << 20) - 512, 512)
+    everything = [{"node": node, "name": f"g{grain}"} for node in "abc" for grain in grains]
+    for grain in grains:
+        t(ADD, node="a", name=f"sum{grain}", granularity=grain, disabled=True)
+        t(MERGE, node="a", target=f"sum{grain}", bitmaps=everything[:5] + ["default"])
+        t(SHA, node="a", name=f"sum{grain}")
+        t(MERGE, node="a", target=f"sum{grain}", bitmaps=everything[5:8] + everything[10:13])
+        t(SHA, node="a", name=f"sum{grain}")
+    for node in "abc":
+        for grain in grains:
+            t(SHA, node=node, name=f"g{grain}")
+    t.nodes()
+    t.tx((ADD, {"node": "a", "name": "tmp", "disabled": True, "granularity": 4096}),
+         (MERGE, {"node": "a", "target": "tmp", "bitmaps": ["g512", {"node": "b", "name": "g4096"},
+                                                           {"node": "c", "name": "default"}]}),
+         (CLEAR, {"node": "a", "name": "g512"}),
+         (ADD, {"node": "a", "name": "next"}),
+         ("blockdev-backup", {"job-id": "j", "device": "a", "target": "t", "sync": "bitmap",
+                              "bitmap": "tmp", "bitmap-mode": "never", "auto-finalize": False}))
+    t.wait_job("j", "pending")
+    t.write("a", 3 << 20, 65536)
+    t(SHA, node="a", name="tmp")
+    t.nodes()
+    t("job-finalize", id="j")
+    t.wait_job("j", "null")
+    for name in ("tmp", "next", "g512"):
+        t(SHA, node="a", name=name)
+    t.nodes()
+
+
+@sequence(disk("a"), disk("small", size="2M"), disk("t"), nbd_server("a"), image("broken", bitmaps=["p"], in_use=True))
+def bitmap_merge_that_fails(t):
+    """One source of many cannot be merged, or the target cannot take it: all is as it was."""
+    t("blockdev-add", driver="qcow2", node_name="broken",
+      file={"driver": "file", "filename": "$DIR/broken.qcow2"})
+    for name in ("x", "y", "z", "busy"):
+        t(ADD, node="a", name=name, granularity=4096)
+        t.write("a", 65536 * len(name), 4096)
+    t(ADD, node="small", name="s")
+    t("blockdev-backup", job_id="j", device="a", target="t", sync="incremental", bitmap="busy",
+      auto_finalize=False)
+    t.wait_job("j", "pending")
+    bad = ("nosuch", "busy", {"node": "small", "name": "s"}, {"node": "broken", "name": "p"},
+           {"node": "nosuch", "name": "y"})
+    for source in bad:
+        for sources in ([source, "y", "z"], ["y", source, "z"], ["y", "z", source]):
+            t(MERGE, node="a", target="x", bitmaps=sources)
+        t.tx((ADD, {"node": "a", "name": "tmp", "disabled": True}),
+             (MERGE, {"node": "a", "target": "tmp", "bitmaps": ["x", "y"]}),
+             (MERGE, {"node": "a", "target": "x", "bitmaps": ["z"]}),
+             (MERGE, {"node": "a", "target": "x", "bitmaps": ["y", source]}))
+        t(SHA, node="a", name="x")
+    t(MERGE, node="a", target="busy", bitmaps=["y", "z"])
+    t(MERGE, node="broken", target="p", bitmaps=[{"node": "a", "name": "y"}])
+    t.nodes()
+    t("job-finalize", id="j")
+    t.wait_job("j", "null")
+
+
 @sequence(disk("a"), nbd_server("a"))
 def bitmap_marks(t):
     """What marks a bitmap: writes, zeroes and trims, rounded outwards; disabled ones nothing."""

@@ -317,3 +317,29 @@ def group_bitmaps(t):
     pending(t, "ja", "jb")
     t("job-finalize", id="jb")
     dismiss(t, "ja", "jb")
+
+
+@sequence(*PAIR)
+def group_given_up(t):
+    """A group that is given up before it starts."""
+    grouped(t, member("a"), member("b"), ("abort", {}))
+    ask(t)
+    t.nodes()
+    grouped(t, member("a"), member("b", sync="nosuch"))
+    grouped(t, member("a"), member("b", target="a"))
+    ask(t)
+
+
+@sequence(*PAIR, mask=CUT)
+def group_at_the_end(t):
+    """The program ends while a group waits, and while one is pending."""
+    for how in ("quit", "term"):
+        waiting_pair(t)
+        t.finish(how)
+        t.start()
+        grouped(t, member("a"), member("b"))
+        pending(t, "ja", "jb")
+        t.finish(how)
+        t.start()
+    for name in ("a", "b", "ta", "tb"):
+        t.check(f"{name}.qcow2")

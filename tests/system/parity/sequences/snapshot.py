@@ -377,3 +377,103 @@ def snapshot_under_a_mirrors_target(t):
     t.hang_up("a")
     t.finish()
     t.content("t.qcow2")
+
+
+@sequence(disk("a", data=DATA), disk("b", data=DATA), disk("ta"), disk("tb"), image("o"), image("p"),
+          nbd_server("a", "b"))
+def snapshot_and_backup_at_one_instant(t):
+    """Both orders: the backup of the disk below its overlay, and the overlay below the filter."""
+    overlay(t, "o")
+    overlay(t, "p")
+    go = {"sync": "full", "auto-finalize": False}
+    t.tx(("blockdev-snapshot", {"node": "a", "overlay": "o"}),
+         ("blockdev-backup", {**go, "job-id": "ja", "device": "a", "target": "ta"}),
+         ("blockdev-backup", {**go, "job-id": "jb", "device": "b", "target": "tb"}),
+         ("blockdev-snapshot", {"node": "b", "overlay": "p"}))
+    for node in "ab":
+        t.wait_job(f"j{node}", "pending")
+    for node in "ab":
+        t.write(node, 0, 65536, 0x11)
+    t.nodes()
+    for node in "ab":
+        t("job-finalize", id=f"j{node}")
+        t.wait_job(f"j{node}", "null")
+    t.nodes()
+    for node in "ab":
+        t.write(node, 65536, 65536, 0x22)
+        t.read(node, 0, 1 << 20)
+        t.hang_up(node)
+    t.finish()
+    for name in ("a", "b", "ta", "tb", "o", "p"):
+        t.content(f"{name}.qcow2")
+
+
+@sequence(disk("a", data=DATA, bitmaps=["b"]), disk("t"), image("o"), nbd_server("a"))
+def snapshot_while_a_bitmap_is_busy(t):
+    """A persistent bitmap that a job has cannot be saved: the disk stays writable below."""
+    overlay(t, "o")
+    t.write("a", 0, 65536, 0x11)
+    t("blockdev-backup", job_id="j", device="a", target="t", sync="incremental", bitmap="b",
+      auto_finalize=False)
+    t.wait_job("j", "pending")
+    t("blockdev-snapshot", node="a", overlay="o")
+    t.nodes()
+    t.write("a", 1 << 20, 65536, 0x22)
+    t("job-finalize", id="j")
+    t.wait_job("j", "null")
+    t.nodes()
+    t("block-dirty-bitmap-clear", node="a", name="b")
+    t.hang_up("a")
+    t.finish()
+    t.bitmaps_on_disk("a.qcow2")
+
+
+@sequence(disk("a", data=DATA), disk("b", "raw"), disk("c"), image("o"), image("p"), image("q"), nbd_server())
+def snapshot_of_filters(t):
+    """A filter's node has an overlay as any other."""
+    t("object-add", qom_type="throttle-group", id="g")
+    t("blockdev-add", driver="throttle", node_name="th", file="a", throttle_group="g")
+    t("blockdev-add", driver="blkdebug", node_name="bd", image="b")
+    t("blockdev-add", driver="raw", node_name="rw", file="c", size=1 << 20)
+    for node in ("th", "bd", "rw"):
+        t.export(node)
+    for node, name in (("th", "o"), ("bd", "p"), ("rw", "q")):
+        overlay(t, name)
+        t("blockdev-snapshot", node=node, overlay=name)
+        t.write(node, 0, 65536, 0x11)
+    t.nodes()
+    t("blockdev-snapshot-sync", node_name="o", snapshot_file="$DIR/s.qcow2", snapshot_node_name="s")
+    t("blockdev-snapshot-sync", node_name="s", snapshot_file="$DIR/s2.qcow2", snapshot_node_name="s2")
+    t.nodes()
+    for node in ("th", "bd", "rw"):
+        t.hang_up(node)
+
+
+@sequence(disk("a", data=DATA, file_node="af"), image("o"), image("p", "raw"), nbd_server("a"))
+def snapshot_below_a_format(t):
+    """The file of a format is a node, too."""
+    overlay(t, "o")
+    t("blockdev-snapshot", node="af", overlay="o")
+    t.nodes()
+    t.write("a", 0, 65536, 0x11)
+    t.read("a", 0, 131072)
+
+
+@sequence(disk("a", data=DATA), image("o"), image("q"), nbd_server("a"))
+def snapshot_reopened(t):
+    """What a snapshot has put there can be changed and taken apart by blockdev-reopen."""
+    overlay(t, "o")
+    t("blockdev-snapshot", node="a", overlay="o")
+    o = {"driver": "qcow2", "node-name": "o", "file": {"driver": "file", "filename": "$DIR/o.qcow2"}}
+    a = {"driver": "qcow2", "node-name": "a", "file": {"driver": "file", "filename": "$DIR/a.qcow2"}}
+    t("blockdev-reopen", options=[o])
+    t("blockdev-reopen", options=[{**o, "backing": "a", "read-only": True}])
+    t("blockdev-reopen", options=[{**o, "backing": "a"}])
+    t("blockdev-reopen", options=[{**a, "read-only": False}])
+    t.nodes()
+    t("blockdev-reopen", options=[{**a, "read-only": True}])
+    t("blockdev-reopen", options=[{**o, "backing": None}])
+    t.nodes()
+    t("blockdev-del", node_name="a")
+    t.read("a", 0, 131072)
+    t.nodes()

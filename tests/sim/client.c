@@ -1,0 +1,445 @@
+/* A client of a disk: keeps its backups, and believes what it was told.
+ *
+ * It has a bitmap (persistent where the disk can have such), and what it has kept: the content that
+ * its chain of backups, restored, would give. After each backup that succeeded, the chain with this
+ * one on top must be the disk at the instant of its start. Whenever nobody writes, and
+ * whenever the program has come back, where the disk differs from what is kept the bitmap must be
+ * set, or say that it cannot be trusted; and after a clean close, it must not be set where nobody
+ * wrote. A backup that was reported is still there when the power has gone. */
+#include "history.h"
+
+#include "dirty/dirty.h"
+#include "job/transaction.h"
+#include "rt/io.h"
+
+#include <errno.h>
+
+struct backup {
+    bool running; /* a job has it: what becomes of it is not known */
+    bool told;    /* ... but it has been reported: */
+    bool succeeded;
+    bool full, keeps; /* keeps: success moves the bitmap's base */
+    bool always;      /* what a failed one has achieved counts */
+    char job[24], node[24], path[SIM_PATH];
+    struct instant instant;
+};
+
+struct client {
+    struct history *h;
+    struct disk *d;
+    char bitmap[16];
+    bool has_chain; /* kept is the base of the bitmap */
+    uint32_t *kept;
+    uint64_t base_from; /* what was written before is not to be dirty */
+    bool in_chunks;     /* what remained of a failed job in mode always is: 64 KiB */
+    struct backup backup;
+    /* the last one that was reported: */
+    char last_path[SIM_PATH];
+    uint32_t *last;
+    bool *last_has;
+    unsigned next;
+    bool clean;      /* the program was closed well */
+    bool had_bitmap; /* at the close, and good */
+    uint64_t lost_needlessly;
+};
+
+static void *start(struct history *h, struct disk *d)
+{
+    struct client *c = xnew(struct client);
+    c->h = h;
+    c->d = d;
+    c->kept = xcalloc(d->model.n, sizeof *c->kept);
+    c->last = xcalloc(d->model.n, sizeof *c->last);
+    c->last_has = xcalloc(d->model.n, sizeof *c->last_has);
+    snprintf(c->bitmap, sizeof c->bitmap, "bm%u", d->number);
+    return c;
+}
+
+static void finish(void *self)
+{
+    struct client *c = self;
+    instant_fini(&c->backup.instant);
+    free(c->kept);
+    free(c->last);
+    free(c->last_has);
+    free(c);
+}
+
+static struct dirty_bitmap *bitmap(struct client *c)
+{
+    return dirty_find(c->d->n, c->bitmap);
+}
+
+/* ---- judging ---- */
+
+/* Nobody writes. Where the disk is not what was kept, the bitmap must be set. */
+static void judge_bitmap(struct client *c, const char *when, bool exact)
+{
+    struct dirty_bitmap *bm = bitmap(c);
+    if (!c->has_chain || !bm || dirty_inconsistent(bm))
+        return;
+    uint8_t *buf = malloc(c->d->size);
+    assert(buf);
+    int r = history_read_all(c->d->edge, c->d->size, buf);
+    if (r < 0)
+        violation(c->h, "%s cannot be read %s: %s", c->d->node, when, strerror(-r));
+    for (uint64_t i = 0; i < c->d->model.n; i++) {
+        uint32_t stamp;
+        (void)!stamp_read(buf + i * MODEL_SECTOR, &stamp);
+        bool set = bitmap_get(dirty_bits(bm), i * MODEL_SECTOR);
+        if (stamp != c->kept[i] && !set)
+            violation(c->h,
+                      "LOST: %s, %s: sector %llu holds %#x, the chain has %#x, and '%s' is clear",
+                      c->d->node, when, (unsigned long long)i, stamp, c->kept[i], c->bitmap);
+        if (!exact || !set)
+            continue;
+        uint64_t region = max_u64(dirty_granularity(bm), c->in_chunks ? 64 * KiB : 0);
+        region /= MODEL_SECTOR;
+        uint64_t first = align_down(i, region);
+        bool touched = false;
+        for (uint64_t k = first; k < min_u64(first + region, c->d->model.n); k++)
+            touched |= c->d->model.cells[k].last_begun > c->base_from;
+        if (!touched)
+            violation(c->h, "%s, %s: '%s' is set at sector %llu, where nobody wrote", c->d->node,
+                      when, c->bitmap, (unsigned long long)i);
+    }
+    free(buf);
+}
+
+/* ---- targets ---- */
+
+static int make_target(struct client *c, struct life *l, struct node **ret, struct error *err)
+{
+    struct backup *b = &c->backup;
+    CLEANUP(json_putp)
+    struct json_object *file = history_json("{'driver':'file','filename':'%s','size':0}", b->path);
+    CLEANUP(json_putp)
+    struct json_object *image =
+        history_json("{'driver':'qcow2','file':{'driver':'file','filename':'%s'},'size':%llu,"
+                     "'cluster-size':%d}",
+                     b->path, (unsigned long long)c->d->size, one_in(&c->h->dice, 2) ? 4096 : 512);
+    char json[300];
+    snprintf(json, sizeof json,
+             "{'driver':'qcow2','node-name':'%s','file':{'driver':'file','filename':'%s'}}",
+             b->node, b->path);
+    int r = graph_create(l->g, file, err);
+    if (r == 0)
+        r = graph_create(l->g, image, err);
+    return r < 0 ? r : history_open(l, json, ret, err);
+}
+
+/* What a target has: the sectors, and which of them it has at all. */
+static int read_target(struct client *c, struct node *n, uint32_t *stamps, bool *has)
+{
+    struct error err = ERROR_INIT;
+    struct user u = {&history_user_ops};
+    struct edge *e;
+    uint8_t *buf = malloc(c->d->size);
+    assert(buf);
+    int r = edge_attach_user(&u, n, "judge", PERM_CONSISTENT_READ, PERM_ALL, &e, &err);
+    if (r < 0)
+        return r;
+    r = history_read_all(e, c->d->size, buf);
+    for (uint64_t at = 0; r >= 0 && at < c->d->size;) {
+        uint64_t length = 0;
+        r = edge_allocated_above(e, NULL, false, range_make(at, c->d->size - at), &length);
+        for (uint64_t i = at / MODEL_SECTOR; r >= 0 && i * MODEL_SECTOR < at + length; i++)
+            has[i] = r > 0;
+        at += length;
+    }
+    for (uint64_t i = 0; r >= 0 && i < c->d->model.n; i++)
+        if (!stamp_read(buf + i * MODEL_SECTOR, &stamps[i]))
+            violation(c->h, "%s: sector %llu of a backup is torn", c->d->node,
+                      (unsigned long long)i);
+    edge_detach(e);
+    free(buf);
+    return r < 0 ? r : 0;
+}
+
+static int open_target(struct client *c, struct life *l, const char *path, struct node **ret)
+{
+    struct error err = ERROR_INIT;
+    char json[300];
+    snprintf(json, sizeof json,
+             "{'driver':'qcow2','node-name':'judged%u','read-only':true,"
+             "'file':{'driver':'file','filename':'%s'}}",
+             c->d->number, path);
+    return history_open(l, json, ret, &err);
+}
+
+/* The chain with B on top is the disk at its instant? And it becomes the chain, if B keeps. */
+static void take_in(struct client *c, struct node *target)
+{
+    struct backup *b = &c->backup;
+    CLEANUP(memory_freep) uint32_t *stamps = xcalloc(c->d->model.n, sizeof *stamps);
+    CLEANUP(memory_freep) bool *has = xcalloc(c->d->model.n, sizeof *has);
+    int r = read_target(c, target, stamps, has);
+    if (r < 0 && c->h->with_faults) {
+        c->has_chain = c->has_chain && !b->keeps; /* its own reading failed: it is no use to it */
+        return;
+    }
+    if (r < 0)
+        violation(c->h, "the backup of %s cannot be read: %s", c->d->node, strerror(-r));
+    memcpy(c->last, stamps, c->d->model.n * sizeof *stamps);
+    memcpy(c->last_has, has, c->d->model.n * sizeof *has);
+    snprintf(c->last_path, sizeof c->last_path, "%s", b->succeeded ? b->path : "");
+    for (uint64_t i = 0; i < c->d->model.n; i++) {
+        uint32_t stamp = b->full || has[i] ? stamps[i] : c->kept[i];
+        if (b->succeeded && (b->full || c->has_chain) && !instant_has(&b->instant, i, stamp))
+            violation(c->h,
+                      "%s, %s: the restored chain has %#x in sector %llu, which is not what the "
+                      "disk had at the instant of the backup (%#x)",
+                      c->d->node, b->job, stamp, (unsigned long long)i,
+                      b->instant.held[i].n ? b->instant.held[i].stamps[0] : 0);
+        if (b->keeps)
+            c->kept[i] = stamp;
+    }
+    if (b->keeps && b->succeeded) {
+        c->has_chain = true;
+        c->base_from = b->instant.from;
+        c->in_chunks = false;
+    }
+}
+
+/* ---- jobs ---- */
+
+static void event(void *self, struct life *l, const char *name, struct json_object *data)
+{
+    struct client *c = self;
+    struct backup *b = &c->backup;
+    if (!b->running || strcmp(json_get_string(data, "device", ""), b->job))
+        return;
+    if (!strcmp(name, "BLOCK_JOB_COMPLETED") || !strcmp(name, "BLOCK_JOB_CANCELLED")) {
+        b->told = true;
+        b->succeeded = !strcmp(name, "BLOCK_JOB_COMPLETED") && !json_has(data, "error");
+    }
+}
+
+static void end_backup(struct client *c)
+{
+    HEAP_OF_THE_MACHINE();
+    instant_fini(&c->backup.instant);
+    c->backup = (struct backup){0};
+}
+
+/* What is known of its end is believed; N: the target's node, or NULL. */
+static void conclude(struct client *c, struct node *n)
+{
+    struct backup *b = &c->backup;
+    if (b->succeeded || (b->always && !b->full)) {
+        take_in(c, n);
+        c->in_chunks |= !b->succeeded;
+    } else if (b->full && b->keeps) {
+        c->has_chain = false; /* the bitmap was cleared for it */
+    }
+    end_backup(c);
+}
+
+static struct json_object *actions(struct client *c, const char *bitmap_action, const char *sync,
+                                   const char *mode)
+{
+    struct backup *b = &c->backup;
+    struct json_object *list = json_object_new_array();
+    struct disk *d = c->d;
+    if (!strcmp(bitmap_action, "add"))
+        json_object_array_add(
+            list, history_json("{'type':'block-dirty-bitmap-add','data':{'node':'%s','name':'%s',"
+                               "'granularity':%u,'persistent':%s}}",
+                               d->node, c->bitmap, 512u << dice_below(&c->h->dice, 8),
+                               d->qcow2 ? "true" : "false"));
+    if (!strcmp(bitmap_action, "clear"))
+        json_object_array_add(list,
+                              history_json("{'type':'block-dirty-bitmap-clear','data':{'node':'%s',"
+                                           "'name':'%s'}}",
+                                           d->node, c->bitmap));
+    char more[100] = "";
+    if (!b->full)
+        snprintf(more, sizeof more, ",'bitmap':'%s','bitmap-mode':'%s'", c->bitmap, mode);
+    json_object_array_add(
+        list, history_json("{'type':'blockdev-backup','data':{'job-id':'%s','device':'%s',"
+                           "'target':'%s','sync':'%s'%s}}",
+                           b->job, d->node, b->node, sync, more));
+    return list;
+}
+
+static bool job_lives(struct life *l, const char *id)
+{
+    CLEANUP(json_putp) struct json_object *all = jobs_query(l->js);
+    for (size_t i = 0; i < json_object_array_length(all); i++)
+        if (!strcmp(json_get_string(json_object_array_get_idx(all, i), "id", ""), id))
+            return true;
+    return false;
+}
+
+static void await_job(struct client *c, struct life *l)
+{
+    struct backup *b = &c->backup;
+    struct error err = ERROR_INIT;
+    bool cancel = one_in(&c->h->dice, 6);
+    uint64_t patience = clock_after_ns(600 * NSEC_PER_SEC);
+    for (unsigned i = 0; job_lives(l, b->job); i++) {
+        if (cancel && one_in(&c->h->dice, 4)) {
+            (void)!jobs_do(l->js, b->job, JOB_VERB_CANCEL, &err);
+            cancel = false;
+        }
+        history_nap(l, 500 << min_u64(i, 8));
+        if (clock_now_ns() > patience)
+            violation(c->h, "the job %s does not end", b->job);
+    }
+    if (!b->told)
+        violation(c->h, "the job %s has gone without a word", b->job);
+    if (!b->succeeded && !c->h->with_faults && !l->faults.write)
+        machine_note(&c->h->m, "%s was cancelled", b->job);
+}
+
+static void back_up(struct client *c, struct life *l, const char *bitmap_action)
+{
+    static const char *const modes[] = {"on-success", "always", "never"};
+    struct error err = ERROR_INIT;
+    struct backup *b = &c->backup;
+    const char *mode = modes[dice_below(&c->h->dice, ARRAY_SIZE(modes))];
+    struct node *target = NULL;
+
+    *b = (struct backup){.full = *bitmap_action, .always = !strcmp(mode, "always")};
+    b->keeps = b->full || strcmp(mode, "never");
+    snprintf(b->job, sizeof b->job, "job%u-%u", c->d->number, ++c->next);
+    snprintf(b->node, sizeof b->node, "target%u-%u", c->d->number, c->next);
+    snprintf(b->path, sizeof b->path, "/d/backup%u-%u", c->d->number, c->next);
+    int r = make_target(c, l, &target, &err);
+    if (r == 0) {
+        CLEANUP(json_putp)
+        struct json_object *list = actions(c, bitmap_action, b->full ? "full" : "bitmap", mode);
+        uint64_t from = model_hold(&c->d->model);
+        b->running = true;
+        r = transaction_run(l->g, l->js, list, NULL, &err);
+        HEAP_OF_THE_MACHINE();
+        model_instant(&c->d->model, from, &b->instant);
+    }
+    if (r < 0) {
+        if (!c->h->with_faults)
+            violation(c->h, "no backup can be started: %s", err.text);
+        end_backup(c);
+    } else {
+        if (b->full)
+            c->has_chain = false; /* until it has succeeded */
+        c->h->jobs++;
+        await_job(c, l);
+        conclude(c, target);
+    }
+    if (target)
+        node_unref(target);
+}
+
+static void forget_last(struct client *c)
+{
+    char path[SIM_PATH];
+    memcpy(path, c->last_path, sizeof path);
+    c->last_path[0] = '\0'; /* from here on it may be gone */
+    if (path[0])
+        (void)!io_unlink(path);
+}
+
+static void remove_bitmap(struct client *c, struct life *l)
+{
+    struct error err = ERROR_INIT;
+    int r =
+        transaction_run_one(l->g, l->js, "block-dirty-bitmap-remove",
+                            history_json("{'node':'%s','name':'%s'}", c->d->node, c->bitmap), &err);
+    c->has_chain = false;
+    if (r < 0 && !c->h->with_faults)
+        violation(c->h, "'%s' cannot be removed: %s", c->bitmap, err.text);
+}
+
+static void run(void *self, struct life *l)
+{
+    struct client *c = self;
+    while (!l->stopping) {
+        struct dirty_bitmap *bm = bitmap(c);
+        history_nap(l, 20000);
+        if (l->stopping)
+            return;
+        if (bm && (dirty_inconsistent(bm) || one_in(&c->h->dice, 12)))
+            remove_bitmap(c, l);
+        else if (!bm || !c->has_chain)
+            back_up(c, l, bm ? "clear" : "add");
+        else
+            back_up(c, l, one_in(&c->h->dice, 8) ? "clear" : "");
+        if (one_in(&c->h->dice, 2))
+            forget_last(c);
+    }
+}
+
+/* ---- the ends of lives ---- */
+
+static void quiet(void *self, struct life *l)
+{
+    struct client *c = self;
+    struct dirty_bitmap *bm = bitmap(c);
+    judge_bitmap(c, "at rest", false);
+    c->had_bitmap = bm && dirty_persistent(bm) && !dirty_inconsistent(bm) &&
+                    c->h->m.n_faults == l->faults_before;
+}
+
+static void ended(void *self, enum life_end end, bool power)
+{
+    struct client *c = self;
+    c->clean = end == END_CLEAN;
+}
+
+/* The backup reported last is as it was. */
+static void judge_last(struct client *c, struct life *l)
+{
+    struct node *n = NULL;
+    CLEANUP(memory_freep) uint32_t *stamps = xcalloc(c->d->model.n, sizeof *stamps);
+    CLEANUP(memory_freep) bool *has = xcalloc(c->d->model.n, sizeof *has);
+    int r = open_target(c, l, c->last_path, &n);
+    if (r == 0)
+        r = read_target(c, n, stamps, has);
+    if (r < 0)
+        violation(c->h, "the backup %s is lost: %s", c->last_path, strerror(-r));
+    for (uint64_t i = 0; i < c->d->model.n; i++)
+        if (stamps[i] != c->last[i])
+            violation(c->h, "the backup %s: sector %llu was %#x and is %#x", c->last_path,
+                      (unsigned long long)i, c->last[i], stamps[i]);
+    node_unref(n);
+}
+
+static void opened(void *self, struct life *l)
+{
+    struct client *c = self;
+    struct backup *b = &c->backup;
+    struct dirty_bitmap *bm;
+    if (c->last_path[0])
+        judge_last(c, l);
+    if (b->running && b->told && b->succeeded) {
+        struct node *n = NULL;
+        int r = open_target(c, l, b->path, &n);
+        if (r < 0)
+            violation(c->h, "the backup %s is lost: %s", b->path, strerror(-r));
+        conclude(c, n);
+        node_unref(n);
+    } else if (b->running) {
+        /* TODO(persist): ask the generation; until then nobody knows. */
+        c->has_chain = false;
+        end_backup(c);
+    }
+    bm = bitmap(c);
+    if (c->clean && c->had_bitmap && (!bm || dirty_inconsistent(bm)))
+        violation(c->h, "'%s' of %s was closed well, and is %s", c->bitmap, c->d->node,
+                  bm ? "inconsistent" : "gone");
+    if (!bm || dirty_inconsistent(bm))
+        c->has_chain = false;
+    judge_bitmap(c, "at open", c->clean && c->had_bitmap);
+    c->had_bitmap = c->clean = false;
+}
+
+const struct client_ops backup_client = {
+    .name = "backup",
+    .start = start,
+    .opened = opened,
+    .run = run,
+    .quiet = quiet,
+    .event = event,
+    .ended = ended,
+    .finish = finish,
+};

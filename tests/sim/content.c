@@ -1,0 +1,491 @@
+/* The content of files: sectors with their versions, sizes, blocks, times. */
+#include "content.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/magic.h>
+#include <unistd.h>
+
+struct inode *content_new(struct store *s, bool in_memory)
+{
+    struct inode *i = xnew(struct inode);
+    i->store = s;
+    i->number = s->next_inode++;
+    i->in_memory = in_memory;
+    i->birth_ns = s->wall_ns;
+    i->times = i->durable_times = (struct times){s->wall_ns, s->wall_ns};
+    TAILQ_INIT(&i->locks);
+    TAILQ_INIT(&i->dirty);
+    TAILQ_INSERT_TAIL(&s->inodes, i, link);
+    return i;
+}
+
+static void forget_versions(struct sector *sec, uint64_t upto)
+{
+    struct version *v;
+    while ((v = sec->versions) && v->order < upto) {
+        sec->versions = v->newer;
+        free(v);
+    }
+}
+
+static void clean(struct inode *i, struct sector *sec)
+{
+    forget_versions(sec, UINT64_MAX);
+    TAILQ_REMOVE(&i->dirty, sec, dirty);
+}
+
+void content_free(struct inode *i)
+{
+    for (size_t k = 0; k < i->n_blocks; k++)
+        i->store->free_blocks += i->blocks[k] != BLOCK_HOLE;
+    i->store->free_memory += (int64_t)i->capacity;
+    for (size_t k = 0; k < i->n_sectors; k++)
+        if (i->sectors[k]) {
+            forget_versions(i->sectors[k], UINT64_MAX);
+            free(i->sectors[k]);
+        }
+    while (!TAILQ_EMPTY(&i->locks)) {
+        struct lock *l = TAILQ_FIRST(&i->locks);
+        TAILQ_REMOVE(&i->locks, l, link);
+        free(l);
+    }
+    TAILQ_REMOVE(&i->store->inodes, i, link);
+    free(i->sectors);
+    free(i->blocks);
+    free(i->resizings);
+    free(i->bytes);
+    free(i);
+}
+
+static void *grown(void *row, size_t *n, size_t want, size_t size)
+{
+    if (want <= *n)
+        return row;
+    size_t more = max_u64(want, *n * 2);
+    row = realloc(row, more * size);
+    assert(row);
+    memset((char *)row + *n * size, 0, (more - *n) * size);
+    *n = more;
+    return row;
+}
+
+static struct sector *sector_at(struct inode *i, size_t number)
+{
+    i->sectors = grown(i->sectors, &i->n_sectors, number + 1, sizeof *i->sectors);
+    if (!i->sectors[number]) {
+        i->sectors[number] = xnew(struct sector);
+        i->sectors[number]->number = (uint32_t)number;
+    }
+    return i->sectors[number];
+}
+
+static void modified(struct inode *i)
+{
+    i->times.mtime_ns = i->times.ctime_ns = i->store->wall_ns;
+}
+
+/* ---- blocks ---- */
+
+/* Takes blocks for [at, at+n); how many bytes from AT have theirs. */
+static uint64_t take_blocks(struct inode *i, uint64_t at, uint64_t n, uint8_t kind)
+{
+    uint64_t end = at + n;
+    i->blocks = grown(i->blocks, &i->n_blocks, div_round_up(end, SIM_BLOCK), 1);
+    for (uint64_t b = at / SIM_BLOCK; b * SIM_BLOCK < end; b++) {
+        if (i->blocks[b] == BLOCK_HOLE) {
+            if (i->store->free_blocks <= 0)
+                return b * SIM_BLOCK > at ? b * SIM_BLOCK - at : 0;
+            i->store->free_blocks--;
+        }
+        i->blocks[b] = (uint8_t)max_u64(i->blocks[b], kind);
+    }
+    return n;
+}
+
+static void give_blocks(struct inode *i, uint64_t at, uint64_t end)
+{
+    for (uint64_t b = div_round_up(at, SIM_BLOCK); b < i->n_blocks && (b + 1) * SIM_BLOCK <= end;
+         b++) {
+        i->store->free_blocks += i->blocks[b] != BLOCK_HOLE;
+        i->blocks[b] = BLOCK_HOLE;
+    }
+}
+
+/* A hole that the power has undone: its block is taken, whether there is room or not. */
+static void written_again(struct inode *i, uint64_t b)
+{
+    i->blocks = grown(i->blocks, &i->n_blocks, b + 1, 1);
+    i->store->free_blocks -= i->blocks[b] == BLOCK_HOLE;
+    i->blocks[b] = BLOCK_WRITTEN;
+}
+
+/* ---- sectors ---- */
+
+static void put(struct inode *i, struct sector *sec, const uint8_t *bytes, bool direct)
+{
+    struct version *v = xnew(struct version), **last = &sec->versions;
+    if (!*last)
+        TAILQ_INSERT_TAIL(&i->dirty, sec, dirty);
+    while (*last)
+        last = &(*last)->newer;
+    v->order = store_moment(i->store);
+    memcpy(v->bytes, bytes, SIM_SECTOR);
+    *last = v;
+    memcpy(sec->now, bytes, SIM_SECTOR);
+    sec->direct = direct;
+}
+
+static void zero_range(struct inode *i, uint64_t at, uint64_t end)
+{
+    for (uint64_t s = at / SIM_SECTOR; s < i->n_sectors && s * SIM_SECTOR < end; s++) {
+        uint64_t from = max_u64(at, s * SIM_SECTOR), to = min_u64(end, (s + 1) * SIM_SECTOR);
+        uint8_t bytes[SIM_SECTOR];
+        if (!i->sectors[s])
+            continue;
+        memcpy(bytes, i->sectors[s]->now, SIM_SECTOR);
+        memset(bytes + from % SIM_SECTOR, 0, to - from);
+        if (memcmp(bytes, i->sectors[s]->now, SIM_SECTOR) || i->sectors[s]->versions)
+            put(i, i->sectors[s], bytes, false);
+    }
+}
+
+static void set_size(struct inode *i, uint64_t size)
+{
+    if (size == i->size)
+        return;
+    i->resizings = realloc(i->resizings, (i->n_resizings + 1) * sizeof *i->resizings);
+    assert(i->resizings);
+    i->resizings[i->n_resizings++] = (struct resizing){store_moment(i->store), size};
+    i->size = size;
+}
+
+/* ---- tmpfs ---- */
+
+static int memory_reserve(struct inode *i, uint64_t n)
+{
+    if (n <= i->capacity)
+        return 0;
+    n = align_up(n, SIM_BLOCK);
+    if ((int64_t)(n - i->capacity) > i->store->free_memory)
+        return -ENOSPC;
+    if (i->mapped) {
+        fprintf(stderr, "sim: a file on tmpfs grows while it is mapped: not simulated\n");
+        abort();
+    }
+    i->store->free_memory -= (int64_t)(n - i->capacity);
+    i->bytes = realloc(i->bytes, n);
+    assert(i->bytes);
+    memset(i->bytes + i->capacity, 0, n - i->capacity);
+    i->capacity = n;
+    return 0;
+}
+
+int inode_map(struct inode *i, size_t n, void **ret)
+{
+    if (!i->in_memory || align_up(i->size, SIM_BLOCK) < n || i->capacity < n)
+        return -ENODEV; /* not simulated: what would be a SIGBUS later, and maps of disk files */
+    i->mapped++;
+    *ret = i->bytes;
+    return 0;
+}
+
+/* ---- reading and writing ---- */
+
+size_t inode_read(struct inode *i, void *buf, size_t n, uint64_t at)
+{
+    uint8_t *to = buf;
+    if (at >= i->size)
+        return 0;
+    n = min_u64(n, i->size - at);
+    if (i->in_memory) {
+        size_t have = at < i->capacity ? min_u64(n, i->capacity - at) : 0;
+        memcpy(to, i->bytes + at, have);
+        memset(to + have, 0, n - have);
+        return n;
+    }
+    for (size_t done = 0; done < n;) {
+        uint64_t s = (at + done) / SIM_SECTOR, in = (at + done) % SIM_SECTOR;
+        size_t here = min_u64(n - done, SIM_SECTOR - in);
+        if (s < i->n_sectors && i->sectors[s])
+            memcpy(to + done, i->sectors[s]->now + in, here);
+        else
+            memset(to + done, 0, here);
+        done += here;
+    }
+    return n;
+}
+
+int64_t inode_write(struct inode *i, const void *buf, size_t n, uint64_t at, bool direct,
+                    struct choices *lands)
+{
+    const uint8_t *from = buf;
+    if (i->in_memory) {
+        int r = memory_reserve(i, at + n);
+        if (r < 0)
+            return r;
+        memcpy(i->bytes + at, from, n);
+        i->size = max_u64(i->size, at + n);
+        modified(i);
+        return (int64_t)n;
+    }
+    uint64_t have = take_blocks(i, at, n, BLOCK_WRITTEN);
+    if (!have && n)
+        return -ENOSPC;
+    n = min_u64(n, have);
+    for (size_t done = 0; done < n;) {
+        uint64_t s = (at + done) / SIM_SECTOR, in = (at + done) % SIM_SECTOR;
+        size_t here = min_u64(n - done, SIM_SECTOR - in);
+        if (!lands || choose_lands(lands)) {
+            struct sector *sec = sector_at(i, s);
+            uint8_t bytes[SIM_SECTOR];
+            if (here < SIM_SECTOR)
+                memcpy(bytes, sec->now, SIM_SECTOR);
+            memcpy(bytes + in, from + done, here);
+            put(i, sec, bytes, direct);
+            if (at + done + here > i->size)
+                set_size(i, at + done + here);
+            modified(i);
+        }
+        done += here;
+    }
+    return (int64_t)n;
+}
+
+int inode_resize(struct inode *i, uint64_t size)
+{
+    if (i->in_memory) {
+        int r = memory_reserve(i, size);
+        if (r < 0)
+            return r;
+        if (size < i->size)
+            memset(i->bytes + size, 0, i->size - size);
+        i->size = size;
+    } else if (size < i->size) {
+        uint64_t old = i->size;
+        set_size(i, size);
+        zero_range(i, size, old);
+        give_blocks(i, size, UINT64_MAX - SIM_BLOCK);
+    } else {
+        set_size(i, size);
+    }
+    modified(i);
+    return 0;
+}
+
+int inode_allocate(struct inode *i, int mode, uint64_t at, uint64_t n)
+{
+    uint64_t end = at + n;
+    bool grows = !(mode & FALLOC_FL_KEEP_SIZE) && end > i->size;
+    if (mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE))
+        return -EOPNOTSUPP;
+    if (i->in_memory) {
+        int r = memory_reserve(i, mode & FALLOC_FL_PUNCH_HOLE ? 0 : end);
+        if (r < 0)
+            return r;
+        if (mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE) && at < i->capacity)
+            memset(i->bytes + at, 0, min_u64(end, i->capacity) - at);
+        i->size = grows ? end : i->size;
+        modified(i);
+        return 0;
+    }
+    if (mode & FALLOC_FL_PUNCH_HOLE) {
+        zero_range(i, at, end);
+        give_blocks(i, at, end);
+    } else {
+        if (take_blocks(i, at, n, BLOCK_RESERVED) < n)
+            return -ENOSPC;
+        if (mode & FALLOC_FL_ZERO_RANGE) {
+            zero_range(i, at, end);
+            for (uint64_t b = div_round_up(at, SIM_BLOCK); (b + 1) * SIM_BLOCK <= end; b++)
+                i->blocks[b] = BLOCK_RESERVED;
+        }
+    }
+    if (grows)
+        set_size(i, end);
+    modified(i);
+    return 0;
+}
+
+int64_t inode_seek(struct inode *i, uint64_t at, int whence)
+{
+    if (whence == SEEK_END)
+        return (int64_t)(i->size + at);
+    if (whence != SEEK_DATA && whence != SEEK_HOLE)
+        return -EINVAL;
+    if (at >= i->size)
+        return -ENXIO;
+    if (i->in_memory)
+        return (int64_t)(whence == SEEK_DATA ? at : i->size);
+    while (at < i->size) {
+        bool data = at / SIM_BLOCK < i->n_blocks && i->blocks[at / SIM_BLOCK] == BLOCK_WRITTEN;
+        if (data == (whence == SEEK_DATA))
+            return (int64_t)at;
+        at = align_down(at, SIM_BLOCK) + SIM_BLOCK;
+    }
+    return whence == SEEK_HOLE ? (int64_t)i->size : -ENXIO;
+}
+
+/* ---- syncing ---- */
+
+static void sync_sector(struct inode *i, struct sector *sec, uint64_t upto)
+{
+    for (struct version *v = sec->versions; v && v->order < upto; v = v->newer)
+        memcpy(sec->durable, v->bytes, SIM_SECTOR);
+    forget_versions(sec, upto);
+    if (!sec->versions)
+        TAILQ_REMOVE(&i->dirty, sec, dirty);
+}
+
+static void sync_size(struct inode *i, uint64_t upto)
+{
+    size_t n = 0;
+    while (n < i->n_resizings && i->resizings[n].order < upto)
+        i->durable_size = i->resizings[n++].size;
+    if (!n)
+        return;
+    i->n_resizings -= n;
+    memmove(i->resizings, i->resizings + n, i->n_resizings * sizeof *i->resizings);
+    i->durable_times = i->times;
+}
+
+void inode_sync(struct inode *i, uint64_t upto, bool with_times)
+{
+    struct sector *sec, *next;
+    for (sec = TAILQ_FIRST(&i->dirty); sec; sec = next) {
+        next = TAILQ_NEXT(sec, dirty);
+        sync_sector(i, sec, upto);
+    }
+    sync_size(i, upto);
+    if (with_times)
+        i->durable_times = i->times;
+}
+
+void inode_sync_range(struct inode *i, uint64_t at, size_t n, uint64_t upto)
+{
+    for (uint64_t s = at / SIM_SECTOR; s * SIM_SECTOR < at + n && s < i->n_sectors; s++)
+        if (i->sectors[s] && i->sectors[s]->versions)
+            sync_sector(i, i->sectors[s], upto);
+    sync_size(i, upto);
+}
+
+void inode_sync_failed(struct inode *i, uint64_t upto)
+{
+    struct sector *sec, *next;
+    i->syncs_failed++;
+    for (sec = TAILQ_FIRST(&i->dirty); sec; sec = next) {
+        uint32_t n = 0;
+        struct version *v;
+        next = TAILQ_NEXT(sec, dirty);
+        for (v = sec->versions; v && v->order < upto; v = v->newer)
+            n++;
+        uint32_t which = choose_survivor(i->store->choices, n);
+        for (v = sec->versions; which; which--, v = v->newer)
+            memcpy(sec->durable, v->bytes, SIM_SECTOR);
+        forget_versions(sec, upto);
+        if (sec->versions)
+            continue;
+        TAILQ_REMOVE(&i->dirty, sec, dirty);
+        if (sec->direct || choose(i->store->choices, 2))
+            memcpy(sec->now, sec->durable, SIM_SECTOR); /* the page is dropped */
+    }
+}
+
+/* ---- the power goes ---- */
+
+void content_lose_power(struct inode *i)
+{
+    struct choices *c = i->store->choices;
+    struct sector *sec;
+    size_t sizes = choose_survivor(c, (uint32_t)i->n_resizings);
+    if (sizes && !c->exhaustive && c->lands_percent < 100)
+        sizes = choose(c, (uint32_t)i->n_resizings + 1);
+
+    while ((sec = TAILQ_FIRST(&i->dirty))) {
+        uint64_t from = 0, to = UINT64_MAX; /* the orders that can be there */
+        uint64_t at = (uint64_t)sec->number * SIM_SECTOR;
+        bool cut = false;
+        uint64_t before = i->durable_size;
+        for (size_t k = 0; k < i->n_resizings; k++) {
+            bool cuts = i->resizings[k].size <= at && before > at;
+            before = i->resizings[k].size;
+            if (cuts && k < sizes) {
+                from = i->resizings[k].order;
+                cut = true;
+            } else if (cuts) {
+                to = min_u64(to, i->resizings[k].order);
+            }
+        }
+        if (cut)
+            memset(sec->durable, 0, SIM_SECTOR);
+        uint32_t n = 0;
+        struct version *v;
+        for (v = sec->versions; v; v = v->newer)
+            n += v->order > from && v->order < to;
+        uint32_t which = choose_survivor(c, n);
+        for (v = sec->versions; which; v = v->newer)
+            if (v->order > from && v->order < to && --which == 0)
+                memcpy(sec->durable, v->bytes, SIM_SECTOR);
+        clean(i, sec);
+    }
+    for (size_t k = 0; k < sizes; k++)
+        i->durable_size = i->resizings[k].size;
+    i->n_resizings = 0;
+    i->size = i->durable_size;
+    for (size_t k = 0; k < i->n_sectors; k++) {
+        if (!(sec = i->sectors[k]))
+            continue;
+        if ((k + 1) * SIM_SECTOR > i->size) {
+            uint64_t keep = max_u64(i->size, k * SIM_SECTOR) - k * SIM_SECTOR;
+            memset(sec->durable + keep, 0, SIM_SECTOR - keep);
+        }
+        memcpy(sec->now, sec->durable, SIM_SECTOR);
+        sec->direct = false;
+        if (sec->now[0] || memcmp(sec->now, sec->now + 1, SIM_SECTOR - 1))
+            written_again(i, k / (SIM_BLOCK / SIM_SECTOR));
+    }
+    if (choose_lands(c))
+        i->durable_times = i->times;
+    i->times = i->durable_times;
+}
+
+/* ---- asking ---- */
+
+static struct statx_timestamp stamp(uint64_t ns)
+{
+    return (struct statx_timestamp){.tv_sec = (int64_t)(ns / NSEC_PER_SEC),
+                                    .tv_nsec = (uint32_t)(ns % NSEC_PER_SEC)};
+}
+
+void inode_stat(struct inode *i, struct statx *ret)
+{
+    struct dir *d;
+    struct name *n;
+    *ret = (struct statx){
+        .stx_mask = STATX_BASIC_STATS | STATX_BTIME,
+        .stx_mode = S_IFREG | 0600,
+        .stx_blksize = SIM_BLOCK,
+        .stx_ino = i->number,
+        .stx_size = i->size,
+        .stx_dev_major = i->in_memory ? 0 : 254,
+        .stx_dev_minor = 1,
+        .stx_btime = stamp(i->birth_ns),
+        .stx_mtime = stamp(i->times.mtime_ns),
+        .stx_ctime = stamp(i->times.ctime_ns),
+        .stx_atime = stamp(i->birth_ns),
+        .stx_blocks = i->capacity / 512,
+    };
+    for (size_t b = 0; b < i->n_blocks; b++)
+        ret->stx_blocks += i->blocks[b] != BLOCK_HOLE ? SIM_BLOCK / 512 : 0;
+    TAILQ_FOREACH (d, &i->store->dirs, link)
+        TAILQ_FOREACH (n, &d->names, link)
+            ret->stx_nlink += n->now == i;
+}
+
+uint8_t *inode_dump(struct inode *i, uint64_t *size)
+{
+    uint8_t *bytes = xcalloc(1, i->size + 1);
+    *size = inode_read(i, bytes, i->size, 0);
+    return bytes;
+}

@@ -1,0 +1,545 @@
+#include "history.h"
+
+#include "../unit/qcow2check.h"
+#include "base/log.h"
+#include "copy/copy.h"
+#include "dirty/dirty.h"
+#include "job/driver.h"
+#include "persist/persist.h"
+#include "rt/io.h"
+#include "rt/task.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <unistd.h>
+
+struct settings settings;
+
+_Noreturn void violation(struct history *h, const char *fmt, ...)
+{
+    char text[1024];
+    va_list ap;
+    heap_life(false);
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    fflush(stdout);
+    fprintf(stderr, "sim: seed %llu: %s\nsim: repeat with: sim --seed %llu%s --trace\n",
+            (unsigned long long)h->seed, text, (unsigned long long)h->seed,
+            settings.no_faults ? " --no-faults" : "");
+    _exit(1);
+}
+
+/* ---- small things ---- */
+
+struct json_object *history_json(const char *fmt, ...)
+{
+    char text[2048];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    for (char *p = text; *p; p++)
+        if (*p == '\'')
+            *p = '"';
+    struct json_object *o = json_tokener_parse(text);
+    if (!o) {
+        fprintf(stderr, "sim: not JSON: %s\n", text);
+        abort();
+    }
+    return o;
+}
+
+int history_open(struct life *l, const char *json, struct node **ret, struct error *err)
+{
+    CLEANUP(json_putp) struct json_object *o = history_json("%s", json);
+    return graph_open(l->g, o, ret, err);
+}
+
+int history_read_all(struct edge *e, uint64_t size, uint8_t *buf)
+{
+    for (uint64_t at = 0; at < size; at += 64 * KiB) {
+        int r = edge_read(e, range_make(at, min_u64(64 * KiB, size - at)), buf + at, 0);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+char *history_user_describe(struct user *u)
+{
+    return xstrdup("simulated guest");
+}
+
+static void ignore_edge(struct user *u, struct edge *e)
+{
+}
+
+const struct user_ops history_user_ops = {history_user_describe, ignore_edge, ignore_edge};
+
+void history_nap(struct life *l, uint64_t max_us)
+{
+    (void)!sleep_until(clock_after_ns(1000 * dice_below(&l->h->dice, max_us + 1)));
+}
+
+/* ---- guests ---- */
+
+struct guest {
+    struct life *life;
+    struct disk *disk;
+    unsigned actions;
+};
+
+/* Somewhere, of any length, sometimes where others are, too. */
+static void somewhere(struct dice *d, uint64_t sectors, uint64_t *first, uint64_t *n)
+{
+    static const uint8_t lengths[] = {1, 1, 1, 2, 3, 8, 8, 16, 40, 130};
+    *n = 1 + dice_below(d, lengths[dice_below(d, ARRAY_SIZE(lengths))]);
+    *first = one_in(d, 3) ? dice_below(d, min_u64(16, sectors)) : dice_below(d, sectors);
+    *n = min_u64(*n, sectors - *first);
+}
+
+static void guest_write(struct guest *gu)
+{
+    struct history *h = gu->life->h;
+    struct disk *d = gu->disk;
+    uint64_t first, n;
+    somewhere(&h->dice, d->model.n, &first, &n);
+    if (!model_has_room(&d->model, first, n))
+        return;
+    unsigned kind = (unsigned)dice_below(&h->dice, 12);
+    unsigned flags = kind == 2 ? REQ_FUA : 0;
+    struct range r = range_make(first * MODEL_SECTOR, n * MODEL_SECTOR);
+    uint32_t stamp = kind < 2 ? 0 : ++h->next_stamp;
+    uint64_t begun = model_begin(&d->model, first, n, stamp);
+    int result;
+    machine_note(&h->m, "guest %s %llu+%llu stamp %u%s", kind == 0 ? "discards" : "writes",
+                 (unsigned long long)first, (unsigned long long)n, stamp, flags ? " fua" : "");
+    if (kind == 0) {
+        result = edge_discard(d->edge, r);
+    } else if (kind == 1) {
+        result = edge_write_zeroes(d->edge, r, one_in(&h->dice, 2) ? REQ_MAY_UNMAP : 0);
+    } else {
+        uint8_t *buf = malloc(r.length);
+        assert(buf);
+        for (uint64_t i = 0; i < n; i++)
+            stamp_fill(buf + i * MODEL_SECTOR, stamp);
+        result = edge_write(d->edge, r, buf, flags);
+        free(buf);
+    }
+    h->writes++;
+    machine_note(&h->m, "guest's stamp %u: %d", stamp, result);
+    /* what is discarded may be there or not */
+    model_end(&d->model, first, n, begun, result == 0 && kind > 0, flags & REQ_FUA);
+    if (result < 0 && !h->with_faults)
+        violation(h, "a write fails without reason: %s", strerror(-result));
+}
+
+static void guest_flush(struct guest *gu)
+{
+    struct history *h = gu->life->h;
+    struct disk *d = gu->disk;
+    uint64_t begun = model_now(&d->model);
+    int r = edge_flush(d->edge);
+    h->flushes++;
+    machine_note(&h->m, "guest's flush: %d", r);
+    if (r == 0 && d->sync_failed && begun > d->sync_failed_at)
+        violation(h, "%s: a flush succeeds after a sync of the file has failed", d->node);
+    model_flushed(&d->model, begun, r == 0);
+    if (r < 0 && !h->with_faults)
+        violation(h, "a flush fails without reason: %s", strerror(-r));
+}
+
+static void guest_read(struct guest *gu)
+{
+    struct history *h = gu->life->h;
+    struct disk *d = gu->disk;
+    uint64_t first, n;
+    somewhere(&h->dice, d->model.n, &first, &n);
+    uint8_t *buf = malloc(n * MODEL_SECTOR);
+    assert(buf);
+    int r = edge_read(d->edge, range_make(first * MODEL_SECTOR, n * MODEL_SECTOR), buf, 0);
+    for (uint64_t i = 0; r == 0 && i < n; i++) {
+        uint32_t stamp;
+        /* Who writes at the same time may be seen half: only what is whole is asked for. */
+        if (!stamp_read(buf + i * MODEL_SECTOR, &stamp) && d->model.cells[first + i].n < 2)
+            violation(h, "%s: sector %llu is torn", d->node, (unsigned long long)(first + i));
+    }
+    free(buf);
+}
+
+static int guest_task(void *arg)
+{
+    struct guest *gu = arg;
+    struct history *h = gu->life->h;
+    SHIELD();
+    for (unsigned i = 0; i < gu->actions; i++) {
+        unsigned what = (unsigned)dice_below(&h->dice, 16);
+        if (what < 12)
+            guest_write(gu);
+        else if (what < 14)
+            guest_flush(gu);
+        else if (what == 14)
+            guest_read(gu);
+        if (one_in(&h->dice, 3))
+            history_nap(gu->life, 2000);
+    }
+    gu->life->guests_running--;
+    return 0;
+}
+
+/* ---- what a life finds ---- */
+
+static const char *const lefts[] = {"a clean close", "a failing close", "a kill", "a power loss"};
+
+/* The whole disk against the model. Nobody writes. */
+static void judge_content(struct life *l, struct disk *d)
+{
+    struct history *h = l->h;
+    uint8_t *buf = malloc(d->size);
+    assert(buf);
+    /* A qcow2 image's tables are in the program's memory until a flush, as QEMU's are. */
+    bool only_flushed = d->left == LEFT_POWERLESS || (d->left != LEFT_CLEAN && d->qcow2);
+    int r = history_read_all(d->edge, d->size, buf);
+    if (r < 0)
+        violation(h, "%s cannot be read: %s", d->node, strerror(-r));
+    for (uint64_t i = 0; i < d->model.n; i++) {
+        uint32_t stamp;
+        char known[400];
+        bool whole = stamp_read(buf + i * MODEL_SECTOR, &stamp);
+        if (whole && (only_flushed ? model_may_survive(&d->model, i, stamp)
+                                   : model_may_read(&d->model, i, stamp))) {
+            model_seen(&d->model, i, stamp, d->left == LEFT_POWERLESS);
+            continue;
+        }
+        model_describe(&d->model, i, known, sizeof known);
+        violation(h, "%s: sector %llu holds %#x%s after %s; known: %s", d->node,
+                  (unsigned long long)i, stamp, whole ? "" : " (torn)", lefts[d->left], known);
+    }
+    d->left = LEFT_CLEAN;
+    free(buf);
+}
+
+static bool qemu_img_finds_damage(struct history *h, const uint8_t *bytes, uint64_t size)
+{
+    static unsigned dumped;
+    char path[256], command[600];
+    if (!settings.qemu_img || dumped++ % settings.qemu_img_every)
+        return false;
+    snprintf(path, sizeof path, "%s/sim-%d.qcow2", settings.qemu_img, (int)getpid());
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(bytes, 1, size, f) != size || fclose(f))
+        violation(h, "cannot write %s", path);
+    snprintf(command, sizeof command, "qemu-img check -q -f qcow2 %s >%s.out 2>&1", path, path);
+    int r = system(command);
+    if (r == 0 || WEXITSTATUS(r) == 3) {
+        snprintf(command, sizeof command, "%s.out", path);
+        unlink(command);
+        unlink(path);
+        return false;
+    }
+    snprintf(command, sizeof command, "tail -5 %s.out >&2", path);
+    (void)!system(command);
+    fprintf(stderr, "sim: qemu-img check: %d; the image is %s\n", WEXITSTATUS(r), path);
+    return true;
+}
+
+/* The images as they lie there: nothing worse than leaks. */
+static void judge_files(struct history *h, const char *when)
+{
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        uint64_t size;
+        struct disk *d = &h->disks[i];
+        uint8_t *bytes = d->qcow2 ? machine_dump(&h->m, d->path, &size) : NULL;
+        const char *damage = bytes ? qcow2_damage(bytes, size) : NULL;
+        if (damage)
+            violation(h, "%s after %s: %s", d->path, when, damage);
+        if (bytes && qemu_img_finds_damage(h, bytes, size))
+            violation(h, "%s after %s: qemu-img check says so", d->path, when);
+        free(bytes);
+    }
+}
+
+/* ---- a life ---- */
+
+static void create_image(struct life *l, struct disk *d)
+{
+    struct error err = ERROR_INIT;
+    CLEANUP(json_putp)
+    struct json_object *file = history_json("{'driver':'file','filename':'%s','size':%llu}",
+                                            d->path, d->qcow2 ? 0ull : (unsigned long long)d->size);
+    int r = graph_create(l->g, file, &err);
+    if (r == 0 && d->qcow2) {
+        CLEANUP(json_putp)
+        struct json_object *image =
+            history_json("{'driver':'qcow2','file':{'driver':'file','filename':'%s'},'size':%llu,"
+                         "'cluster-size':%u}",
+                         d->path, (unsigned long long)d->size, d->cluster);
+        r = graph_create(l->g, image, &err);
+    }
+    if (r < 0)
+        violation(l->h, "%s cannot be made: %s", d->path, err.text);
+}
+
+static void open_disk(struct life *l, struct disk *d)
+{
+    struct error err = ERROR_INIT;
+    char json[600];
+    snprintf(json, sizeof json,
+             "{'driver':'%s','node-name':'%s','discard':'unmap','cache':{'direct':%s},"
+             "'file':{'driver':'file','filename':'%s'}%s}",
+             d->qcow2 ? "qcow2" : "raw", d->node, d->direct ? "true" : "false", d->path, d->extra);
+    int r = history_open(l, json, &d->n, &err);
+    if (r < 0)
+        violation(l->h, "%s cannot be opened: %s", d->path, err.text);
+    if (node_size(d->n) != d->size)
+        violation(l->h, "%s has %llu bytes, not %llu", d->node, (unsigned long long)node_size(d->n),
+                  (unsigned long long)d->size);
+    d->user = (struct user){&history_user_ops};
+    r = edge_attach_user(&d->user, d->n, "root", PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL,
+                         &d->edge, &err);
+    if (r < 0)
+        violation(l->h, "%s cannot be used: %s", d->node, err.text);
+}
+
+struct client_call {
+    struct life *life;
+    unsigned number;
+};
+
+static int client_task(void *arg)
+{
+    struct client_call *call = arg;
+    struct history *h = call->life->h;
+    SHIELD();
+    h->clients[call->number].ops->run(h->clients[call->number].self, call->life);
+    return 0;
+}
+
+#define ALL_CLIENTS(h, function, ...)                                                              \
+    for (unsigned k = 0; k < (h)->n_clients; k++)                                                  \
+        if ((h)->clients[k].ops->function)                                                         \
+    (h)->clients[k].ops->function((h)->clients[k].self, __VA_ARGS__)
+
+static void on_event(void *opaque, const char *name, struct json_object *data)
+{
+    struct life *l = opaque;
+    struct history *h = l->h;
+    const char *what = json_get_string(data, "status", json_get_string(data, "error", ""));
+    machine_note(&h->m, "event %s %s %s", name,
+                 json_get_string(data, "device", json_get_string(data, "id", "")), what);
+    HEAP_OF_THE_MACHINE();
+    ALL_CLIENTS(h, event, l, name, data);
+}
+
+static void live(struct life *l)
+{
+    struct history *h = l->h;
+    struct guest guests[MAX_GUESTS];
+    struct client_call calls[MAX_CLIENTS];
+    {
+        SCOPE(tasks);
+        {
+            SCOPE(guest_tasks);
+            h->m.faults = l->faults;
+            l->guests_running = h->n_guests;
+            for (unsigned i = 0; i < h->n_guests; i++) {
+                guests[i] = (struct guest){l, &h->disks[dice_below(&h->dice, h->n_disks)],
+                                           4 + (unsigned)dice_below(&h->dice, 40)};
+                scope_spawn(&guest_tasks, guest_task, &guests[i]);
+            }
+            for (unsigned i = 0; i < h->n_clients; i++) {
+                calls[i] = (struct client_call){l, i};
+                if (h->clients[i].ops->run)
+                    scope_spawn(&tasks, client_task, &calls[i]);
+            }
+            (void)!scope_join(&guest_tasks);
+        }
+        l->stopping = true;
+        (void)!scope_join(&tasks);
+    }
+    h->m.faults = (struct faults){.path = ""};
+    ALL_CLIENTS(h, quiet, l);
+}
+
+static int life_main(void *arg)
+{
+    struct life *l = arg;
+    struct history *h = l->h;
+    l->g = graph_new();
+    dirty_init(l->g);
+    persist_init(l->g);
+    copy_register_drivers(l->g);
+    l->js = jobs_new(l->g);
+    jobs_set_listener(l->js, on_event, l);
+    h->life = l;
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        if (!l->number)
+            create_image(l, &h->disks[i]);
+        open_disk(l, &h->disks[i]);
+        judge_content(l, &h->disks[i]);
+    }
+    if (!l->number) {
+        for (unsigned i = 0; i < h->n_disks; i++) /* what is made is durable when it is flushed */
+            if (edge_flush(h->disks[i].edge) < 0)
+                violation(h, "%s cannot be flushed", h->disks[i].node);
+        ALL_CLIENTS(h, made, l);
+    } else {
+        ALL_CLIENTS(h, opened, l);
+        live(l);
+    }
+    machine_note(&h->m, "closing");
+    jobs_cancel_all(l->js);
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        edge_detach(h->disks[i].edge);
+        node_unref(h->disks[i].n);
+    }
+    jobs_free(l->js);
+    graph_free(l->g);
+    return 0;
+}
+
+/* ---- between lives ---- */
+
+static void sync_failed(void *opaque, const char *path)
+{
+    struct history *h = opaque;
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        struct disk *d = &h->disks[i];
+        if (strcmp(d->path, path))
+            continue;
+        model_taint(&d->model);
+        d->sync_failed = true;
+        d->sync_failed_at = model_now(&d->model);
+    }
+}
+
+static void between(struct history *h, enum life_end end, bool faulty)
+{
+    bool power = one_in(&h->dice, end == END_CLEAN ? 4 : 2);
+    h->life = NULL;
+    h->m.faults = (struct faults){.path = ""};
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        model_cut(&h->disks[i].model);
+        h->disks[i].sync_failed = false;
+        if (end == END_KILLED && h->disks[i].left <= LEFT_FAILING) /* (or it was not looked at) */
+            h->disks[i].left = LEFT_KILLED;
+        if (end == END_CLEAN && faulty && h->disks[i].left == LEFT_CLEAN)
+            h->disks[i].left = LEFT_FAILING;
+    }
+    judge_files(h, end == END_KILLED ? "a kill" : "a clean close");
+    if (end == END_KILLED)
+        h->kills++;
+    if (power) {
+        machine_lose_power(&h->m);
+        for (unsigned i = 0; i < h->n_disks; i++)
+            h->disks[i].left = LEFT_POWERLESS;
+        judge_files(h, "a power loss");
+        h->power_losses++;
+    }
+    ALL_CLIENTS(h, ended, end, power);
+    machine_pass_time(&h->m, dice_below(&h->dice, 10) * NSEC_PER_SEC / 4);
+}
+
+static void draw_disk(struct history *h, unsigned number)
+{
+    static const uint32_t clusters[] = {512, 512, 1024, 4096, 65536};
+    struct disk *d = &h->disks[number];
+    *d = (struct disk){
+        .h = h,
+        .number = number,
+        .qcow2 = !one_in(&h->dice, 4),
+        .direct = one_in(&h->dice, 2),
+        .cluster = clusters[dice_below(&h->dice, ARRAY_SIZE(clusters))],
+        .size = (1 + dice_below(&h->dice, 4)) * 64 * KiB,
+    };
+    if (one_in(&h->dice, 3))
+        d->size -= 512 * dice_below(&h->dice, 100);
+    snprintf(d->node, sizeof d->node, "disk%u", number);
+    snprintf(d->path, sizeof d->path, "/d/disk%u.%s", number, d->qcow2 ? "qcow2" : "raw");
+    model_init(&d->model, d->size / MODEL_SECTOR);
+}
+
+static struct faults draw_faults(struct history *h)
+{
+    static const unsigned rates[] = {0, 0, 50, 200, 1000};
+    struct faults f = {.path = ""};
+    if (!h->with_faults || one_in(&h->dice, 3))
+        return f;
+    f.read = one_in(&h->dice, 3) ? rates[dice_below(&h->dice, ARRAY_SIZE(rates))] : 0;
+    f.write = rates[dice_below(&h->dice, ARRAY_SIZE(rates))];
+    f.sync = rates[dice_below(&h->dice, ARRAY_SIZE(rates))];
+    f.space = one_in(&h->dice, 2) ? rates[dice_below(&h->dice, ARRAY_SIZE(rates))] : 0;
+    return f;
+}
+
+/* When a life is killed: at an early event as likely as at a late one; often never. */
+static uint64_t draw_kill(struct history *h)
+{
+    if (one_in(&h->dice, 4))
+        return 0;
+    return 1 + dice_below(&h->dice, (uint64_t)16 << dice_below(&h->dice, 8));
+}
+
+static void one_life(struct history *h, unsigned number)
+{
+    struct life l = {.h = h, .number = number, .faults_before = h->m.n_faults};
+    uint64_t kill_at = number ? draw_kill(h) : 0;
+    if (number == 1 && settings.kill_at)
+        kill_at = settings.kill_at;
+    l.faults = number ? draw_faults(h) : (struct faults){.path = ""};
+    machine_note(&h->m, "life %u, killed at %llu; faults %u %u %u %u", number,
+                 (unsigned long long)kill_at, l.faults.read, l.faults.write, l.faults.sync,
+                 l.faults.space);
+    int r = machine_live(&h->m, kill_at, life_main, &l);
+    if (r < 0 && r != -EOWNERDEAD)
+        violation(h, "the program ended with %s", strerror(-r));
+    between(h, r < 0 ? END_KILLED : END_CLEAN, h->m.n_faults != l.faults_before);
+}
+
+uint64_t history_run(uint64_t seed, struct history *totals)
+{
+    struct history *h = xnew(struct history);
+    *h = (struct history){.seed = seed, .dice = {seed}};
+    machine_init(&h->m, seed);
+    h->m.tracing = settings.tracing;
+    h->m.sync_failed = sync_failed;
+    h->m.opaque = h;
+    h->with_faults = one_in(&h->dice, 4) && !settings.no_faults;
+    h->n_disks = one_in(&h->dice, 3) ? 2 : 1;
+    h->n_guests = 1 + (unsigned)dice_below(&h->dice, MAX_GUESTS);
+    h->lives = 1 + (unsigned)dice_below(&h->dice, 5);
+    h->m.slow = (unsigned)dice_below(&h->dice, 20000);
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        draw_disk(h, i);
+        struct disk *d = &h->disks[i];
+        h->clients[h->n_clients].ops = &backup_client;
+        h->clients[h->n_clients].disk = d;
+        h->clients[h->n_clients++].self = backup_client.start(h, d);
+    }
+    for (unsigned i = 0; i <= h->lives; i++)
+        one_life(h, i);
+    /* one more, in which nothing goes wrong: what is left is judged */
+    h->n_guests = 0;
+    h->with_faults = false;
+    struct life last = {.h = h, .number = h->lives + 1};
+    int r = machine_live(&h->m, 0, life_main, &last);
+    if (r < 0)
+        violation(h, "the program ended with %s", strerror(-r));
+
+    uint64_t hash = h->m.hash;
+    totals->writes += h->writes;
+    totals->flushes += h->flushes;
+    totals->jobs += h->jobs;
+    totals->kills += h->kills;
+    totals->power_losses += h->power_losses;
+    totals->m.events += h->m.events;
+    totals->m.n_faults += h->m.n_faults;
+    for (unsigned i = 0; i < h->n_clients; i++)
+        h->clients[i].ops->finish(h->clients[i].self);
+    for (unsigned i = 0; i < h->n_disks; i++)
+        model_fini(&h->disks[i].model);
+    machine_fini(&h->m);
+    free(h);
+    return hash;
+}

@@ -1,0 +1,125 @@
+/* A history: one to five lives of the program on one simulated machine, drawn from one seed, and
+ * what must be true of them.
+ *
+ *     life 0      makes the images, and ends well
+ *     life 1..n   opens them; judges what it finds against what the guests know (model.h); then
+ *                 guests, the disks' clients and their jobs, until all have done enough (a clean
+ *                 close), or the machine kills it at some event; then maybe the power goes
+ *
+ * What is asked beyond the guests' content is asked by clients (client_ops): a client belongs to a
+ * disk, outlives the lives, and believes what it was told. Its functions run inside the life
+ * (tasks) or between lives; its own memory is the machine's: take it under
+ * HEAP_OF_THE_MACHINE(), or in start() and ended(), where it is. Whatever must not be is said
+ * with violation(), which ends the program with the command that repeats it. */
+#pragma once
+
+#include "block/block.h"
+#include "job/job.h"
+#include "machine.h"
+#include "model.h"
+
+enum { MAX_DISKS = 2, MAX_GUESTS = 4, MAX_CLIENTS = 4 };
+
+struct history;
+struct life;
+struct disk;
+
+enum life_end { END_CLEAN, END_KILLED };
+
+struct client_ops {
+    const char *name;
+    /* Before the first life. */
+    void *(*start)(struct history *h, struct disk *d);
+    /* In the first life, when the image exists and is open; no guests yet. May be NULL. */
+    void (*made)(void *c, struct life *l);
+    /* In each further life: opened, content judged, no guests yet, no faults. May be NULL. */
+    void (*opened)(void *c, struct life *l);
+    /* A task beside the guests, until l->stopping. May be NULL. */
+    void (*run)(void *c, struct life *l);
+    /* Guests and run() have ended; before the clean close. May be NULL. */
+    void (*quiet)(void *c, struct life *l);
+    /* An event of a job; must not wait. May be NULL. */
+    void (*event)(void *c, struct life *l, const char *name, struct json_object *data);
+    /* The life is over. POWER: and the power is gone, too. May be NULL. */
+    void (*ended)(void *c, enum life_end end, bool power);
+    void (*finish)(void *c);
+};
+extern const struct client_ops backup_client; /* client.c */
+
+struct disk {
+    struct history *h;
+    unsigned number;
+    char node[16], path[SIM_PATH], extra[200]; /* extra: further options of its nodes, as JSON */
+    bool qcow2, direct;
+    uint32_t cluster;
+    uint64_t size;
+    struct model model;
+    bool sync_failed; /* in this life: a flush must not succeed any more */
+    uint64_t sync_failed_at;
+    enum {
+        LEFT_CLEAN,
+        LEFT_FAILING,
+        LEFT_KILLED,
+        LEFT_POWERLESS
+    } left; /* how the last life left it */
+    /* in a life */
+    struct node *n;
+    struct edge *edge;
+    struct user user;
+};
+
+struct history {
+    uint64_t seed;
+    struct machine m;
+    struct dice dice; /* what guests and clients do, and how lives end */
+    struct disk disks[MAX_DISKS];
+    unsigned n_disks, n_guests, lives;
+    struct {
+        const struct client_ops *ops;
+        void *self;
+        struct disk *disk;
+    } clients[MAX_CLIENTS];
+    unsigned n_clients;
+    bool with_faults; /* I/O errors may have made anything fail */
+    uint32_t next_stamp;
+    struct life *life; /* that runs; NULL: between */
+    uint64_t writes, flushes, jobs, kills, power_losses;
+};
+
+struct life {
+    struct history *h;
+    unsigned number;
+    struct graph *g;
+    struct jobs *js;
+    unsigned guests_running;
+    bool stopping;          /* clients end */
+    struct faults faults;   /* once all is open and judged */
+    uint64_t faults_before; /* m.n_faults, when it began */
+};
+
+struct settings {
+    bool tracing, no_faults;
+    const char *qemu_img; /* a directory: images are dumped there and checked by qemu-img */
+    unsigned qemu_img_every;
+    uint64_t kill_at; /* of life 1, by event; 0: drawn */
+    struct choices *exhaustive;
+};
+extern struct settings settings;
+
+/* Runs one; returns the hash of its trace. */
+uint64_t history_run(uint64_t seed, struct history *totals);
+
+_Noreturn void violation(struct history *h, const char *fmt, ...) PRINTF(2, 3);
+
+/* ---- for clients ---- */
+
+/* JSON text, single quotes for double ones. Of the heap in use. */
+struct json_object *history_json(const char *fmt, ...) PRINTF(1, 2);
+/* Opens a node; the error is in ERR. */
+int history_open(struct life *l, const char *json, struct node **ret, struct error *err);
+/* Reads all of a disk or image into BUF. 0 or -errno. */
+int history_read_all(struct edge *e, uint64_t size, uint8_t *buf);
+char *history_user_describe(struct user *u);
+extern const struct user_ops history_user_ops;
+/* Sleeps up to so many microseconds of the machine's time. */
+void history_nap(struct life *l, uint64_t max_us);

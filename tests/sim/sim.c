@@ -1,0 +1,90 @@
+/* sim: histories of the real program on a simulated machine (history.h).
+ *
+ * usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--twice] [--quiet]
+ *            [--kill-at EVENT] [--qemu-img DIR [EVERY]]
+ *
+ *     --seed N       the first seed (1)
+ *     --count N      so many, one after the other; the first violation ends the run (1)
+ *     --trace        each event, as a line
+ *     --twice        each one twice: the hash of its trace must be the same
+ *     --no-faults    no I/O errors
+ *     --kill-at E    the first life after the images are made dies at its event E
+ *     --qemu-img D   in directory D, qemu-img check judges every 50th (or EVERYth) image, too */
+#include "history.h"
+
+#include "base/log.h"
+
+#include <time.h>
+#include <unistd.h>
+
+static int usage(void)
+{
+    fprintf(stderr, "usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--twice] [--quiet]"
+                    " [--kill-at EVENT] [--qemu-img DIR [EVERY]]\n");
+    return 2;
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t seed = 1, count = 1;
+    bool twice = false, quiet = false;
+    const char *from_test = getenv("TIDEMARK_SEED");
+    if (from_test)
+        seed = strtoull(from_test, NULL, 0);
+    for (int i = 1; i < argc; i++) {
+        const char *next = i + 1 < argc ? argv[i + 1] : NULL;
+        if (!strcmp(argv[i], "--trace"))
+            settings.tracing = true;
+        else if (!strcmp(argv[i], "--no-faults"))
+            settings.no_faults = true;
+        else if (!strcmp(argv[i], "--twice"))
+            twice = true;
+        else if (!strcmp(argv[i], "--quiet"))
+            quiet = true;
+        else if (!strcmp(argv[i], "--seed") && next)
+            seed = strtoull(argv[++i], NULL, 0);
+        else if (!strcmp(argv[i], "--count") && next)
+            count = strtoull(argv[++i], NULL, 0);
+        else if (!strcmp(argv[i], "--kill-at") && next)
+            settings.kill_at = strtoull(argv[++i], NULL, 0);
+        else if (!strcmp(argv[i], "--qemu-img") && next) {
+            settings.qemu_img = argv[++i];
+            settings.qemu_img_every = 50;
+            if (i + 1 < argc && argv[i + 1][0] != '-')
+                settings.qemu_img_every = (unsigned)strtoul(argv[++i], NULL, 0);
+        } else {
+            return usage();
+        }
+    }
+    if (!settings.tracing) /* what fails was made to fail */
+        log_set_level((enum log_level)(LOG_LEVEL_ERROR + 1));
+    struct history totals = {0};
+    double began = seconds();
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t hash = history_run(seed + i, &totals);
+        if (twice && history_run(seed + i, &totals) != hash) {
+            fprintf(stderr, "sim: seed %llu: the second run differs from the first\n",
+                    (unsigned long long)(seed + i));
+            return 1;
+        }
+        if (count == 1 && !quiet)
+            printf("trace %016llx\n", (unsigned long long)hash);
+    }
+    double took = seconds() - began;
+    if (!quiet)
+        printf("%llu histories in %.1f s (%.0f a second): %llu events, %llu writes, %llu flushes, "
+               "%llu jobs, %llu kills, %llu power losses, %llu I/O errors; no violation\n",
+               (unsigned long long)count, took, (double)count / took,
+               (unsigned long long)totals.m.events, (unsigned long long)totals.writes,
+               (unsigned long long)totals.flushes, (unsigned long long)totals.jobs,
+               (unsigned long long)totals.kills, (unsigned long long)totals.power_losses,
+               (unsigned long long)totals.m.n_faults);
+    return 0;
+}

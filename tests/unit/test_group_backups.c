@@ -1,0 +1,283 @@
+/* Groups of real backups: while a member waits its nodes and its bitmap stay busy; ended badly in
+ * whatever state, each bitmap is as its mode says, whichever event is reported; and a group that
+ * is given up before it starts leaves nothing. */
+#include "jobutil.h"
+#include "virtual.h"
+
+enum { SIZE = 4 * MiB, DISKS = 2, GRANULARITY = 4096, CHUNK = 65536 };
+static struct node *s[DISKS], *t[DISKS];
+static struct guest guests[DISKS];
+static struct bitmap *want[DISKS]; /* what must be dirty: what was, and what guests have written */
+
+static const char *const source_names[DISKS] = {"s0", "s1"}, *const job_names[DISKS] = {"j0", "j1"};
+
+/* As JOB_TEST, in virtual time. */
+#define VIRTUAL_TEST(name)                                                                         \
+    static int name##_task(void *arg);                                                             \
+    static void name(void **state)                                                                 \
+    {                                                                                              \
+        assert_int_equal(run_virtually(name##_task, NULL), 0);                                     \
+    }                                                                                              \
+    JOB_TASK(name)
+
+static void write_at(unsigned d, uint64_t start, uint64_t length, uint8_t byte)
+{
+    uint8_t *buf = xcalloc(1, length);
+    memset(buf, byte, length);
+    CHECK(edge_write(guests[d].edge, range_make(start, length), buf, 0) == 0);
+    bitmap_mark(want[d], range_make(start, length));
+    free(buf);
+}
+
+static void set_up(struct graph *g)
+{
+    for (unsigned d = 0; d < DISKS; d++) {
+        s[d] = disk(g, source_names[d], SIZE, 0);
+        t[d] = disk(g, d ? "t1" : "t0", SIZE, 0);
+        fill_disk(s[d], d + 3);
+        memcpy(mem_of(t[d])->bytes, mem_of(s[d])->bytes, SIZE); /* the chain so far */
+        guest_on(&guests[d], s[d], d + 1);
+        want[d] = bitmap_new(SIZE, GRANULARITY);
+        command_ok(
+            g, "block-dirty-bitmap-add",
+            parse("{'node':'%s','name':'b','granularity':%d}", source_names[d], GRANULARITY));
+        write_at(d, d * MiB / 2, MiB + 4096, 0x11);
+        write_at(d, 3 * MiB, 65536, 0x12);
+    }
+}
+
+static void tear_down(void)
+{
+    for (unsigned d = 0; d < DISKS; d++) {
+        edge_detach(guests[d].edge);
+        bitmap_free(want[d]);
+        node_unref(s[d]);
+        node_unref(t[d]);
+    }
+}
+
+static struct dirty_bitmap *bits(unsigned d)
+{
+    return dirty_find(s[d], "b");
+}
+
+static int start_group(struct graph *g, const char *mode, const bool *slow, const char *more,
+                       struct error *err)
+{
+    CLEANUP(json_putp) struct json_object *grouped = parse("{'completion-mode':'grouped'}");
+    CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
+    for (unsigned d = 0; d < DISKS; d++)
+        json_object_array_add(
+            actions, parse("{'type':'blockdev-backup','data':{'device':'s%u','target':'t%u',"
+                           "'job-id':'j%u','sync':'bitmap','bitmap':'b','bitmap-mode':'%s',"
+                           "'auto-finalize':false,'speed':%u}}",
+                           d, d, d, mode, slow[d] ? 1 : 0));
+    if (more)
+        json_object_array_add(actions, parse("%s", more));
+    return transaction_run(g, js, actions, grouped, err);
+}
+
+static enum job_status status_of(const char *id)
+{
+    struct job *j;
+    TAILQ_FOREACH (j, &js->list, in_jobs) {
+        if (strcmp(j->id, id) == 0)
+            return j->status;
+    }
+    return JOB_NULL;
+}
+
+/* Nothing can be done to the nodes and the bitmap of member D. */
+static void check_busy(struct graph *g, unsigned d)
+{
+    static const char *const verbs[] = {"clear", "enable", "disable", "remove"};
+    struct error err = ERROR_INIT;
+    for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++) {
+        char type[40];
+        snprintf(type, sizeof type, "block-dirty-bitmap-%s", verbs[i]);
+        CHECK(command(g, &err, type, parse("{'node':'s%u','name':'b'}", d)) < 0);
+        CHECK_TEXT(err, "Bitmap 'b' is currently in use by another operation and cannot be used");
+        error_clear(&err);
+    }
+    CHECK(command(g, &err, "blockdev-backup",
+                  parse("{'device':'s%u','target':'t%u','job-id':'k','sync':'full'}", 1 - d, d)) <
+          0);
+    CHECK(strstr(err.text, "is busy: block device is in use by block job: backup"));
+    CHECK(node_check_op(t[d], BLOCK_OP_RESIZE, NULL) < 0);
+}
+
+/* The bitmap after the group has failed. */
+static void check_failed(unsigned d, const char *mode)
+{
+    const struct bitmap *found = dirty_bits(bits(d));
+    CHECK(dirty_check(bits(d), DIRTY_CHECK_DEFAULT, NULL) == 0);
+    CHECK(dirty_enabled(bits(d)));
+    for (uint64_t at = 0; at < SIZE; at += GRANULARITY) {
+        bool dirty = bitmap_get(found, at);
+        if (strcmp(mode, "always") == 0) {
+            const uint8_t *source = mem_of(s[d])->bytes + at, *target = mem_of(t[d])->bytes + at;
+            struct range chunk = range_make(align_down(at, CHUNK), CHUNK), any;
+            CHECK(dirty || memcmp(source, target, GRANULARITY) == 0);
+            /* Never more than had been, but for the chunks of the copy. */
+            CHECK(!dirty ||
+                  (bitmap_next(want[d], chunk.start, 1, &any) && any.start < range_end(chunk)));
+        } else {
+            CHECK(dirty == bitmap_get(want[d], at));
+        }
+    }
+}
+
+enum way { CANCEL, CANCEL_FORCE, FAIL, WAYS };
+
+/* The members are in states FIRST and SECOND when VICTIM ends. */
+static void end_badly(struct graph *g, const char *mode, enum job_status first,
+                      enum job_status second, unsigned victim, enum way way)
+{
+    const enum job_status states[DISKS] = {first, second};
+    bool slow[DISKS];
+    struct error err = ERROR_INIT;
+    set_up(g);
+    for (unsigned d = 0; d < DISKS; d++)
+        slow[d] = states[d] == JOB_RUNNING || states[d] == JOB_PAUSED;
+    events[0] = '\0';
+    int r = start_group(g, mode, slow, NULL, &err);
+    CHECK_OK(r, err);
+    turns(300);
+    for (unsigned d = 0; d < DISKS; d++) {
+        if (states[d] == JOB_PAUSED)
+            verb_ok(job_names[d], JOB_VERB_PAUSE);
+        turns(100);
+    }
+    for (unsigned d = 0; d < DISKS; d++) {
+        CHECK(status_of(job_names[d]) == states[d]);
+        check_busy(g, d);
+        write_at(d, 2 * MiB + 65536, 65536, 0x77); /* not in the bitmap so far */
+        write_at(d, MiB / 2, 512, 0x78);           /* ... and in it */
+    }
+    if (way == FAIL) {
+        CHECK(states[victim] == JOB_RUNNING);
+        mem_of(t[victim])->bad_write = range_make(0, SIZE);
+        mem_of(t[victim])->write_errno = ENOSPC;
+        CHECK(jobs_set_speed(js, job_names[victim], 0, NULL) == 0);
+    } else {
+        r = way == CANCEL ? jobs_do(js, job_names[victim], JOB_VERB_CANCEL, &err)
+                          : jobs_do_block(js, job_names[victim], JOB_VERB_CANCEL, true, &err);
+        CHECK_OK(r, err);
+    }
+    turns(500);
+    for (unsigned d = 0; d < DISKS; d++) {
+        char text[64];
+        bool failed = way == FAIL && d == victim;
+        snprintf(text, sizeof text,
+                 failed ? "%s:COMPLETED(No space left on device) " : "%s:CANCELLED ", job_names[d]);
+        CHECK(strstr(events, text));
+        CHECK(status_of(job_names[d]) == JOB_NULL);
+        check_failed(d, mode);
+        mem_of(t[d])->bad_times = 0;
+    }
+    /* Each alone is completed by a second run. */
+    for (unsigned d = 0; d < DISKS; d++) {
+        events[0] = '\0';
+        command_ok(g, "blockdev-backup",
+                   parse("{'device':'s%u','target':'t%u','job-id':'again','sync':'bitmap',"
+                         "'bitmap':'b','bitmap-mode':'%s'}",
+                         d, d, mode));
+        wait_for("again", "null");
+        CHECK(strstr(events, "again:COMPLETED again:"));
+        CHECK(memcmp(mem_of(s[d])->bytes, mem_of(t[d])->bytes, SIZE) == 0);
+    }
+    tear_down();
+}
+
+VIRTUAL_TEST(each_bitmap_follows_its_table_when_the_group_fails)
+{
+    static const char *const modes[] = {"on-success", "always", "never"};
+    static const enum job_status states[] = {JOB_RUNNING, JOB_PAUSED, JOB_WAITING};
+    for (unsigned m = 0; m < ARRAY_SIZE(modes); m++) {
+        for (unsigned c = 0; c < 9; c++) {
+            enum job_status first = states[c % 3], second = states[c / 3];
+            if (first == JOB_WAITING && second == JOB_WAITING)
+                first = second = JOB_PENDING;
+            for (unsigned victim = 0; victim < DISKS; victim++) {
+                for (int way = 0; way < WAYS; way++) {
+                    if (way == FAIL && (victim ? second : first) != JOB_RUNNING)
+                        continue;
+                    end_badly(g, modes[m], first, second, victim, (enum way)way);
+                }
+            }
+        }
+    }
+}
+
+/* A last flush fails when the group is finalized: nobody advances, also who has been prepared. */
+VIRTUAL_TEST(a_flush_that_fails_at_finalize_fails_all)
+{
+    static const char *const modes[] = {"on-success", "always", "never"};
+    for (unsigned c = 0; c < 12; c++) {
+        struct error err = ERROR_INIT;
+        unsigned bad = c % 2;
+        const char *mode = modes[c / 2 % 3];
+        struct node *const *disks = c / 6 ? s : t;
+        set_up(g);
+        events[0] = '\0';
+        int r = start_group(g, mode, (bool[DISKS]){false, false}, NULL, &err);
+        CHECK_OK(r, err);
+        turns(300);
+        mem_of(disks[bad])->flush_errno = EIO;
+        verb_ok("j0", JOB_VERB_FINALIZE);
+        CHECK(strstr(events, bad ? "j1:COMPLETED(Input/output error) "
+                                 : "j0:COMPLETED(Input/output error) "));
+        CHECK(strstr(events, bad ? "j0:CANCELLED " : "j1:CANCELLED "));
+        for (unsigned d = 0; d < DISKS; d++) {
+            check_failed(d, mode);
+            if (d == bad && strcmp(mode, "always") == 0) /* nothing of it can be relied on */
+                CHECK(bitmap_count(dirty_bits(bits(d))) >= bitmap_count(want[d]));
+        }
+        mem_of(disks[bad])->flush_errno = 0;
+        tear_down();
+    }
+}
+
+VIRTUAL_TEST(a_group_given_up_before_it_starts_leaves_nothing)
+{
+    static const struct {
+        const char *action, *text;
+    } cases[] = {
+        {"{'type':'abort','data':{}}", "Transaction aborted using Abort action"},
+        {"{'type':'blockdev-backup','data':{'device':'s0','target':'t0','job-id':'j0',"
+         "'sync':'full'}}",
+         NULL},
+        {"{'type':'blockdev-backup','data':{'device':'nosuch','target':'t0','job-id':'k',"
+         "'sync':'full'}}",
+         "Cannot find device='nosuch' nor node-name='nosuch'"},
+        {"{'type':'block-dirty-bitmap-clear','data':{'node':'s0','name':'b'}}",
+         "Action 'block-dirty-bitmap-clear' does not support Transaction property completion-mode "
+         "= grouped"},
+    };
+    for (unsigned i = 0; i < ARRAY_SIZE(cases); i++) {
+        struct error err = ERROR_INIT;
+        set_up(g);
+        events[0] = '\0';
+        CHECK(start_group(g, "always", (bool[DISKS]){false, false}, cases[i].action, &err) < 0);
+        if (cases[i].text)
+            CHECK_TEXT(err, cases[i].text);
+        CHECK(strstr(events, "j0:aborting ") && strstr(events, "j1:aborting "));
+        CHECK(!strstr(events, "running") && !strstr(events, "CANCELLED"));
+        CHECK(TAILQ_EMPTY(&js->list));
+        for (unsigned d = 0; d < DISKS; d++) {
+            check_failed(d, "on-success"); /* unchanged, to the bit */
+            CHECK(node_check_op(t[d], BLOCK_OP_RESIZE, NULL) == 0);
+            write_at(d, 2 * MiB, 512, 1); /* no filter is in the way, and marks go where they did */
+            CHECK(bitmap_get(dirty_bits(bits(d)), 2 * MiB));
+        }
+        tear_down();
+    }
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(each_bitmap_follows_its_table_when_the_group_fails),
+    cmocka_unit_test(a_flush_that_fails_at_finalize_fails_all),
+    cmocka_unit_test(a_group_given_up_before_it_starts_leaves_nothing),
+};
+
+UNIT_MAIN(tests)

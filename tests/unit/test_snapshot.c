@@ -1,0 +1,583 @@
+/* Snapshots: overlays that come above a disk in use, alone and in transactions that fail; what is
+ * refused; which files stay. What guests were answered is kept in a model. */
+#include "jobutil.h"
+
+#include <sys/stat.h>
+
+enum { SIZE = 4 * 1024 * 1024, CLUSTER = 65536 };
+
+/* ---- a disk that can become read-only: raw over a disk in memory ---- */
+
+static char dir[64];
+static struct node *base_file; /* where the first disk's bytes are */
+
+static void make_dir(void)
+{
+    strcpy(dir, "/tmp/tidemark-unit-XXXXXX");
+    CHECK(mkdtemp(dir));
+}
+
+static int shell(const char *fmt, ...) PRINTF(1, 2);
+static int shell(const char *fmt, ...)
+{
+    char text[1024];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    int status = system(text);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+static bool there(const char *name)
+{
+    CLEANUP(memory_freep) char *path = xasprintf("%s/%s", dir, name);
+    return access(path, F_OK) == 0;
+}
+
+/* Each image by itself: what stands behind the first one only we can open. */
+static void remove_dir(void)
+{
+    if (shell("command -v qemu-img >/dev/null") == 0)
+        CHECK(shell("cd %s; for f in *.qcow2; do test ! -e $f || qemu-img check -q -U \"json:{"
+                    "\\\"driver\\\":\\\"qcow2\\\",\\\"backing\\\":null,\\\"file\\\":{"
+                    "\\\"driver\\\":\\\"file\\\",\\\"filename\\\":\\\"$f\\\"}}\" || exit 1; done",
+                    dir) == 0);
+    CHECK(shell("rm -r %s", dir) == 0);
+}
+
+static struct node *open_json(struct graph *g, struct json_object *options)
+{
+    struct error err = ERROR_INIT;
+    struct node *n = NULL;
+    int r = graph_open(g, options, &n, &err);
+    CHECK_OK(r, err);
+    json_object_put(options);
+    return n;
+}
+
+static struct node *raw_disk(struct graph *g, const char *name)
+{
+    base_file = disk(g, "mem", SIZE, 0);
+    mem_of(base_file)->yields = 3;
+    return open_json(g, parse("{'driver':'raw','node-name':'%s','file':'mem'}", name));
+}
+
+static void close_raw_disk(struct node *n)
+{
+    node_unref(n);
+    node_unref(steal(base_file));
+}
+
+static struct node *bare_overlay(struct graph *g, const char *name, uint64_t size)
+{
+    struct error err = ERROR_INIT;
+    CLEANUP(memory_freep) char *path = xasprintf("%s/%s.qcow2", dir, name);
+    int r = graph_create_filename(g, path, "qcow2", NULL, NULL, size, &err);
+    CHECK_OK(r, err);
+    return open_json(g, parse("{'driver':'qcow2','node-name':'%s','backing':null,'file':"
+                              "{'driver':'file','filename':'%s'}}",
+                              name, path));
+}
+
+/* ---- a guest that knows what it has been answered ---- */
+
+struct model_guest {
+    struct test_user user;
+    struct edge *edge;
+    struct rng rng;
+    struct range own; /* nobody else writes there */
+    uint8_t *model;
+    unsigned writes;
+    bool stop;
+};
+
+static int model_task(void *arg)
+{
+    struct model_guest *mg = arg;
+    SHIELD();
+    while (!mg->stop) {
+        uint64_t length = 512 * (1 + rng_below(&mg->rng, 40));
+        uint64_t start = mg->own.start + 512 * rng_below(&mg->rng, (mg->own.length - length) / 512);
+        uint8_t *buf = xcalloc(1, length);
+        bool zeroes = rng_below(&mg->rng, 6) == 0;
+        if (!zeroes)
+            fill_random(&mg->rng, buf, length);
+        int r = zeroes ? edge_write_zeroes(mg->edge, range_make(start, length), 0)
+                       : edge_write(mg->edge, range_make(start, length), buf, 0);
+        CHECK(r == 0);
+        memcpy(mg->model + start, buf, length);
+        free(buf);
+        mg->writes++;
+        CHECK(task_yield() == 0);
+    }
+    return 0;
+}
+
+struct load {
+    struct model_guest guests[3];
+    struct scope tasks;
+    uint8_t *model;
+};
+
+static void load_begin(struct load *l, struct node *n)
+{
+    l->model = xcalloc(1, SIZE);
+    scope_init(&l->tasks);
+    for (unsigned i = 0; i < ARRAY_SIZE(l->guests); i++) {
+        struct model_guest *mg = &l->guests[i];
+        *mg = (struct model_guest){.rng = {test_seed() + i}, .model = l->model};
+        mg->own = range_make(i * (SIZE / 4), SIZE / 4); /* the last quarter stays as it was */
+        mg->edge = attach(&mg->user, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+        scope_spawn(&l->tasks, model_task, mg);
+    }
+}
+
+static void load_written(struct load *l, unsigned more)
+{
+    for (unsigned i = 0; i < ARRAY_SIZE(l->guests); i++)
+        for (unsigned goal = l->guests[i].writes + more; l->guests[i].writes < goal;)
+            CHECK(sleep_until(clock_after_ns(0)) == 0);
+}
+
+/* Ends the guests; the disk that they have been answered must be there. */
+static void load_end(struct load *l)
+{
+    uint8_t *buf = xcalloc(1, SIZE);
+    for (unsigned i = 0; i < ARRAY_SIZE(l->guests); i++)
+        l->guests[i].stop = true;
+    CHECK(scope_join(&l->tasks) == 0);
+    scope_fini(&l->tasks);
+    CHECK(edge_read(l->guests[0].edge, range_make(0, SIZE), buf, 0) == 0);
+    CHECK(memcmp(buf, l->model, SIZE) == 0);
+    for (unsigned i = 0; i < ARRAY_SIZE(l->guests); i++)
+        edge_detach(l->guests[i].edge);
+    free(buf);
+    free(l->model);
+}
+
+static uint8_t *content(struct node *n)
+{
+    struct test_user u;
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ, PERM_ALL);
+    uint8_t *buf = xcalloc(1, SIZE);
+    CHECK(edge_read(e, range_make(0, SIZE), buf, 0) == 0);
+    edge_detach(e);
+    return buf;
+}
+
+/* ---- running transactions ---- */
+
+static int run(struct graph *g, struct error *err, struct json_object *actions, const char *mode)
+{
+    CLEANUP(json_putp)
+    struct json_object *properties = mode ? parse("{'completion-mode':'%s'}", mode) : NULL;
+    int r = transaction_run(g, js, actions, properties, err);
+    json_object_put(actions);
+    return r;
+}
+
+static void run_ok(struct graph *g, struct json_object *actions)
+{
+    struct error err = ERROR_INIT;
+    int r = run(g, &err, actions, NULL);
+    CHECK_OK(r, err);
+}
+
+static void run_fails(struct graph *g, const char *text, struct json_object *actions)
+{
+    struct error err = ERROR_INIT;
+    CHECK(run(g, &err, actions, NULL) < 0);
+    CHECK_TEXT(err, text);
+}
+
+static void fails(struct graph *g, const char *type, const char *text, struct json_object *data)
+{
+    struct error err = ERROR_INIT;
+    if (command(g, &err, type, data) == 0)
+        fprintf(stderr, "no error: %s\n", text);
+    CHECK_TEXT(err, text);
+}
+
+static unsigned nodes_of(struct graph *g)
+{
+    unsigned count = 0;
+    for (struct node *n = graph_first(g); n; n = graph_next(n))
+        count++;
+    return count;
+}
+
+#define SNAPSHOT(node, overlay)                                                                    \
+    "{'type':'blockdev-snapshot','data':{'node':'" node "','overlay':'" overlay "'}}"
+#define ADD(node, name)                                                                            \
+    "{'type':'block-dirty-bitmap-add','data':{'node':'" node "','name':'" name "'}}"
+#define ABORT "{'type':'abort','data':{}}"
+#define ABORTED "Transaction aborted using Abort action"
+
+static char *sync_action(const char *node, const char *overlay)
+{
+    return xasprintf("{'type':'blockdev-snapshot-sync','data':{'node-name':'%s',"
+                     "'snapshot-node-name':'%s','snapshot-file':'%s/%s.qcow2'}}",
+                     node, overlay, dir, overlay);
+}
+
+/* ---- the tests ---- */
+
+JOB_TEST(guests_go_on_above_a_growing_chain)
+{
+    enum { LAYERS = 7 };
+    static const char *const names[] = {"s", "o1", "o2", "o3", "o4", "o5", "o6", "o7"};
+    uint8_t *then[LAYERS];
+    struct load l;
+    make_dir();
+    struct node *n = raw_disk(g, "s");
+    load_begin(&l, n);
+    for (unsigned i = 0; i < LAYERS; i++) {
+        load_written(&l, 3);
+        command_ok(g, "blockdev-snapshot-sync",
+                   parse("{'node-name':'%s','snapshot-node-name':'%s','snapshot-file':"
+                         "'%s/%s.qcow2'}",
+                         names[i], names[i + 1], dir, names[i + 1]));
+        struct node *below = graph_find(g, names[i]), *above = graph_find(g, names[i + 1]);
+        CHECK(node_read_only(below) && !node_read_only(above) && node_backing(above) == below);
+        for (unsigned k = 0; k < ARRAY_SIZE(l.guests); k++)
+            CHECK(l.guests[k].edge->node == above);
+        then[i] = content(below);
+    }
+    load_written(&l, 5);
+    for (unsigned i = 0; i < LAYERS; i++) {
+        CLEANUP(memory_freep) uint8_t *now = content(graph_find(g, names[i]));
+        CHECK(memcmp(now, then[i], SIZE) == 0);
+        CHECK(!i || memcmp(then[i - 1], then[i], SIZE) != 0);
+        if (i)
+            free(then[i - 1]);
+    }
+    free(then[LAYERS - 1]);
+    load_end(&l); /* the overlays were theirs alone, and go with them */
+    CHECK(nodes_of(g) == 2);
+    close_raw_disk(n);
+    remove_dir();
+}
+
+/* The bitmap of an overlay that comes in the same step: exactly what the overlay has. */
+JOB_TEST(a_bitmap_of_the_overlay_begins_at_the_instant)
+{
+    struct load l;
+    make_dir();
+    struct node *n = raw_disk(g, "s");
+    load_begin(&l, n);
+    for (unsigned round = 0; round < 6; round++) {
+        char below[8], above[8];
+        snprintf(below, sizeof below, round ? "o%u" : "s", round);
+        snprintf(above, sizeof above, "o%u", round + 1);
+        CLEANUP(memory_freep) char *sync = sync_action(below, above);
+        load_written(&l, 2);
+        if (round % 2) {
+            struct node *o = bare_overlay(g, above, SIZE);
+            run_ok(g, parse("[{'type':'blockdev-snapshot','data':{'node':'%s','overlay':'%s'}},"
+                            "{'type':'block-dirty-bitmap-add','data':{'node':'%s','name':'b'}}]",
+                            below, above, above));
+            node_unref(o);
+        } else {
+            run_ok(g, parse("[%s,{'type':'block-dirty-bitmap-add','data':{'node':'%s',"
+                            "'name':'b'}}]",
+                            sync, above));
+        }
+        load_written(&l, 2);
+        struct node *o = graph_find(g, above);
+        graph_quiesce_begin(g, &o, 1);
+        struct bitmap *bits = dirty_bits(dirty_find(o, "b"));
+        CHECK(bitmap_granularity(bits) == CLUSTER && bitmap_count(bits) > 0);
+        struct test_user u;
+        struct edge *e = attach(&u, o, PERM_CONSISTENT_READ, PERM_ALL);
+        for (uint64_t at = 0; at < SIZE; at += CLUSTER) {
+            uint64_t length;
+            int has = edge_allocated_above(e, o, true, range_make(at, CLUSTER), &length);
+            CHECK(has >= 0 && length == CLUSTER && bitmap_get(bits, at) == (has > 0));
+        }
+        edge_detach(e);
+        graph_quiesce_end(g, &o, 1);
+    }
+    load_end(&l);
+    close_raw_disk(n);
+    remove_dir();
+}
+
+/* A snapshot and a full backup of the overlay, which is the disk at that instant, in one step. */
+JOB_TEST(a_backup_of_the_overlay_begins_at_the_instant)
+{
+    struct load l;
+    make_dir();
+    struct node *n = raw_disk(g, "s"), *t = disk(g, "t", SIZE, 0);
+    mem_of(t)->yields = 3;
+    load_begin(&l, n);
+    load_written(&l, 3);
+    CLEANUP(memory_freep) char *sync = sync_action("s", "o");
+    run_ok(g, parse("[%s," ADD("o", "b") ",{'type':'blockdev-backup','data':{'device':'o',"
+                                         "'target':'t','job-id':'j','sync':'full'}}]",
+                    sync));
+    CHECK(node_read_only(n));
+    wait_for("j", "null");
+    CHECK(strstr(events, "j:COMPLETED j:"));
+    CLEANUP(memory_freep) uint8_t *then = content(n);
+    CHECK(memcmp(then, mem_of(t)->bytes, SIZE) == 0);
+    load_end(&l);
+    close_raw_disk(n);
+    node_unref(t);
+    remove_dir();
+}
+
+JOB_TEST(a_transaction_that_fails_moves_nobody)
+{
+    struct load l;
+    make_dir();
+    struct node *n = raw_disk(g, "s"), *t = disk(g, "t", SIZE, 0);
+    struct node *o = bare_overlay(g, "o", SIZE);
+    unsigned nodes = nodes_of(g);
+    CLEANUP(memory_freep) char *one = sync_action("s", "o1");
+    CLEANUP(memory_freep) char *two = sync_action("o1", "o2");
+    load_begin(&l, n);
+    for (unsigned i = 0; i < 24; i++) {
+        const char *const parts[][2] = {
+            {one, ABORT},
+            {SNAPSHOT("s", "o") "," ADD("o", "b"), ABORT},
+            {one, two},
+            {one, "{'type':'blockdev-backup','data':{'device':'o1','target':'t','job-id':'j',"
+                  "'sync':'full'}}"},
+        };
+        load_written(&l, 1);
+        run_fails(g, ABORTED,
+                  parse("[%s,%s," ADD("s", "c") "," ABORT "]", parts[i % 4][0], parts[i % 4][1]));
+        for (unsigned k = 0; k < ARRAY_SIZE(l.guests); k++)
+            CHECK(l.guests[k].edge->node == n);
+        CHECK(!node_backing(o) && !dirty_first(o) && !dirty_first(n) && !node_read_only(n));
+        CHECK(nodes_of(g) == nodes && !there("o1.qcow2") && !there("o2.qcow2"));
+    }
+    CHECK(node_check_op(n, BLOCK_OP_REPLACE, NULL) == 0);
+    run_ok(g, parse("[" SNAPSHOT("s", "o") "]")); /* and now it can */
+    CHECK(l.guests[1].edge->node == o);
+    load_end(&l);
+    node_unref(o);
+    node_unref(t);
+    close_raw_disk(n);
+    remove_dir();
+}
+
+/* Who had the overlay before keeps it when others have to go back. */
+JOB_TEST(undoing_leaves_who_was_there_before)
+{
+    struct test_user writer, reader;
+    make_dir();
+    struct node *n = raw_disk(g, "s"), *o = bare_overlay(g, "o", SIZE);
+    struct edge *w = attach(&writer, o, PERM_WRITE, PERM_ALL);
+    struct edge *r = attach(&reader, n, PERM_CONSISTENT_READ, PERM_ALL);
+    run_fails(g, ABORTED, parse("[" SNAPSHOT("s", "o") "," ABORT "]"));
+    CHECK(w->node == o && r->node == n);
+    run_ok(g, parse("[" SNAPSHOT("s", "o") "]"));
+    CHECK(w->node == o && r->node == o);
+    edge_detach(w);
+    edge_detach(r);
+    node_unref(o);
+    close_raw_disk(n);
+    remove_dir();
+}
+
+JOB_TEST(what_is_refused_changes_nothing)
+{
+    struct test_user reader;
+    make_dir();
+    struct node *n = raw_disk(g, "s"), *o = bare_overlay(g, "o", SIZE);
+    struct node *small = bare_overlay(g, "small", SIZE / 2), *t = disk(g, "t", SIZE, 0);
+    struct node *f = open_json(g, parse("{'driver':'copy-before-write','node-name':'f','file':'t',"
+                                        "'target':'small'}"));
+    struct edge *r = attach(&reader, o, PERM_CONSISTENT_READ, PERM_ALL);
+    struct node *raw = open_json(g, parse("{'driver':'raw','node-name':'raw','file':'t'}"));
+    unsigned nodes = nodes_of(g);
+
+    static const struct {
+        const char *node, *overlay, *text;
+    } cases[] = {
+        {"x", "o", "Cannot find device='x' nor node-name='x'"},
+        {"s", "x", "Cannot find device='x' nor node-name='x'"},
+        {"s", "o", "The overlay is already in use"},
+        {"s", "f", "Filters cannot be used as overlays"},
+        {"s", "raw", "The overlay does not support backing images"},
+    };
+    for (unsigned i = 0; i < ARRAY_SIZE(cases); i++)
+        fails(g, "blockdev-snapshot", cases[i].text,
+              parse("{'node':'%s','overlay':'%s'}", cases[i].node, cases[i].overlay));
+    edge_detach(r);
+    node_unref(f);
+    node_unref(raw);
+
+    mem_of(base_file)->flush_errno = EIO;
+    struct test_user writer;
+    struct edge *w = attach(&writer, n, PERM_WRITE, PERM_ALL);
+    CHECK(edge_write_zeroes(w, range_make(0, 512), 0) == 0);
+    fails(g, "blockdev-snapshot", "An IO error has occurred", parse("{'node':'s','overlay':'o'}"));
+    fails(g, "blockdev-snapshot-sync", "An IO error has occurred",
+          parse("{'node-name':'s','snapshot-node-name':'n','snapshot-file':'%s/n'}", dir));
+    mem_of(base_file)->flush_errno = 0;
+    CHECK(!there("n") && w->node == n);
+
+    static const struct {
+        const char *data, *text;
+    } sync[] = {
+        {"", "Cannot find device='' nor node-name=''"},
+        {"'device':'x',", "Cannot find device='x' nor node-name=''"},
+        {"'node-name':'s',", "New overlay node-name missing"},
+        {"'node-name':'s','snapshot-node-name':'o',", "New overlay node-name already in use"},
+        {"'node-name':'s','snapshot-node-name':'1',", "Invalid node-name: '1'"},
+        {"'device':'s','snapshot-node-name':'1',", "Invalid node-name: '1'"},
+        {"'device':'s','format':'raw',", "Backing file not supported for file format 'raw'"},
+        {"'device':'s','format':'x',", "Unknown file format 'x'"},
+    };
+    for (unsigned i = 0; i < ARRAY_SIZE(sync); i++)
+        fails(g, "blockdev-snapshot-sync", sync[i].text,
+              parse("{%s'snapshot-file':'%s/n'}", sync[i].data, dir));
+    CHECK(!there("n") && w->node == n && nodes_of(g) == nodes - 2);
+
+    /* The second is refused by what the first has done, and so the first is undone. */
+    run_fails(g, "Node 's' is busy: node is used as backing hd of 'o'",
+              parse("[" SNAPSHOT("s", "o") "," SNAPSHOT("s", "small") "]"));
+    run_fails(g, "The overlay already has a backing image",
+              parse("[" SNAPSHOT("s", "o") "," SNAPSHOT("t", "o") "]"));
+    CHECK(w->node == n && !node_backing(o) && !node_backing(small));
+    edge_detach(w);
+    node_unref(o);
+    node_unref(small);
+    node_unref(t);
+    close_raw_disk(n);
+    remove_dir();
+}
+
+JOB_TEST(beside_a_backup)
+{
+    struct load l;
+    struct error err = ERROR_INIT;
+    make_dir();
+    struct node *n = raw_disk(g, "s"), *t = disk(g, "t", SIZE, 0);
+    struct node *o = bare_overlay(g, "o", SIZE), *small = bare_overlay(g, "small", SIZE / 2);
+    mem_of(t)->yields = 3;
+    load_begin(&l, n);
+    load_written(&l, 3);
+    graph_quiesce_begin(g, &n, 1);
+    CLEANUP(memory_freep) uint8_t *then = content(n);
+    command_ok(g, "blockdev-backup",
+               parse("{'device':'s','target':'t','job-id':'j','sync':'full','speed':65536,"
+                     "'filter-node-name':'f'}"));
+    graph_quiesce_end(g, &n, 1);
+    load_written(&l, 2);
+    fails(g, "blockdev-snapshot", "Node 't' is busy: block device is in use by block job: backup",
+          parse("{'node':'t','overlay':'o'}"));
+    fails(g, "blockdev-snapshot", "Node 'f' keeps the disk as it was, and cannot be resized",
+          parse("{'node':'s','overlay':'small'}"));
+    run_ok(g, parse("[" SNAPSHOT("s", "o") "]"));
+    CHECK(strcmp(node_name(l.guests[0].edge->node), "f") == 0);
+    load_written(&l, 3);
+    CHECK(jobs_set_speed(js, "j", 0, &err) == 0);
+    wait_for("j", "null");
+    CHECK(strstr(events, "j:COMPLETED j:"));
+    CHECK(memcmp(then, mem_of(t)->bytes, SIZE) == 0);
+    CHECK(l.guests[0].edge->node == o && node_backing(o) == n);
+    load_end(&l);
+    node_unref(o);
+    node_unref(small);
+    node_unref(t);
+    close_raw_disk(n);
+    remove_dir();
+}
+
+/* A request's stack is as deep as the graph. */
+JOB_TEST(the_graph_does_not_become_too_deep)
+{
+    char name[16] = "s", above[16];
+    make_dir();
+    struct node *n = raw_disk(g, "s"), *stack[246] = {NULL};
+    for (unsigned i = 0; i < 246; i++) {
+        snprintf(above, sizeof above, "r%u", i);
+        stack[i] = open_json(
+            g, parse("{'driver':'raw','node-name':'%s','file':'%s'}", above, i ? name : "s"));
+        strcpy(name, above);
+    }
+    /* 248 nodes in a row; each overlay is one more. */
+    struct node *o[3] = {bare_overlay(g, "o0", SIZE), bare_overlay(g, "o1", SIZE),
+                         bare_overlay(g, "o2", SIZE)};
+    run_ok(g, parse("[" SNAPSHOT("s", "o0") "]"));
+    run_ok(g, parse("[" SNAPSHOT("o0", "o1") "]"));
+    run_fails(g, "More than 250 nodes on top of each other", parse("[" SNAPSHOT("o1", "o2") "]"));
+    CHECK(!node_backing(o[2]));
+    CLEANUP(memory_freep) uint8_t *all = content(stack[245]);
+    for (unsigned i = 246; i--;)
+        node_unref(stack[i]);
+    for (unsigned i = 3; i--;)
+        node_unref(o[i]);
+    close_raw_disk(n);
+    remove_dir();
+}
+
+/* ---- files ---- */
+
+JOB_TEST(only_what_a_transaction_has_made_is_removed)
+{
+    struct error err = ERROR_INIT;
+    make_dir();
+    struct node *n = raw_disk(g, "s");
+    static const char *const lists[] = {
+        "{'type':'drive-backup','data':{'device':'s','target':'%1$s/%2$s','sync':'full',"
+        "'format':'qcow2','job-id':'j'}}",
+        "{'type':'drive-backup','data':{'device':'s','target':'file:%1$s/%2$s','sync':'none',"
+        "'format':'qcow2','auto-dismiss':false,'job-id':'k'}}",
+        "{'type':'drive-backup','data':{'device':'s','target':'%1$s/%2$s','sync':'full',"
+        "'format':'raw','job-id':'j'}}",
+        "{'type':'blockdev-snapshot-sync','data':{'device':'s','snapshot-file':'%1$s/%2$s'}}",
+        "{'type':'blockdev-snapshot-sync','data':{'node-name':'s','snapshot-node-name':'o',"
+        "'snapshot-file':'file:%1$s/%2$s'}}",
+    };
+    CHECK(shell("cd %s; mkdir real; echo old >there; ln -s real/link link", dir) == 0);
+    for (unsigned i = 0; i < ARRAY_SIZE(lists); i++) {
+        for (unsigned k = 0; k < 3; k++) {
+            char action[512], all[1024];
+            const char *const names[] = {"new", "there", "link"};
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wformat-nonliteral"
+            snprintf(action, sizeof action, lists[i], dir, names[k]);
+#pragma GCC diagnostic pop
+            snprintf(all, sizeof all, "[%s,%s]", action, ABORT);
+            run_fails(g, ABORTED, parse("%s", all));
+            CHECK(!there("new") && there("there") && !there("real/link"));
+            CHECK(shell("test -L %s/link", dir) == 0);
+        }
+    }
+    /* A command alone, which fails after its file is made: the name is taken, the size is another.
+     */
+    struct node *t = disk(g, "t", SIZE, 0);
+    CHECK(command(g, &err, "drive-backup",
+                  parse("{'device':'s','target':'%s/new','sync':'full','format':'qcow2',"
+                        "'job-id':'j','filter-node-name':'t'}",
+                        dir)) < 0);
+    CHECK(!there("new"));
+    error_clear(&err);
+    CHECK(command(g, &err, "drive-backup",
+                  parse("{'device':'s','target':'%s/there','sync':'full','format':'raw',"
+                        "'mode':'existing','job-id':'j'}",
+                        dir)) < 0);
+    CHECK(there("there"));
+    node_unref(t);
+    close_raw_disk(n);
+    remove_dir();
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(guests_go_on_above_a_growing_chain),
+    cmocka_unit_test(a_bitmap_of_the_overlay_begins_at_the_instant),
+    cmocka_unit_test(a_backup_of_the_overlay_begins_at_the_instant),
+    cmocka_unit_test(a_transaction_that_fails_moves_nobody),
+    cmocka_unit_test(undoing_leaves_who_was_there_before),
+    cmocka_unit_test(what_is_refused_changes_nothing),
+    cmocka_unit_test(beside_a_backup),
+    cmocka_unit_test(the_graph_does_not_become_too_deep),
+    cmocka_unit_test(only_what_a_transaction_has_made_is_removed),
+};
+
+UNIT_MAIN(tests)
