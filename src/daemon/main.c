@@ -61,9 +61,9 @@ static int cancel_jobs(void *arg)
     return 0;
 }
 
-/* Exports, so that nothing is written any more; and jobs, so that nobody holds a node (both at once:
- * a guest's write may wait for the target of a job, and that may hang); then the images with their
- * bitmaps. Clients hear of all this before they are let go. */
+/* Exports, so that nothing is written any more; and jobs, so that nobody holds a node (both at
+ * once: a guest's write may wait for the target of a job, and that may hang); then the images with
+ * their bitmaps. Clients hear of all this before they are let go. */
 static void end_everything(struct daemon *d)
 {
     SHIELD();

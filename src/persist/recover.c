@@ -47,7 +47,7 @@ enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s,
     }
     if (!s->in_use)
         return witness_compare_clean(&s->witness, &now, why, why_bytes);
-    if (!k->options.runtime || stamp_read(k->options.runtime, &s->session, &last_write_ns) < 0)
+    if (!k->options.runtime || stamp_find(k->options.runtime, &s->session, &last_write_ns) < 0)
         last_write_ns = 0;
     return witness_compare_crash(&s->witness, &now, last_write_ns, boot_us * 1000, why, why_bytes);
 }

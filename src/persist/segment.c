@@ -282,7 +282,7 @@ void stamp_write_done(struct stamp *s)
     s->map->in_flight--;
 }
 
-int stamp_read(const char *runtime, const struct tide_id *session, uint64_t *last_write_ns)
+int stamp_find(const char *runtime, const struct tide_id *session, uint64_t *last_write_ns)
 {
     CLEANUP(memory_freep) char *path = path_of(runtime, session, "stamp");
     uint64_t words[2] = {0};

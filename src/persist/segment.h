@@ -48,5 +48,5 @@ void stamp_write_begun(struct stamp *s);
 void stamp_write_done(struct stamp *s);
 /* What an earlier process left: the latest moment at which a write of it can have reached the file;
  * UINT64_MAX if writes were in flight. -ENOENT. */
-int stamp_read(const char *runtime, const struct tide_id *session,
+int stamp_find(const char *runtime, const struct tide_id *session,
                uint64_t *last_write_ns) MUST_CHECK;
