@@ -312,12 +312,19 @@ int job_add_node(struct job *j, struct node *n, const char *name, unsigned perm,
     return 0;
 }
 
+static void unblock_nodes(struct job *j)
+{
+    struct job_node *jn;
+    TAILQ_FOREACH (jn, &j->nodes, link)
+        node_unblock_ops(jn->edge->node, &jn->blocker);
+}
+
 void job_drop_nodes(struct job *j)
 {
+    unblock_nodes(j);
     struct job_node *jn;
     while ((jn = TAILQ_FIRST(&j->nodes))) {
         TAILQ_REMOVE(&j->nodes, jn, link);
-        node_unblock_ops(jn->edge->node, &jn->blocker);
         edge_detach(jn->edge);
         free(jn->blocker.reason);
         free(jn);
@@ -456,7 +463,7 @@ static void group_conclude(struct job_group *grp)
             grp->committed = true;
     }
     if (failed) {
-        group_abort(failed);
+        group_abort(BROKEN(another_spared) ? TAILQ_LAST(&grp->jobs, job_list) : failed);
     } else {
         while ((j = TAILQ_FIRST(&grp->jobs)))
             finalize_one(j);
@@ -470,6 +477,9 @@ static void group_success(struct job *done)
 {
     struct job_group *grp = done->group;
     job_move(done, JOB_WAITING);
+
+    if (BROKEN(nodes_let_go_in_waiting))
+        unblock_nodes(done);
 
     struct job *j;
     TAILQ_FOREACH (j, &grp->jobs, in_group) {
@@ -485,7 +495,7 @@ static void group_success(struct job *done)
             all_auto = false;
         }
     }
-    if (all_auto)
+    if (all_auto || (BROKEN(last_member_decides) && done->auto_finalize))
         group_conclude(grp);
 }
 

@@ -13,7 +13,8 @@ static struct node *base_file; /* where the first disk's bytes are */
 
 static void make_dir(void)
 {
-    strcpy(dir, "/tmp/tidemark-unit-XXXXXX");
+    const char *where = access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm"; /* flushes cost nothing */
+    snprintf(dir, sizeof dir, "%s/tidemark-unit-XXXXXX", where);
     CHECK(mkdtemp(dir));
 }
 
@@ -516,6 +517,59 @@ JOB_TEST(the_graph_does_not_become_too_deep)
     remove_dir();
 }
 
+/* In a task of its own, as guests' requests are. */
+static int go_down(void *arg)
+{
+    struct edge *e = arg;
+    struct block_status st;
+    CLEANUP(memory_freep) uint8_t *expected = xcalloc(1, SIZE);
+    CLEANUP(memory_freep) uint8_t *buf = xcalloc(1, SIZE);
+    SHIELD();
+    memcpy(expected, mem_of(base_file)->bytes, SIZE);
+    CHECK(edge_read(e, range_make(0, SIZE), buf, 0) == 0);
+    CHECK(memcmp(buf, expected, SIZE) == 0);
+    memset(expected + 777, 5, 100);
+    CHECK(edge_write(e, range_make(777, 100), expected + 777, 0) == 0);
+    memset(expected + MiB + 5, 0, 9);
+    CHECK(edge_write_zeroes(e, range_make(MiB + 5, 9), 0) == 0);
+    CHECK(edge_discard(e, range_make(2 * MiB + 5, CLUSTER * 2)) == 0 && edge_flush(e) == 0);
+    CHECK(edge_status_above(e, NULL, true, range_make(3 * MiB, MiB), &st) == 0);
+    CHECK(edge_read(e, range_make(0, 2 * MiB), buf, 0) == 0);
+    CHECK(memcmp(buf, expected, 2 * MiB) == 0);
+    return 0;
+}
+
+/* A chain of images as deep as may be: a request goes down to its end and comes back. */
+JOB_TEST(a_request_can_go_down_the_deepest_chain)
+{
+    struct error err = ERROR_INIT;
+    char name[16] = "s", above[16];
+    struct test_user u;
+    make_dir();
+    struct node *n = raw_disk(g, "s");
+    mem_of(base_file)->yields = 0;
+    fill_disk(base_file, 7);
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+    unsigned depth = 2;
+    for (;; depth++) {
+        snprintf(above, sizeof above, "o%u", depth);
+        if (command(g, &err, "blockdev-snapshot-sync",
+                    parse("{'node-name':'%s','snapshot-node-name':'%s','snapshot-file':"
+                          "'%s/%s.qcow2'}",
+                          name, above, dir, above)) < 0)
+            break;
+        strcpy(name, above);
+    }
+    CHECK_TEXT(err, "More than 250 nodes on top of each other");
+    CHECK(depth == 250 && !there("o250.qcow2"));
+    SCOPE(tasks);
+    scope_spawn(&tasks, go_down, e);
+    CHECK(scope_join(&tasks) == 0);
+    edge_detach(e);
+    close_raw_disk(n);
+    CHECK(shell("rm -r %s", dir) == 0);
+}
+
 /* ---- files ---- */
 
 JOB_TEST(only_what_a_transaction_has_made_is_removed)
@@ -577,6 +631,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(what_is_refused_changes_nothing),
     cmocka_unit_test(beside_a_backup),
     cmocka_unit_test(the_graph_does_not_become_too_deep),
+    cmocka_unit_test(a_request_can_go_down_the_deepest_chain),
     cmocka_unit_test(only_what_a_transaction_has_made_is_removed),
 };
 

@@ -477,3 +477,18 @@ def snapshot_reopened(t):
     t("blockdev-del", node_name="a")
     t.read("a", 0, 131072)
     t.nodes()
+
+
+@sequence(disk("a", data=DATA), *(image(f"o{n}") for n in range(16)), nbd_server("a"))
+def snapshot_with_long_names(t):
+    """Overlays that record nothing of what is behind them: the chain's name grows, until no image
+    can record it."""
+    below = "a"
+    for n in range(16):
+        overlay(t, f"o{n}")
+        t("blockdev-snapshot", node=below, overlay=f"o{n}")
+        below = f"o{n}"
+    t("blockdev-snapshot-sync", node_name=below, snapshot_file="$DIR/s.qcow2",
+      snapshot_node_name="s")
+    t.nodes()
+    t.read("a", 0, 4 << 20)
