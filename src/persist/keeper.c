@@ -194,7 +194,8 @@ static int allocate(struct keeper *k, struct change *c, struct tide_bitmap *entr
         if (entry->extent[used[i]] || (i == 1 && !entry->successor.epoch))
             continue;
         r = tide_allocate(k->tide, &c->next,
-                          tide_extent_bytes(node_size(k->node), entry->granularity_bits),
+                          tide_extent_bytes(max_u64(c->next.size_bytes, c->next.resizing_bytes),
+                                            entry->granularity_bits),
                           &entry->extent[used[i]], err);
     }
     memcpy(of->extent, entry->extent, sizeof of->extent);
@@ -526,6 +527,21 @@ static int check_nobodys(struct keeper *k, struct error *err)
     return r;
 }
 
+/* Is the disk to become larger than the extents that the bitmaps have? */
+static bool outgrown(const struct keeper *k, const struct super *next)
+{
+    const struct super *now = tide_super(k->tide);
+    uint64_t had = max_u64(now->size_bytes, now->resizing_bytes);
+    uint64_t needs = max_u64(next->size_bytes, next->resizing_bytes);
+
+    for (size_t i = 0; i < next->table.n; i++) {
+        unsigned bits = next->table.items[i].granularity_bits;
+        if (tide_extent_bytes(needs, bits) > tide_extent_bytes(had, bits))
+            return true;
+    }
+    return false;
+}
+
 static int write_change(struct keeper *k, struct change *c, struct error *err)
 {
     if (!k->tide) {
@@ -533,7 +549,7 @@ static int write_change(struct keeper *k, struct change *c, struct error *err)
         if (r < 0)
             return r;
     }
-    if (!k->tide || tide_failed(k->tide))
+    if (!k->tide || tide_failed(k->tide) || outgrown(k, &c->next))
         return replace_tide(k, c, err);
     int r = reserve_epochs(k, err);
     set_next_epoch(k, &c->next);
