@@ -254,6 +254,7 @@ static void rebuild(struct bitmap *bm)
         if (kept != bm->level[0][words - 1])
             bm->level[0][words - 1] = kept;
     }
+    bm->dirty_bits = 0;
     for (uint64_t w = 0; w < words; w++)
         bm->dirty_bits += weight(bm->level[0][w]);
     for (unsigned l = 0; l + 1 < bm->levels; l++)

@@ -433,6 +433,30 @@ static void resize_drops_what_is_beyond_and_adds_clean(void **state)
     }
 }
 
+static void lent_words_may_move(void **state)
+{
+    struct rng rng = {test_seed()};
+    for (int i = 0; i < 20; i++) {
+        const uint64_t size = 1 + rng_below(&rng, 4 * MiB), larger = size + rng_below(&rng, GiB);
+        const uint64_t n = bitmap_word_count(size, 512);
+        CLEANUP(memory_freep) uint64_t *here = xcalloc(n, 8);
+        CLEANUP(memory_freep) uint64_t *there = xcalloc(bitmap_word_count(larger, 512), 8);
+        CLEANUP(model_fini) struct model m = model_new(size, 512);
+        CLEANUP(bitmap_freep) struct bitmap *bm = bitmap_new_over(here, size, 512);
+        scatter(&rng, bm, &m, 50);
+        memcpy(there, here, n * 8);
+        assert_int_equal(bitmap_move(bm, there, larger), 0);
+        must_equal(bm, &m, "a move");
+        const uint64_t count = bitmap_count(bm);
+        assert_int_equal(bitmap_resize(bm, larger), 0);
+        must_be_valid(bm, "growing into the room");
+        assert_int_equal(bitmap_count(bm), count);
+        memset(here, 0xff, n * 8);
+        bitmap_mark(bm, range_make(larger - 1, 1));
+        must_be_valid(bm, "a mark in the room");
+    }
+}
+
 static void lent_words_are_the_bits(void **state)
 {
     struct rng rng = {test_seed()};
@@ -569,6 +593,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(merge_range_leaves_out_what_the_smaller_has_not),
     cmocka_unit_test(resize_drops_what_is_beyond_and_adds_clean),
     cmocka_unit_test(lent_words_are_the_bits),
+    cmocka_unit_test(lent_words_may_move),
     cmocka_unit_test(memory_follows_what_is_dirty_on_64_tib),
     cmocka_unit_test(many_small_bitmaps_are_cheap),
     cmocka_unit_test(too_large_is_refused_and_nothing_changes),
