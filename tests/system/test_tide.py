@@ -1,0 +1,62 @@
+"""Persistent bitmaps of raw images, which live in a tide file beside them."""
+import json
+
+import pytest
+from tidemark_testlib import Daemon, connect, nbd_uri
+
+KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+
+
+def start(tmp, tidemarkd, image):
+    (tmp / "nbd.sock").unlink(missing_ok=True)
+    return Daemon("--blockdev", json.dumps({"driver": "raw", "node-name": "a", "file": {
+                      "driver": "file", "filename": str(image), "node-name": "af"}}),
+                  "--nbd-server", f"addr.type=unix,addr.path={tmp}/nbd.sock",
+                  binary=tidemarkd, directory=tmp)
+
+
+def write(daemon, tmp, *offsets):
+    daemon.qmp.execute("block-export-add", **{"type": "nbd", "id": "e", "node-name": "a",
+                                              "writable": True})
+    nbd = connect(nbd_uri(tmp / "nbd.sock", "a"))
+    for offset in offsets:
+        nbd.pwrite(b"1" * 512, offset)
+    nbd.shutdown()
+    daemon.qmp.execute("block-export-del", id="e", mode="hard")
+    daemon.qmp.wait_event("BLOCK_EXPORT_DELETED")
+
+
+def bitmaps(daemon):
+    nodes = daemon.qmp.execute("query-named-block-nodes")
+    node = next(n for n in nodes if n["node-name"] == "a")
+    return {b["name"]: b for b in node.get("dirty-bitmaps", [])}
+
+
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_a_disk_outgrows_its_areas(tmp, tidemarkd, end):
+    """Bitmaps that need thirty times the room in the tide file."""
+    image = tmp / "a.raw"
+    with open(image, "wb") as f:
+        f.truncate(256 * MiB)
+    daemon = start(tmp, tidemarkd, image)
+    try:
+        for name in ("x", "y"):
+            daemon.qmp.execute("block-dirty-bitmap-add", node="a", name=name, granularity=512,
+                               persistent=True)
+        write(daemon, tmp, 200 * MiB)
+        daemon.qmp.execute("block_resize", **{"node-name": "a", "size": 8 * GiB})
+        write(daemon, tmp, 8 * GiB - 512, 0)
+        before = {name: b["count"] for name, b in bitmaps(daemon).items()}
+        if end == "killed":
+            daemon.kill()
+        else:
+            daemon.stop()
+
+        daemon = start(tmp, tidemarkd, image)
+        after = bitmaps(daemon)
+        assert {name: b["count"] for name, b in after.items()} == before
+        assert set(after) == {"x", "y"} and min(before.values()) >= 3 * 512
+        assert not any(b.get("inconsistent") for b in after.values())
+        daemon.stop()
+    finally:
+        daemon.kill()
