@@ -1,4 +1,11 @@
-/* What keeper.c and recover.c share. */
+/* What the files of a keeper share.
+ *
+ *     keeper.c     changes of state
+ *     sets.c       the sets of bits and their places
+ *     session.c    from the first change to the close
+ *     writes.c     the write path
+ *     recover.c    open
+ */
 #pragma once
 
 #include "persist/hot.h"
@@ -37,12 +44,13 @@ struct keeper {
     struct hot *hot; /* level power, while a session is open */
     LIST_HEAD(, kept_set) sets;
 
-    bool recording; /* some bitmap does: writes need hot regions */
-    bool in_use;    /* a session is open: the superblock says so, durably */
-    bool stale;     /* recovery has found what is to be written anew */
-    bool lost;      /* no tide file can be had: bitmaps are inconsistent after the next crash */
-    bool refusing;  /* nor can the old one be taken away: writes are refused */
-    uint64_t epoch; /* the next one */
+    bool collecting; /* a task is about to free sets */
+    bool recording;  /* some bitmap does: writes need hot regions */
+    bool in_use;     /* a session is open: the superblock says so, durably */
+    bool stale;      /* recovery has found what is to be written anew */
+    bool lost;       /* no tide file can be had: bitmaps are inconsistent after the next crash */
+    bool refusing;   /* nor can the old one be taken away: writes are refused */
+    uint64_t epoch;  /* the next one */
     uint64_t ring_next;
     uint64_t resizing_bytes; /* equal to the disk's size: it is not being resized */
 
@@ -54,14 +62,61 @@ struct keeper {
     } recovery;
 };
 
+/* A change of state that is being made. */
+struct change {
+    struct super next;
+    const struct bitmap **current, **successor; /* as in next.table */
+    bool begins;                                /* a session */
+    struct tide_id old_session;
+};
+
+/* ---- sets.c ---- */
+
+bool keeper_keeps(const struct dirty_bitmap *bm);
+struct kept_set *keeper_set_of(const struct keeper *k, const struct bitmap *bits);
+/* The set under EPOCH, which is one of the superblock's; NULL: none, or gone from memory. */
+struct kept_set *keeper_set_at(const struct keeper *k, uint64_t epoch);
+void keeper_set_free(struct kept_set *s);
 /* A set whose place is known from the tide file; its segment comes with the session. */
 struct kept_set *keeper_adopt(struct keeper *k, struct dirty_bitmap *bm, struct bitmap *bits,
                               const struct tide_bitmap *entry, struct tide_area area);
+/* C->next.table says what dirty/ says; sets that are new get a place. */
+int keeper_build_table(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
+void change_fini(struct change *c);
+/* Does the durable superblock name a set of this epoch? */
+bool keeper_names(const struct keeper *k, uint64_t epoch);
+int keeper_write_area(struct keeper *k, const struct tide_bitmap *entry, struct tide_area area,
+                      const struct bitmap *bits, const struct range *ranges, size_t n) MUST_CHECK;
+/* Bits that were not announced: all of a set that is new (a merge, a recovery), and what has been
+ * folded into one that is known. */
+int keeper_write_unannounced(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
+
+/* ---- keeper.c ---- */
+
+/* Under k->lock: one change, whatever it takes; a tide file that fails is replaced. */
+int keeper_change_state(struct keeper *k, struct error *err) MUST_CHECK;
+void keeper_give_up(struct keeper *k, const struct error *why);
+void keeper_collect(struct keeper *k);
+void keeper_look(struct keeper *k); /* which bitmaps record */
+
+/* ---- session.c ---- */
+
+int keeper_begin_session(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
+void keeper_describe(struct keeper *k, struct super *s);
+void keeper_session_begun(struct keeper *k);
+/* The segments of a session that no superblock names any more. */
+void keeper_drop_session(struct keeper *k, const struct tide_id *session, const struct super *old);
 /* The descriptor that carries the image's data; -1: none that we know. */
 int keeper_descriptor(const struct keeper *k);
-void keeper_look(struct keeper *k); /* which bitmaps record */
 void keeper_set_readonly(struct keeper *k, bool readonly);
 void keeper_free(struct keeper *k);
+
+/* ---- writes.c ---- */
+
+extern const struct hot_ops keeper_hot_ops;
+
+/* ---- recover.c ---- */
+
 /* Has anybody else written the image since the tide file was written? WHY says what tells so. */
 enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s, char *why,
                                         size_t why_bytes);

@@ -174,9 +174,18 @@ static int make_dirty(struct keeper *k, const struct found *f, const struct tide
     uint64_t size = bitmap_size(bits);
     if (size != s->size_bytes && (r = bitmap_resize(bits, s->size_bytes)) < 0)
         return error_set_errno(err, -r, "Bitmap '%s'", b->name);
-    r = read_set(k, f, b, b->current, bits, err);
+    struct error why = ERROR_INIT;
+    r = read_set(k, f, b, b->current, bits, &why);
     if (r == 0)
-        r = read_set(k, f, b, b->successor, bits, err);
+        r = read_set(k, f, b, b->successor, bits, &why);
+    if (r == -EBADMSG) {
+        log_warning("Node '%s': bitmap '%s' is inconsistent: %s", node_name(k->node), b->name,
+                    why.text);
+        dirty_set_inconsistent(bm);
+        return 0;
+    }
+    if (r < 0 && err)
+        *err = why;
     if (r < 0)
         return r;
     if (f->table && b->enabled)

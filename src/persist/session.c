@@ -1,0 +1,293 @@
+/* Sessions of a kept disk: from its first change to its close. See keeper.h. */
+#include "base/log.h"
+#include "block/driver.h"
+#include "block/file.h"
+#include "persist/keeper_internal.h"
+#include "rt/clock.h"
+
+#include <stdio.h>
+
+/* ---- sessions ---- */
+
+static void id_make(struct tide_id *id)
+{
+    random_bytes(id->bytes, sizeof id->bytes);
+    id->bytes[0] |= 1; /* never none */
+}
+
+void keeper_describe(struct keeper *k, struct super *s)
+{
+    s->level = k->options.level;
+    snprintf(s->driver, sizeof s->driver, "%s", node_driver_name(k->node));
+    s->size_bytes = node_size(k->node);
+    s->resizing_bytes = k->resizing_bytes ? k->resizing_bytes : s->size_bytes;
+    s->region_bits = k->options.region_bits;
+    s->slots = k->options.slots;
+    s->in_use = true;
+}
+
+int keeper_descriptor(const struct keeper *k)
+{
+    const struct node *n = k->node;
+
+    while (n && strcmp(node_driver_name(n), "file")) {
+        struct edge *e = node_primary(n);
+        n = e ? e->node : NULL;
+    }
+    const struct file_state *s = n ? n->state : NULL;
+    return s && s->now ? s->now->fd : -1;
+}
+
+/* Without a place for run segments a kill is like a power loss. */
+static void use_runtime(struct keeper *k)
+{
+    struct error err = ERROR_INIT;
+
+    if (k->options.runtime && segments_directory(k->options.runtime, &err) < 0) {
+        log_warning("Node '%s': %s: after a kill its bitmaps will be as after a power loss",
+                    node_name(k->node), err.text);
+        free((char *)steal(k->options.runtime));
+    }
+}
+
+int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
+{
+    struct super *s = &c->next;
+    int fd = keeper_descriptor(k), r = 0;
+
+    c->begins = true;
+    c->old_session = s->session;
+    id_make(&s->session);
+    if (k->epoch == 0)
+        k->epoch = s->next_epoch ? s->next_epoch : 1;
+    if (tide_id_none(&s->uuid))
+        id_make(&s->uuid);
+    s->ring_sequence = k->ring_next ? k->ring_next : 1;
+    if (fd >= 0 && (r = witness_take(fd, &s->witness)) < 0)
+        return error_set_errno(err, -r, "Could not look at the image of node '%s'",
+                               node_name(k->node));
+    use_runtime(k);
+    if (k->options.runtime)
+        r = stamp_create(k->options.runtime, &s->session, &k->stamp, err);
+    return r;
+}
+
+/* The segments of a session that no superblock names any more. */
+void keeper_drop_session(struct keeper *k, const struct tide_id *session, const struct super *old)
+{
+    if (!k->options.runtime || tide_id_none(session))
+        return;
+    for (size_t i = 0; i < old->table.n; i++) {
+        segment_unlink(k->options.runtime, session, old->table.items[i].current.epoch);
+        if (old->table.items[i].successor.epoch)
+            segment_unlink(k->options.runtime, session, old->table.items[i].successor.epoch);
+    }
+    stamp_unlink(k->options.runtime, session);
+}
+
+void keeper_session_begun(struct keeper *k)
+{
+    const struct super *s = tide_super(k->tide);
+
+    k->in_use = true;
+    k->stale = false;
+    k->ring_next = s->ring_sequence;
+    if (k->options.level == TIDE_POWER)
+        k->hot = hot_new(&(struct hot_options){s->region_bits, s->slots}, &keeper_hot_ops, k);
+}
+
+/* ---- opening and closing ---- */
+
+int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **ret,
+                struct error *err)
+{
+    struct keeper *k = xnew(struct keeper);
+
+    k->node = n;
+    k->options = *o;
+    k->options.path = xstrdup(o->path);
+    k->options.runtime = o->runtime ? xstrdup(o->runtime) : NULL;
+    mutex_init(&k->lock);
+    mutex_init(&k->area_lock);
+    mutex_init(&k->ring_lock);
+    scope_init(&k->tasks);
+    LIST_INIT(&k->sets);
+    int r = keeper_recover(k, err);
+    if (r < 0) {
+        keeper_free(k);
+        return r;
+    }
+    keeper_look(k);
+    *ret = k;
+    return 0;
+}
+
+void keeper_free(struct keeper *k)
+{
+    struct kept_set *s;
+
+    if (k->hot)
+        hot_free(k->hot);
+    scope_fini(&k->tasks);
+    while ((s = LIST_FIRST(&k->sets)))
+        keeper_set_free(s);
+    stamp_close(k->stamp);
+    tide_close(k->tide);
+    free(k->recovery.reason);
+    free(k->options.path);
+    free((char *)k->options.runtime);
+    free(k);
+}
+
+/* Everything that memory knows is in the areas, the image is as durable as they are, and its
+ * witness is taken after both: then the superblock may say that it is closed. */
+static int close_session(struct keeper *k, struct error *err)
+{
+    const struct range all = range_make(0, node_size(k->node));
+    CLEANUP(super_fini) struct super s = {0};
+    struct edge *e = node_primary(k->node);
+    int fd = keeper_descriptor(k);
+
+    int r = e ? edge_flush(e) : node_flush(k->node);
+    if (r < 0)
+        return error_set_errno(err, -r, "Could not flush the image");
+    super_copy(&s, tide_super(k->tide));
+    for (size_t i = 0; r == 0 && i < s.table.n; i++) {
+        struct tide_bitmap *b = &s.table.items[i];
+        struct tide_area *areas[] = {&b->current, &b->successor};
+        for (unsigned j = 0; r == 0 && j < 2; j++) {
+            struct kept_set *set = keeper_set_at(k, areas[j]->epoch);
+            if (!set)
+                continue;
+            if (!b->extent[areas[j]->extent])
+                r = tide_allocate(k->tide, &s, tide_extent_bytes(s.size_bytes, b->granularity_bits),
+                                  &b->extent[areas[j]->extent], err);
+            if (r == 0 && (r = keeper_write_area(k, b, *areas[j], set->bits, &all, 1)) < 0)
+                error_set_errno(err, -r, "Could not write '%s'", k->options.path);
+        }
+    }
+    if (r == 0 && (r = tide_sync(k->tide)) < 0)
+        error_set_errno(err, -r, "Could not write '%s'", k->options.path);
+    if (r == 0 && fd >= 0 && (r = witness_take(fd, &s.witness)) < 0)
+        error_set_errno(err, -r, "Could not look at the image");
+    if (r < 0)
+        return r;
+    s.in_use = false;
+    s.ring_sequence = k->ring_next;
+    return tide_write_super(k->tide, &s, err);
+}
+
+/* Ends the session, if there is one, and tells what went wrong: then it is as after a kill. */
+static void end_session(struct keeper *k)
+{
+    struct error err = ERROR_INIT;
+    CLEANUP(super_fini) struct super old = {0};
+    int r = 0;
+
+    if (k->stale && !k->node->read_only && k->tide)
+        r = keeper_commit(k, &err); /* what recovery has found is not found twice */
+    hot_free(steal(k->hot));
+    if (!k->in_use || !k->tide || k->lost)
+        return;
+    super_copy(&old, tide_super(k->tide));
+    if (r == 0 && tide_failed(k->tide))
+        r = -EIO;
+    if (r == 0)
+        r = old.table.n == 0 ? tide_remove(steal(k->tide), &err) : close_session(k, &err);
+    if (r == 0)
+        keeper_drop_session(k, &old.session, &old);
+    else
+        log_warning("Node '%s': %s: its bitmaps are recovered when it is next opened",
+                    node_name(k->node), err.text);
+    stamp_close(steal(k->stamp));
+    k->in_use = false;
+}
+
+void keeper_close(struct keeper *k)
+{
+    end_session(k);
+    keeper_free(k);
+}
+
+void keeper_set_readonly(struct keeper *k, bool readonly)
+{
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
+        if (keeper_keeps(bm))
+            dirty_set_readonly(bm, readonly);
+}
+
+/* Nobody of ours can have written the tide file if it says the same as before. */
+static int open_again(struct keeper *k, struct error *err)
+{
+    CLEANUP(tide_closep) struct tide *t = NULL;
+    char why[160] = "its tide file has been written meanwhile";
+    bool same;
+
+    const struct super *was = tide_super(k->tide);
+    int r = tide_open(k->options.path, false, &t, err);
+    if (r < 0)
+        return r;
+    const struct super *is = tide_super(t);
+    same = tide_id_equal(&was->uuid, &is->uuid) && was->sequence == is->sequence &&
+           keeper_ask_witness(k, is, why, sizeof why) != WITNESS_CHANGED;
+    tide_close(k->tide);
+    k->tide = steal(t);
+    if (same)
+        return 0;
+    log_warning("Node '%s': its bitmaps are inconsistent: %s", node_name(k->node), why);
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
+        if (keeper_keeps(bm))
+            dirty_set_inconsistent(bm);
+    k->stale = true;
+    return 0;
+}
+
+int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
+{
+    struct kept_set *s;
+    int r = 0;
+
+    if (!to_read_only) {
+        if (k->tide)
+            r = open_again(k, err);
+        if (r == 0)
+            keeper_set_readonly(k, false);
+        return r;
+    }
+    for (struct dirty_bitmap *bm = dirty_first(k->node); r == 0 && bm; bm = dirty_next(bm))
+        if (keeper_keeps(bm))
+            r = dirty_check(bm, DIRTY_CHECK_BUSY, err);
+    if (r < 0)
+        return r;
+    end_session(k);
+    LIST_FOREACH (s, &k->sets, link)
+        s->segment_ended = true;
+    keeper_set_readonly(k, true);
+    return 0;
+}
+
+int keeper_can_add(struct keeper *k, const char *name, uint64_t granularity_bytes,
+                   struct error *err)
+{
+    if (k->refusing || k->lost)
+        return error_set(err, EIO, "The tide file '%s' cannot be written", k->options.path);
+    if (strlen(name) > TIDE_NAME_MAX)
+        return error_set(err, EINVAL, "Bitmap name is too long: %zu bytes", strlen(name));
+    return 0;
+}
+
+struct json_object *keeper_info(struct keeper *k)
+{
+    if (k->recovery.verdict == RECOVERY_NEW)
+        return NULL;
+    static const char *const names[] = {"new", "clean", "exact", "superset", "none"};
+    struct json_object *info = json_object_new_object();
+
+    json_add_string(info, "state", names[k->recovery.verdict]);
+    if (k->recovery.reason && *k->recovery.reason)
+        json_add_string(info, "reason", k->recovery.reason);
+    json_add_uint(info, "bytes-added", k->recovery.bytes_added);
+    if (k->recovery.witness)
+        json_add_string(info, "witness", k->recovery.witness);
+    return info;
+}
