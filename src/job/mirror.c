@@ -442,13 +442,31 @@ static void mirror_commit(struct job *j)
     mirror_of(j)->bitmap = NULL; /* left as outcome says */
 }
 
+/* always: what the target lacks. Taken with no guest's write on its way to the target (what it
+ * brings along may fail yet), and before the flush, which does not cover what comes later. */
+static struct bitmap *lacking(struct mirror *m)
+{
+    struct graph *g = jobs_graph(m->job.jobs);
+    struct node *nodes[] = {m->filter, m->source};
+    if (BROKEN(mirror_remaining_while_written))
+        return bitmap_dup(follow_dirty(m->follow));
+    GRAPH_LOCKED(g);
+    graph_quiesce_begin(g, nodes, ARRAY_SIZE(nodes));
+    struct bitmap *ret = bitmap_dup(follow_dirty(m->follow));
+    graph_quiesce_end(g, nodes, ARRAY_SIZE(nodes));
+    return ret;
+}
+
 static void mirror_abort(struct job *j)
 {
     struct mirror *m = mirror_of(j);
     if (m->bitmap) {
-        bool keep = m->follow && m->bitmap_mode == BITMAP_ALWAYS && edge_flush(m->to) == 0 &&
-                    edge_flush(mirror_top_source(m->filter)) == 0;
-        roll_back(m, keep ? follow_dirty(m->follow) : NULL);
+        CLEANUP(bitmap_freep) struct bitmap *remaining = NULL;
+        if (m->follow && m->bitmap_mode == BITMAP_ALWAYS)
+            remaining = lacking(m);
+        if (remaining && (edge_flush(m->to) < 0 || edge_flush(mirror_top_source(m->filter)) < 0))
+            bitmap_free(steal(remaining));
+        roll_back(m, remaining);
     }
     if (m->follow) {
         int r = exit_quiesced(m, false, NULL);

@@ -192,8 +192,8 @@ static void add_options(struct work *w, struct json_object *o)
     }
     if (history->serious)
         return;
-    if (one_in(3))
-        json_add_uint(o, "speed", 65536 << dice(8));
+    if (one_in(2))
+        json_add_uint(o, "speed", 65536 << dice(10));
     json_add_string(o, "on-source-error", some_on_error());
     json_add_string(o, "on-target-error", some_on_error());
     w->manual_finalize = one_in(4);
@@ -459,9 +459,9 @@ static void disturb(struct work *w)
     struct error err = ERROR_INIT;
     switch (dice(8)) {
     case 0:
+    case 1:
         cancel(w, one_in(2));
         break;
-    case 1:
     case 2:
         if (!w->paused && verb(w, JOB_VERB_PAUSE))
             w->paused = true;
@@ -526,23 +526,25 @@ void client_step(void)
     struct vdisk *v = &history->vdisks[dice(history->n_vdisks)];
     struct disk *d = history->disks[dice(history->n_disks)];
     struct work *w = some_work();
-    uint64_t choice = dice(20);
+    uint64_t choice = dice(24);
 
+    if (w && !one_in(4))
+        d = one_in(3) ? w->source : w->target;
     if (choice < 3)
         change_bitmaps(v->disk);
     else if (choice < 4)
         try_a_busy_one(v->disk);
-    else if (choice < 8)
-        start_backups();
     else if (choice < 9)
+        start_backups();
+    else if (choice < 10)
         start_stray_backup(v->disk);
-    else if (choice < 11)
+    else if (choice < 12)
         start_mirror(v);
-    else if (choice < 13)
+    else if (choice < 15)
         disk_arm(d);
-    else if (choice < 14)
+    else if (choice < 16)
         disk_disarm(d);
-    else if (choice < 16 && w)
+    else if (choice < 20 && w)
         disturb(w);
     else if (w)
         help(w);

@@ -74,16 +74,16 @@ static int change(struct node *n, struct range r, const void *buf)
         d->gates[(d->n_gates - 1) % GATES] = history->writes;
     if (done.length)
         marks_note(d, done, true);
-    for (uint64_t i = done.start / SECTOR; i < range_end(done) / SECTOR; i++) {
+    for (uint64_t i = done.start / SECTOR; i < range_end(done) / SECTOR; i++)
         d->wrote[i] = history->writes;
-        if (!bad)
-            d->took[i] = history->writes;
-    }
     if (buf)
         memcpy(d->bytes + done.start, buf, done.length);
     else
         memset(d->bytes + done.start, 0, done.length);
     take_time(d);
+    history->writes++; /* nobody has been told before */
+    for (uint64_t i = r.start / SECTOR; !bad && i < range_end(r) / SECTOR; i++)
+        d->took[i] = history->writes;
     return bad ? -d->fault.code : 0;
 }
 

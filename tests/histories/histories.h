@@ -84,7 +84,7 @@ struct disk {
     uint8_t *bytes, *durable;
     struct fault fault;
     unsigned fired, fired_flushes; /* requests that a fault has struck */
-    /* For each sector the number (history->writes) of the last write that changed it (also one
+    /* For each sector history->writes when a write changed it last (also one
      * that failed half way); that succeeded; that was announced to observers. */
     uint32_t *wrote, *took, *announced;
     uint32_t flushed; /* history->writes when the last flush began that succeeded */

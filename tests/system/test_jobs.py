@@ -335,3 +335,35 @@ def test_two_backups_of_one_node_end_together(tidemarkd, tmp):
         assert not errors
         assert {n["node-name"] for n in d.qmp.execute("query-named-block-nodes", flat=True)
                 if n["drv"] == "copy-before-write"} == set()
+
+
+def test_a_group_is_given_up_before_it_starts(tidemarkd, tmp):
+    """qemu-storage-daemon 7.2 waits here for ever."""
+    for name in ("a", "b", "ta", "tb"):
+        create_image(tmp / name, size=MiB)
+    with Daemon(*(option for name in ("a", "b", "ta", "tb") for option in
+                  ("--blockdev", f"qcow2,node-name={name},file.driver=file,file.filename={tmp / name}")),
+                directory=tmp) as d:
+        jobs = [("blockdev-backup", {"job-id": f"j{n}", "device": n, "target": f"t{n}",
+                                     "sync": "full", "auto-dismiss": False}) for n in "ab"]
+        new = tmp / "new.qcow2"
+        drive = ("drive-backup", {"job-id": "d", "device": "a", "target": str(new), "sync": "full"})
+        for last, text in ((("abort", {}), "Transaction aborted using Abort action"),
+                           (drive, "Transaction aborted using Abort action"),
+                           (("blockdev-backup", {**jobs[0][1], "job-id": "k", "device": "x"}),
+                            "Cannot find device='x' nor node-name='x'")):
+            actions = [*jobs, last] + ([("abort", {})] if last is drive else [])
+            d.qmp.events.clear()
+            try:
+                d.qmp.transaction(*actions, completion_mode="grouped")
+                raise AssertionError("the transaction was not given up")
+            except QMPError as error:
+                assert error.desc == text
+            assert d.qmp.execute("query-jobs") == []
+            for n in "ab":
+                assert [e["data"]["status"] for e in d.qmp.events if e["data"].get("id") == f"j{n}"] \
+                    == ["created", "aborting", "concluded", "null"]
+            assert not new.exists()
+        d.qmp.transaction(*jobs, completion_mode="grouped")     # nothing is left in its way
+        for n in "ab":
+            d.qmp.wait_job(f"j{n}")
