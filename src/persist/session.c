@@ -112,6 +112,7 @@ int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **
     mutex_init(&k->ring_lock);
     scope_init(&k->tasks);
     LIST_INIT(&k->sets);
+    LIST_INSERT_HEAD(k->options.peers, k, in_peers);
     int r = keeper_recover(k, err);
     if (r < 0) {
         keeper_free(k);
@@ -126,8 +127,9 @@ void keeper_free(struct keeper *k)
 {
     struct kept_set *s;
 
-    if (k->hot)
-        hot_free(k->hot);
+    LIST_REMOVE(k, in_peers);
+    hot_free(k->hot);
+    keeper_forget_doubt(k);
     scope_fini(&k->tasks);
     while ((s = LIST_FIRST(&k->sets)))
         keeper_set_free(s);
@@ -193,7 +195,8 @@ static void end_session(struct keeper *k)
     if (r == 0 && tide_failed(k->tide))
         r = -EIO;
     if (r == 0)
-        r = old.table.n == 0 ? tide_remove(steal(k->tide), &err) : close_session(k, &err);
+        r = old.table.n == 0 && old.n_records == 0 ? tide_remove(steal(k->tide), &err)
+                                                   : close_session(k, &err);
     if (r == 0)
         keeper_drop_session(k, &old.session, &old);
     else
