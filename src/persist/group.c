@@ -15,6 +15,7 @@
  * Is the file not there, nobody knows: in doubt. The bits are then those of both outcomes, OR-ed;
  * the bitmap is busy, and each further superblock carries both generations until the file is back.
  */
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "persist/keeper_internal.h"
@@ -42,22 +43,6 @@ static void clear_group(struct super *s)
 }
 
 /* ---- the four steps ---- */
-
-/* A disk that has no tide file yet gets one that says nothing. */
-static int make_tide(struct keeper *k, struct error *err)
-{
-    CLEANUP(change_fini) struct change c = {0};
-    CLEANUP(super_fini) struct super none = {0};
-
-    int r = keeper_begin_session(k, &c, err);
-    if (r < 0)
-        return r;
-    keeper_describe(k, &c.next);
-    r = keeper_create_tide(k, &c, err);
-    if (r == 0)
-        keeper_changed(k, &c, &none);
-    return r;
-}
 
 static int prepare(struct member *m, const struct tide_id *group, const struct tide_id *uuid,
                    const char *path, struct error *err)
@@ -134,7 +119,7 @@ static int commit_members(struct member *ms, size_t n, struct error *err)
     group.bytes[0] |= 1;
     for (size_t i = 0; r == 0 && i < n; i++)
         if (!ms[i].keeper->tide)
-            r = make_tide(ms[i].keeper, err);
+            r = keeper_make_tide(ms[i].keeper, err);
     if (r < 0)
         return r;
     const struct tide_id uuid = tide_super(first->tide)->uuid;
@@ -144,15 +129,22 @@ static int commit_members(struct member *ms, size_t n, struct error *err)
         member_copy(&record.members[i], &tide_super(ms[i].keeper->tide)->uuid,
                     ms[i].keeper->options.path);
 
-    for (size_t i = 0; r == 0 && i < n; i++)
+    for (size_t i = 0; r == 0 && i < n; i++) {
         r = prepare(&ms[i], &group, &uuid, first->options.path, err);
-    if (r == 0)
+        if (r == 0 && i == 0 && BROKEN(group_record_first))
+            r = flip(&ms[0], &record, err);
+    }
+    for (size_t i = 1; r == 0 && i < n && BROKEN(group_followed_first); i++)
+        follow(&ms[i]);
+    if (r == 0 && !BROKEN(group_record_first))
         r = flip(&ms[0], &record, err);
     if (r == 0) {
-        for (size_t i = 1; i < n; i++)
+        if (BROKEN(group_record_dropped_early))
+            r = drop_record(first, &group, err);
+        for (size_t i = 1; i < n && !BROKEN(group_followed_first); i++)
             follow(&ms[i]);
         struct error why = ERROR_INIT;
-        if (drop_record(first, &group, &why) < 0)
+        if (!BROKEN(group_record_dropped_early) && drop_record(first, &group, &why) < 0)
             log_warning("Node '%s': %s", node_name(first->node), why.text);
     }
     for (size_t i = 0; i < n; i++)
@@ -230,7 +222,9 @@ const struct tide_table *keeper_resolve(struct keeper *k, const struct super *s,
     if (tide_id_equal(&s->coordinator.uuid, &s->uuid))
         return &s->table; /* the first one itself: no record is a no */
     if (look_at(k, &s->coordinator, &first) < 0) {
-        *doubt = true;
+        *doubt = !BROKEN(group_absent_means_no);
+        if (!*doubt)
+            return &s->table;
         k->doubt.group = s->group;
         k->doubt.coordinator.uuid = s->coordinator.uuid;
         k->doubt.coordinator.path = xstrdup(s->coordinator.path);

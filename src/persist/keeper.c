@@ -23,9 +23,6 @@
 #include <inttypes.h>
 #include <stdio.h>
 
-/* So many epochs are reserved by each superblock. */
-enum { EPOCHS_AHEAD = 1024 };
-
 /* ---- a change of state ---- */
 
 void keeper_look(struct keeper *k)
@@ -188,17 +185,8 @@ int keeper_write_before(struct keeper *k, struct change *c, struct error *err)
     return r < 0 ? r : keeper_write_unannounced(k, c, err);
 }
 
-int keeper_create_tide(struct keeper *k, struct change *c, struct error *err)
-{
-    int r = check_nobodys(k, err);
-
-    return r < 0 ? r : replace_tide(k, c, err);
-}
-
 static int write_change(struct keeper *k, struct change *c, struct error *err)
 {
-    if (!k->tide)
-        return keeper_create_tide(k, c, err);
     if (tide_failed(k->tide) || outgrown(k, &c->next))
         return replace_tide(k, c, err);
     int r = keeper_write_before(k, c, err);
@@ -211,9 +199,26 @@ void keeper_changed(struct keeper *k, const struct change *c, const struct super
     keeper_look(k);
     if (c->begins) {
         keeper_session_begun(k);
-        keeper_drop_session(k, &c->old_session, old);
+        keeper_drop_segments(k, old);
     }
     keeper_collect(k);
+}
+
+int keeper_make_tide(struct keeper *k, struct error *err)
+{
+    CLEANUP(change_fini) struct change c = {0};
+    CLEANUP(super_fini) struct super none = {0};
+
+    int r = check_nobodys(k, err);
+    if (r == 0)
+        r = keeper_begin_session(k, &c, err);
+    if (r < 0)
+        return r;
+    keeper_describe(k, &c.next);
+    r = replace_tide(k, &c, err);
+    if (r == 0)
+        keeper_changed(k, &c, &none);
+    return r;
 }
 
 int keeper_change_state(struct keeper *k, struct error *err)
@@ -221,7 +226,10 @@ int keeper_change_state(struct keeper *k, struct error *err)
     CLEANUP(change_fini) struct change c = {0};
     struct error why = ERROR_INIT;
 
-    int r = keeper_build(k, &c, err);
+    /* First one that says nothing: segments are found by its uuid. */
+    int r = k->tide ? 0 : keeper_make_tide(k, err);
+    if (r == 0)
+        r = keeper_build(k, &c, err);
     if (r < 0)
         return r;
     CLEANUP(super_fini) struct super old = {0};

@@ -15,6 +15,9 @@
 #include "persist/tide.h"
 #include "rt/sync.h"
 
+/* So many epochs are reserved by each superblock. */
+enum { EPOCHS_AHEAD = 64 };
+
 /* One set of bits that has a place. */
 struct kept_set {
     struct bitmap *bits; /* dirty/'s, over SEGMENT's words once it has one; NULL: gone */
@@ -77,7 +80,6 @@ struct change {
     struct super next;
     const struct bitmap **current, **successor; /* as in next.table */
     bool begins;                                /* a session */
-    struct tide_id old_session;
 };
 
 /* ---- sets.c ---- */
@@ -109,8 +111,8 @@ void keeper_give_up(struct keeper *k, const struct error *why);
 /* The steps of a change, for groups. */
 bool keeper_has_to_commit(const struct keeper *k);
 int keeper_build(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
-/* The first tide file of a disk. */
-int keeper_create_tide(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
+/* The first tide file of a disk, which says nothing yet; its session has begun. */
+int keeper_make_tide(struct keeper *k, struct error *err) MUST_CHECK;
 int keeper_write_before(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
 /* C's table is durable; OLD was the superblock before. */
 void keeper_changed(struct keeper *k, const struct change *c, const struct super *old);
@@ -122,8 +124,9 @@ void keeper_look(struct keeper *k); /* which bitmaps record */
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
 void keeper_describe(struct keeper *k, struct super *s);
 void keeper_session_begun(struct keeper *k);
-/* The segments of a session that no superblock names any more. */
-void keeper_drop_session(struct keeper *k, const struct tide_id *session, const struct super *old);
+/* The segments that OLD named go, and what a killed program has left. */
+void keeper_drop_segments(struct keeper *k, const struct super *old);
+struct segments keeper_segments(const struct keeper *k, const struct super *s);
 /* The descriptor that carries the image's data; -1: none that we know. */
 int keeper_descriptor(const struct keeper *k);
 void keeper_set_readonly(struct keeper *k, bool readonly);

@@ -48,7 +48,8 @@ enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s,
     }
     if (!s->in_use)
         return witness_compare_clean(&s->witness, &now, why, why_bytes);
-    if (!k->options.runtime || stamp_find(k->options.runtime, &s->session, &last_write_ns) < 0)
+    const struct segments of = keeper_segments(k, s);
+    if (!of.runtime || stamp_find(&of, &last_write_ns) < 0)
         last_write_ns = 0;
     return witness_compare_crash(&s->witness, &now, last_write_ns, boot_us * 1000, why, why_bytes);
 }
@@ -63,7 +64,8 @@ static void decide(struct keeper *k, enum recovery verdict, const char *reason)
 /* Are all sets that hold there as segments? */
 static bool have_segments(struct keeper *k, const struct super *s, const struct tide_table *t)
 {
-    if (!k->options.runtime)
+    const struct segments of = keeper_segments(k, s);
+    if (!of.runtime)
         return false;
     for (size_t i = 0; i < t->n; i++) {
         const struct tide_bitmap *b = &t->items[i];
@@ -73,7 +75,7 @@ static bool have_segments(struct keeper *k, const struct super *s, const struct 
             if (!epochs[j] || b->inconsistent)
                 continue;
             bits = bitmap_new(s->size_bytes, 1ull << b->granularity_bits);
-            if (!bits || segment_read(k->options.runtime, &s->session, epochs[j], bits, NULL) < 0)
+            if (!bits || segment_read(&of, epochs[j], bits, NULL) < 0)
                 return false;
         }
     }
@@ -124,12 +126,13 @@ static int read_set(struct keeper *k, const struct found *f, const struct tide_b
                     struct tide_area area, struct bitmap *bits, struct error *err)
 {
     const struct super *s = tide_super(k->tide);
+    const struct segments of = keeper_segments(k, s);
     uint64_t bad = 0;
 
     if (!area.epoch)
         return 0;
     if (f->segments)
-        return segment_read(k->options.runtime, &s->session, area.epoch, bits, err);
+        return segment_read(&of, area.epoch, bits, err);
     if (!b->extent[area.extent])
         return 0;
     /* In a closed file nothing is torn; in one that was in use a torn sector is under hot regions,

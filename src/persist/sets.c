@@ -98,15 +98,15 @@ void change_fini(struct change *c)
 }
 
 static int make_segment(struct keeper *k, struct dirty_bitmap *bm, struct kept_set *s,
-                        const struct tide_id *session, struct error *err)
+                        const struct segments *of, struct error *err)
 {
     struct bitmap *old = s->bits, *bits;
     struct segment *segment;
 
-    if (!k->options.runtime || (s->segment && !s->segment_ended))
+    if (!of->runtime || (s->segment && !s->segment_ended))
         return 0;
-    int r = segment_create(k->options.runtime, session, s->epoch, bitmap_size(old),
-                           bitmap_granularity(old), &segment, &bits, err);
+    int r = segment_create(of, s->epoch, bitmap_size(old), bitmap_granularity(old), &segment, &bits,
+                           err);
     if (r < 0)
         return r;
     /* No write marks OLD meanwhile: it is new and guests wait, or no write has passed us yet. */
@@ -133,7 +133,8 @@ static int place(struct keeper *k, struct change *c, struct tide_bitmap *entry,
         s->extent = free_extent(k, s, entry->name);
         s->epoch = k->epoch++;
     }
-    int r = make_segment(k, bm, s, &c->next.session, err);
+    const struct segments of = keeper_segments(k, &c->next);
+    int r = make_segment(k, bm, s, &of, err);
     if (r < 0) {
         if (is_new)
             keeper_set_free(s);
