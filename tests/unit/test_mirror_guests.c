@@ -10,7 +10,7 @@ struct careful {
     struct range area;
     uint8_t *model;
     unsigned writes;
-    bool stop;
+    bool stop, rest, busy;
 };
 
 static int careful_task(void *arg)
@@ -19,6 +19,11 @@ static int careful_task(void *arg)
     SHIELD();
     uint8_t *buf = xcalloc(1, 200000);
     while (!c->stop) {
+        c->busy = !c->rest;
+        if (c->rest) {
+            CHECK(task_yield() == 0);
+            continue;
+        }
         uint64_t start = align_down(rng_below(&c->rng, c->area.length), 512);
         uint64_t length = align_up(rng_below(&c->rng, 199000) + 1, 512);
         length = min_u64(length, c->area.length - start);
@@ -315,7 +320,184 @@ JOB_TEST(a_source_of_another_size)
     }
 }
 
+/* ---- a disk that moves ---- */
+
+/* Four guests, who know what they have written, on a disk that moves between three places; one of
+ * them comes and goes below the filter. Mirrors are paused, changed, hit by errors, given up early,
+ * when ready, when pending, completed with and without the pivot. */
+struct move {
+    struct node *disks[3], *at;
+    struct careful guests[4]; /* the last is the one below */
+    struct rng rng;
+};
+
+static void rest(struct move *m, bool yes)
+{
+    for (int i = 0; i < 4; i++)
+        m->guests[i].rest = yes;
+    for (int i = 0; yes && i < 4; i++) {
+        while (m->guests[i].busy && m->guests[i].edge)
+            CHECK(task_yield() == 0);
+    }
+}
+
+static void disturb(struct move *m, struct node *target)
+{
+    struct error err = ERROR_INIT;
+    CLEANUP(json_putp)
+    struct json_object *blocking = parse("{'id':'j','type':'mirror','copy-mode':'write-blocking'}");
+    int r = 0;
+
+    for (uint64_t i = rng_below(&m->rng, 4); i; i--) {
+        switch (rng_below(&m->rng, 5)) {
+        case 0:
+            r = jobs_do(js, "j", JOB_VERB_PAUSE, &err);
+            turns(rng_below(&m->rng, 30));
+            r = jobs_do(js, "j", JOB_VERB_RESUME, &err);
+            break;
+        case 1:
+            r = jobs_change(js, blocking, &err);
+            break;
+        case 2:
+            r = jobs_set_speed(js, "j", (int64_t)rng_below(&m->rng, 1 << 24), &err);
+            turns(10);
+            r = jobs_set_speed(js, "j", 0, &err);
+            break;
+        case 3:
+            mem_of(target)->bad_write = range_make(rng_below(&m->rng, SIZE), 65536);
+            mem_of(target)->bad_times = 1;
+            break;
+        }
+        turns(rng_below(&m->rng, 60));
+    }
+    (void)r;                       /* it may have ended */
+    mem_of(target)->bad_times = 0; /* it may soon be the guests' disk */
+}
+
+static bool gone(void)
+{
+    return strstr(events, "j:null");
+}
+
+static void wait_or_gone(const char *what)
+{
+    char text[32];
+    snprintf(text, sizeof text, "j:%s", what);
+    for (unsigned i = 0; !strstr(events, text) && !gone(); i++) {
+        CHECK(i < 4000);
+        CHECK(sleep_until(clock_after_ns(i < 300 ? 0 : 1000000)) == 0);
+    }
+}
+
+static void end_it(struct move *m, struct node *target, bool manual, bool *pivot)
+{
+    struct error err = ERROR_INIT;
+    uint64_t how = rng_below(&m->rng, 6);
+    int r;
+
+    *pivot = how < 3;
+    bool rests = how == 3;
+    if (rests)
+        rest(m, true);
+    r = how < 3   ? jobs_do(js, "j", JOB_VERB_COMPLETE, &err)
+        : how < 5 ? jobs_do_block(js, "j", JOB_VERB_CANCEL, false, &err)
+                  : jobs_do(js, "j", JOB_VERB_CANCEL, &err);
+    if (manual && how < 5) {
+        wait_or_gone("PENDING");
+        turns(rng_below(&m->rng, 40));
+        r = jobs_do(js, "j", rng_below(&m->rng, 4) ? JOB_VERB_FINALIZE : JOB_VERB_CANCEL, &err);
+    }
+    (void)r;
+    wait_or_gone("null");
+    *pivot = *pivot && strstr(events, "j:COMPLETED j:");
+    if (rests && strstr(events, "j:COMPLETED j:"))
+        CHECK(memcmp(mem_of(m->at)->bytes, mem_of(target)->bytes, SIZE) == 0);
+}
+
+static void one_move(struct move *m)
+{
+    struct node *target;
+    bool manual = rng_below(&m->rng, 3) == 0, blocking = rng_below(&m->rng, 2), pivot = false;
+    struct careful *below = &m->guests[3];
+
+    do
+        target = m->disks[rng_below(&m->rng, 3)];
+    while (target == m->at);
+    for (int i = 0; i < 3; i++)
+        mem_of(m->disks[i])->yields = (unsigned)rng_below(&m->rng, 4);
+    events[0] = '\0';
+    mirror_ok(parse("{'device':'%s','target':'%s','job-id':'j','sync':'full','copy-mode':'%s',"
+                    "'granularity':%u,'buf-size':%u,'auto-finalize':%s,'on-target-error':'%s'}",
+                    node_name(m->at), node_name(target), blocking ? "write-blocking" : "background",
+                    512u << rng_below(&m->rng, 12), 65536u << rng_below(&m->rng, 6),
+                    manual ? "false" : "true", rng_below(&m->rng, 3) ? "ignore" : "report"));
+    below->edge = attach(&below->user, m->at, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+    rest(m, false);
+    turns(rng_below(&m->rng, 100));
+    disturb(m, target);
+    if (rng_below(&m->rng, 6) == 0 && !gone()) {
+        verb_ok("j", JOB_VERB_CANCEL);
+        wait_or_gone("null");
+    } else {
+        rest(m, true); /* a mirror in the background may never catch up */
+        wait_or_gone("READY");
+        rest(m, false);
+        disturb(m, target);
+        if (!gone())
+            end_it(m, target, manual, &pivot);
+    }
+    turns(rng_below(&m->rng, 40));
+    rest(m, true);
+    if (pivot)
+        m->at = target;
+    for (int i = 0; i < 4; i++) {
+        struct careful *c = &m->guests[i];
+        CHECK(c->edge->node == m->at);
+        CHECK(memcmp(c->model, mem_of(m->at)->bytes + c->area.start, c->area.length) == 0);
+    }
+    edge_detach(steal(below->edge));
+}
+
+JOB_TEST(a_disk_that_moves)
+{
+    const uint64_t first = test_seed();
+    for (uint64_t seed = first; seed < first + 5; seed++) {
+        struct move m = {.rng = {seed}};
+        SCOPE(tasks);
+        for (int i = 0; i < 3; i++) {
+            char name[2] = {(char)('a' + i), 0};
+            m.disks[i] = disk(g, name, SIZE, i == 2 ? 256 * 1024 : 0);
+            mem_of(m.disks[i])->write_errno = EIO;
+            fill_disk(m.disks[i], seed + (uint64_t)i);
+        }
+        m.at = m.disks[0];
+        for (unsigned i = 0; i < 4; i++) {
+            struct range area = range_make((uint64_t)SIZE / 4 * i, SIZE / 4);
+            m.guests[i] = (struct careful){.rng = {seed * 91 + i}, .area = area, .rest = true};
+            m.guests[i].model = xcalloc(1, area.length);
+            memcpy(m.guests[i].model, mem_of(m.at)->bytes + area.start, area.length);
+            if (i < 3)
+                m.guests[i].edge =
+                    attach(&m.guests[i].user, m.at, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+            scope_spawn(&tasks, careful_task, &m.guests[i]);
+        }
+        for (int i = 0; i < 12; i++)
+            one_move(&m);
+        for (int i = 0; i < 4; i++)
+            m.guests[i].stop = true;
+        CHECK(scope_join(&tasks) == 0);
+        for (int i = 0; i < 4; i++) {
+            if (m.guests[i].edge)
+                edge_detach(m.guests[i].edge);
+            free(m.guests[i].model);
+        }
+        for (int i = 0; i < 3; i++)
+            node_unref(m.disks[i]);
+    }
+}
+
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(a_disk_that_moves),
     cmocka_unit_test(no_write_is_lost_over_a_pivot),
     cmocka_unit_test(writes_to_one_place_from_above_and_below),
     cmocka_unit_test(a_node_below_a_filter_is_replaced),
