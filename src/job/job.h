@@ -65,6 +65,8 @@ struct graph *jobs_graph(struct jobs *js);
 typedef void jobs_event_fn(void *opaque, const char *name, struct json_object *data);
 void jobs_set_listener(struct jobs *js, jobs_event_fn *fn, void *opaque);
 
+/* Jobs that are being concluded do not wait for what hangs any longer. */
+void jobs_give_up(struct jobs *js);
 /* Cancels every job by force and waits until all are concluded and gone; shielded. The end of
  * the program; also before nodes are closed. */
 void jobs_cancel_all(struct jobs *js);

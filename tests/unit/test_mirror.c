@@ -142,6 +142,55 @@ JOB_TEST(a_target_that_hangs_is_given_up)
     }
 }
 
+static int finalize(void *arg)
+{
+    verb_ok(arg, JOB_VERB_FINALIZE);
+    return 0;
+}
+
+/* In the last step guests wait for the target. If it hangs, they are not left waiting for ever. */
+JOB_TEST(a_target_that_hangs_at_the_end)
+{
+    for (int how = 0; how < 2; how++) {
+        struct guest gu;
+        struct error err = ERROR_INIT;
+        SCOPE(others);
+        two_disks(g, SIZE, 0);
+        struct dirty_bitmap *bm = bitmap_on_s(g, 65536);
+        guest_on(&gu, s, 1);
+        struct node *over = open_node(
+            g, parse("{'driver':'blkdebug','node-name':'over','image':'t','discard':'unmap',"
+                     "'x-tidemark-delay':[{'event':'l2_load','iotype':'write','delay-ns':"
+                     "3600000000000}]}"));
+        mirror_ok(parse("{'device':'s','target':'over','job-id':'j','sync':'incremental','bitmap':"
+                        "'b','auto-finalize':false}"));
+        wait_for("j", "READY");
+        verb_ok("j", JOB_VERB_COMPLETE);
+        wait_for("j", "PENDING");
+        write_at(gu.edge, 65536 * 5, 512, 0x12);
+        node_debug_event(over, DEBUG_l2_load); /* from now on it hangs */
+        char id[] = "j";
+        scope_spawn(&others, finalize, id);
+        turns(20);
+        scope_spawn(&others, one_write, &gu);
+        turns(50);
+        CHECK(over->inside && !gu.done);
+        if (how == 0) {
+            CHECK(jobs_do(js, "j", JOB_VERB_CANCEL, &err) < 0);
+            CHECK_TEXT(err, "Job not found"); /* it has ended meanwhile */
+        } else {
+            jobs_give_up(js);
+        }
+        wait_for("j", "null");
+        CHECK(strstr(events, "j:PENDING j:aborting j:COMPLETED(Operation canceled) j:concluded"));
+        CHECK(scope_join(&others) == 0);
+        CHECK(gu.done && gu.edge->node == s && bitmap_count(dirty_bits(bm)) == 2 * 65536);
+        edge_detach(gu.edge);
+        node_unref(over);
+        close_disks();
+    }
+}
+
 /* Nobody waits while the job is pending, and what is written then is in the target, too. */
 JOB_TEST(writes_while_it_is_pending)
 {
@@ -543,6 +592,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(events_are_qemus),
     cmocka_unit_test(cancelling),
     cmocka_unit_test(a_target_that_hangs_is_given_up),
+    cmocka_unit_test(a_target_that_hangs_at_the_end),
     cmocka_unit_test(writes_while_it_is_pending),
     cmocka_unit_test(none_copies_what_is_written),
     cmocka_unit_test(an_empty_disk),
