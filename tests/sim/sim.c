@@ -35,9 +35,11 @@ int main(int argc, char **argv)
 {
     uint64_t seed = 1, count = 1;
     bool twice = false, quiet = false;
-    const char *from_test = getenv("TIDEMARK_SEED");
+    const char *from_test = getenv("TIDEMARK_SEED"), *histories = getenv("TEST_HISTORIES");
     if (from_test)
         seed = strtoull(from_test, NULL, 0);
+    if (histories)
+        count = strtoull(histories, NULL, 0);
     for (int i = 1; i < argc; i++) {
         const char *next = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(argv[i], "--trace"))
@@ -79,12 +81,14 @@ int main(int argc, char **argv)
     }
     double took = seconds() - began;
     if (!quiet)
-        printf("%llu histories in %.1f s (%.0f a second): %llu events, %llu writes, %llu flushes, "
-               "%llu jobs, %llu kills, %llu power losses, %llu I/O errors; no violation\n",
+        printf("[  PASSED  ] %llu histories in %.1f s (%.0f a second): %llu events, %llu writes, "
+               "%llu flushes, "
+               "%llu jobs, %llu kills, %llu power losses (and %llu imagined), %llu I/O errors; no "
+               "violation\n",
                (unsigned long long)count, took, (double)count / took,
                (unsigned long long)totals.m.events, (unsigned long long)totals.writes,
                (unsigned long long)totals.flushes, (unsigned long long)totals.jobs,
                (unsigned long long)totals.kills, (unsigned long long)totals.power_losses,
-               (unsigned long long)totals.m.n_faults);
+               (unsigned long long)totals.glimpses, (unsigned long long)totals.m.n_faults);
     return 0;
 }
