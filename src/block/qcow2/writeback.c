@@ -195,7 +195,7 @@ static int write_copies(struct qcow2 *q, struct copies *c, enum metadata_kind ki
                         enum debug_event event)
 {
     struct writers w = {q, c, kind, event, 0};
-    if (c->n <= 2)
+    if (c->n <= 2 || graph_lock_is_mine(q->node->graph))
         return write_some(&w);
     SCOPE(writers);
     for (size_t i = 0; i < WRITERS && i < c->n; i++)
