@@ -26,7 +26,9 @@ _Noreturn void violation_at(const char *file, int line, struct history *h, const
     fflush(stdout);
     fprintf(stderr, "%s:%d: seed %llu: %s\nrepeat with: tests/sim/sim --seed %llu%s --trace\n",
             file, line, (unsigned long long)h->seed, text, (unsigned long long)h->seed,
-            settings.no_faults ? " --no-faults" : "");
+            settings.exhaustive  ? " --exhaustive 1000000"
+            : settings.no_faults ? " --no-faults"
+                                 : "");
     _exit(1);
 }
 
@@ -410,8 +412,9 @@ static void live(struct life *l)
             h->m.faults = l->faults;
             l->guests_running = h->n_guests;
             for (unsigned i = 0; i < h->n_guests; i++) {
-                guests[i] = (struct guest){l, &h->disks[dice_below(&h->dice, h->n_disks)],
-                                           4 + (unsigned)dice_below(&h->dice, 40)};
+                guests[i] = (struct guest){
+                    l, &h->disks[dice_below(&h->dice, h->n_disks)],
+                    4 + (unsigned)dice_below(&h->dice, settings.exhaustive ? 4 : 40)};
                 scope_spawn(&guest_tasks, guest_task, &guests[i]);
             }
             for (unsigned i = 0; i < h->n_clients; i++) {
@@ -484,7 +487,8 @@ static void sync_failed(void *opaque, const char *path)
 
 static void between(struct history *h, enum life_end end, bool faulty)
 {
-    bool power = one_in(&h->dice, end == END_CLEAN ? 4 : 2);
+    bool power =
+        one_in(&h->dice, end == END_CLEAN ? 4 : 2) || (settings.exhaustive && end == END_KILLED);
     h->life = NULL;
     h->m.faults = (struct faults){.path = ""};
     for (unsigned i = 0; i < h->n_disks; i++) {
@@ -582,6 +586,7 @@ static void one_life(struct history *h, unsigned number)
     int r = machine_live(&h->m, kill_at, life_main, &l);
     if (r < 0 && r != -EOWNERDEAD)
         violation(h, "the program ended with %s", strerror(-r));
+    h->last_life_events = h->m.events - h->m.life_events;
     between(h, r < 0 ? END_KILLED : END_CLEAN, h->m.n_faults != l.faults_before);
 }
 
@@ -595,7 +600,7 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     h->m.glimpse = glimpse;
     h->m.glimpses = 150;
     h->m.opaque = h;
-    h->with_faults = one_in(&h->dice, 4) && !settings.no_faults;
+    h->with_faults = one_in(&h->dice, 4) && !settings.no_faults && !settings.exhaustive;
     h->n_disks = one_in(&h->dice, 3) ? 2 : 1;
     h->n_guests = 1 + (unsigned)dice_below(&h->dice, MAX_GUESTS);
     h->lives = 1 + (unsigned)dice_below(&h->dice, 5);
@@ -608,6 +613,12 @@ uint64_t history_run(uint64_t seed, struct history *totals)
         h->clients[h->n_clients].disk = d;
         h->clients[h->n_clients++].self = backup_client.start(h, d);
     }
+    if (settings.exhaustive) {
+        h->lives = 1;
+        h->n_guests = 1 + h->n_guests % 2;
+        h->m.choices = *settings.exhaustive;
+        *settings.exhaustive = (struct choices){0};
+    }
     for (unsigned i = 0; i <= h->lives; i++)
         one_life(h, i);
     /* one more, in which nothing goes wrong: what is left is judged */
@@ -619,6 +630,11 @@ uint64_t history_run(uint64_t seed, struct history *totals)
         violation(h, "the program ended with %s", strerror(-r));
 
     uint64_t hash = h->m.hash;
+    if (settings.exhaustive) {
+        *settings.exhaustive = h->m.choices;
+        h->m.choices = (struct choices){0};
+    }
+    totals->last_life_events = h->last_life_events;
     totals->writes += h->writes;
     totals->flushes += h->flushes;
     totals->jobs += h->jobs;

@@ -87,6 +87,7 @@ struct history {
         unsigned discards, zeroes, flushes, fua, hot;
     } mood;
     struct life *life; /* that runs; NULL: between */
+    uint64_t last_life_events;
     uint64_t writes, flushes, jobs, kills, power_losses, glimpses;
 };
 
@@ -105,8 +106,8 @@ struct settings {
     bool tracing, no_faults;
     const char *qemu_img; /* a directory: images are dumped there and checked by qemu-img */
     unsigned qemu_img_every;
-    uint64_t kill_at; /* of life 1, by event; 0: drawn */
-    struct choices *exhaustive;
+    uint64_t kill_at;           /* of life 1, by event; 0: drawn */
+    struct choices *exhaustive; /* small ones, and all that a power loss can leave */
 };
 extern struct settings settings;
 

@@ -622,6 +622,7 @@ void machine_lose_power(struct machine *m)
     store_lose_power(&m->store);
     machine_pass_time(m, NSEC_PER_SEC * 20);
     boot(m);
+    machine_pass_time(m, NSEC_PER_SEC * 5);
 }
 
 void machine_pass_time(struct machine *m, uint64_t ns)
