@@ -157,6 +157,30 @@ JOB_TEST(the_bitmap_follows_its_table)
                 one_outcome(g, modes[m], what, enabled);
 }
 
+/* The bitmap's granularity is the job's, in what is copied and in what it shows. */
+JOB_TEST(the_bitmaps_granularity_is_the_jobs)
+{
+    for (unsigned granularity = 4096; granularity <= 1048576; granularity *= 16) {
+        struct guest gu;
+        two_disks(g, SIZE, 0);
+        fill_disk(s, 3);
+        bitmap_on_s(g, granularity);
+        guest_on(&gu, s, 1);
+        write_at(gu.edge, SIZE / 2 + 512, 512, 0x51);
+        mirror_ok(parse("{'device':'s','target':'t','job-id':'j','sync':'incremental','bitmap':"
+                        "'b'}"));
+        wait_for("j", "READY");
+        CHECK(t->counters.wr_bytes == granularity);
+        CHECK(!memcmp(mem_of(s)->bytes + SIZE / 2, mem_of(t)->bytes + SIZE / 2, granularity));
+        write_at(gu.edge, SIZE / 4, 512, 0x52);
+        cancel_softly("j");
+        wait_for("j", "null");
+        CHECK(t->counters.wr_bytes == 2 * granularity);
+        edge_detach(gu.edge);
+        close_disks();
+    }
+}
+
 /* The pivot is the last that can fail. */
 JOB_TEST(a_pivot_that_fails_keeps_the_bitmap)
 {
@@ -238,6 +262,7 @@ JOB_TEST(an_image_of_changes_has_whole_clusters)
 }
 
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(the_bitmaps_granularity_is_the_jobs),
     cmocka_unit_test(the_bitmap_follows_its_table),
     cmocka_unit_test(a_pivot_that_fails_keeps_the_bitmap),
     cmocka_unit_test(an_image_of_changes_has_whole_clusters),
