@@ -211,6 +211,9 @@ int edge_write(struct edge *e, struct range r, const void *buf, unsigned flags) 
 int edge_write_zeroes(struct edge *e, struct range r, unsigned flags) MUST_CHECK;
 int edge_discard(struct edge *e, struct range r) MUST_CHECK; /* advice: what cannot be is 0 */
 int edge_flush(struct edge *e) MUST_CHECK;
+/* Makes everything durable that N consists of, with its backing images: also of read-only nodes,
+ * and what others wrote before we opened it. graph_lock held; waits. */
+int node_flush_tree(struct node *n) MUST_CHECK;
 /* Grows or shrinks. PREALLOC "off" only, for now. */
 int edge_truncate(struct edge *e, uint64_t size_bytes, bool exact, struct error *err) MUST_CHECK;
 

@@ -175,6 +175,10 @@ static inline void node_debug_event(struct node *n, enum debug_event event)
         n->driver->debug_event(n, event);
 }
 
+/* Whoever holds the graph's lock may have nodes quiesced, and only his own task's requests pass
+ * their gates. So a driver does not spread a request of his over tasks: they would wait there. */
+bool graph_lock_is_mine(struct graph *g);
+
 /* All that was written to N and below is durable. Inside the gate, or by who has it quiesced. */
 int node_flush(struct node *n) MUST_CHECK;
 

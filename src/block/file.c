@@ -13,6 +13,7 @@
 
 #include "block/file.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 #include "rt/io.h"
 
@@ -177,7 +178,8 @@ static int file_open(struct node *n, struct json_object *options, struct error *
         return r;
     }
     s->now = handle_new(fd, flags);
-    n->write_generation = 1; /* what a killed program wrote may lie in the page cache only */
+    if (!BROKEN(first_flush_elided))
+        n->write_generation = 1; /* what a killed program wrote may lie in the page cache only */
     n->write_flags = REQ_FUA;
     n->write_zeroes_flags = REQ_MAY_UNMAP | REQ_NO_FALLBACK;
     return 0;
@@ -319,7 +321,7 @@ static int file_write(struct node *n, struct range r, const void *buf, unsigned 
 {
     struct file_state *s = n->state;
     HANDLE(s);
-    bool sync = (flags & REQ_FUA) && !n->cache_no_flush;
+    bool sync = (flags & REQ_FUA) && !n->cache_no_flush && !BROKEN(fua_not_passed_on);
     int result;
 
     if (s->broken)
@@ -432,8 +434,8 @@ static int file_flush(struct node *n)
 
     if (s->broken)
         return -EIO;
-    r = io_fdatasync(handle->fd);
-    if (r < 0)
+    r = BROKEN(flush_not_passed_on) ? 0 : io_fdatasync(handle->fd);
+    if (r < 0 && !BROKEN(failed_sync_forgotten))
         s->broken = true;
     return r;
 }
@@ -661,7 +663,7 @@ static int file_create(struct graph *g, struct json_object *options, struct erro
         return r;
     r = make_file(fd, options, err);
     io_close(fd); /* and the locks with it */
-    if (r == 0 && io_sync_dir_of(path) < 0)
+    if (r == 0 && !BROKEN(made_name_not_synced) && io_sync_dir_of(path) < 0)
         log_warning(
             "the directory of '%s' cannot be flushed: the new file may be lost with the power",
             path);

@@ -48,7 +48,6 @@ struct node *node_new(struct graph *g);
 int node_assign_name(struct node *n, const char *name, struct error *err);
 /* A node whose driver is not open. */
 void node_discard(struct node *n);
-bool graph_lock_is_mine(struct graph *g);
 /* Nodes on the longest way down, itself included. */
 unsigned node_height(struct node *n);
 unsigned graph_height(struct graph *g);

@@ -585,6 +585,23 @@ int node_flush(struct node *n)
     return result;
 }
 
+int node_flush_tree(struct node *n)
+{
+    struct edge *e;
+    int result = 0;
+
+    if (TAILQ_EMPTY(&n->children))
+        return n->driver->flush && !n->cache_no_flush ? n->driver->flush(n) : 0;
+    if (!n->read_only)
+        result = node_flush(n);
+    TAILQ_FOREACH (e, &n->children, in_children) {
+        if (result < 0)
+            break;
+        result = node_flush_tree(e->node);
+    }
+    return result;
+}
+
 int edge_flush(struct edge *e)
 {
     SHIELD();

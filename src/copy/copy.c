@@ -248,7 +248,7 @@ static bool next_piece(void *opaque, uint64_t from, struct piece *ret)
     bool zero = run_is_zero(c, &run);
     if (!zero)
         run.length = min_u64(run.length, c->run_max);
-    *ret = (struct piece){run, zero, align_up(run.length, c->chunk), zero ? 0 : run.length};
+    *ret = (struct piece){run, zero, align_up(run.length, c->chunk), zero ? 0 : run.length, 0};
     return true;
 }
 

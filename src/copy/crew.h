@@ -19,6 +19,7 @@ struct piece {
     bool zero;       /* nothing is to be read */
     uint64_t cost;   /* bytes that count for the rate */
     uint64_t memory; /* bytes of buffers that it takes at most */
+    unsigned tag;    /* the owner's own */
 };
 
 struct crew_ops {

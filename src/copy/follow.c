@@ -361,7 +361,7 @@ static bool next_piece(void *opaque, uint64_t from, struct piece *ret)
         return false;
     run = cut_run(f, run, &zero);
     /* Memory is `buffer`, and its workers are as many as that has room for. */
-    *ret = (struct piece){run, zero, zero && zeroes_cheaply(f) ? 0 : run.length, 0};
+    *ret = (struct piece){run, zero, zero && zeroes_cheaply(f) ? 0 : run.length, 0, 0};
     return true;
 }
 

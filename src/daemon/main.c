@@ -70,6 +70,7 @@ static void end_everything(struct daemon *d)
     SCOPE(jobs);
 
     throttle_groups_lift(d->graph);        /* from here on haste is better than limits */
+    jobs_give_up(d->jobs);                 /* one that hangs may hold up the command that ends it */
     mutex_lock_shielded(&d->qmp->in_band); /* for good: no command begins any more */
     scope_spawn(&jobs, cancel_jobs, d->jobs);
     exports_close_all(d->exports);

@@ -61,6 +61,7 @@ struct dirty_bitmap {
     bool unbased;      /* its base is not durable yet: add, clear, enable before dirty_settle */
     bool concluding;   /* its successor is about to become the bitmap */
     bool rebased;      /* and with that a part of it has a new base, by JOB */
+    bool rebuilt;      /* and that holds for all of it */
     bool settling;     /* its base is about to become durable */
     const char *job;
     struct bitmap *before;    /* what it was before a clear that is not durable yet; NULL: none */
@@ -672,20 +673,37 @@ int dirty_merge(struct dirty_bitmap *bm, struct dirty_bitmap *src, struct bitmap
 
 /* ---- a job's hold on a bitmap ---- */
 
-int dirty_start(struct dirty_bitmap *bm, struct error *err)
+static int start(struct dirty_bitmap *bm, bool record, struct error *err)
 {
-    int r = dirty_check(bm, DIRTY_CHECK_BUSY, err);
-    if (r < 0)
-        return r;
-
     struct bitmap *bits = bitmap_new(bitmap_size(bm->bits), dirty_granularity(bm));
     if (!bits)
         return no_memory(bm->home->node, bm->name, dirty_granularity(bm), err);
     assert_quiet(bm->home->node);
     bm->successor = enlist(bm->home, NULL, bits);
-    bm->successor->enabled = bm->enabled || BROKEN(successor_of_disabled_records);
+    bm->successor->enabled = record;
     bm->enabled = false;
     bm->busy = true;
+    return 0;
+}
+
+int dirty_start(struct dirty_bitmap *bm, struct error *err)
+{
+    int r = dirty_check(bm, DIRTY_CHECK_BUSY, err);
+    return r < 0 ? r : start(bm, bm->enabled || BROKEN(successor_of_disabled_records), err);
+}
+
+int dirty_start_rebuild(struct dirty_bitmap *bm, uint64_t base_bytes, struct error *err)
+{
+    int r = dirty_check(bm, DIRTY_CHECK_BUSY | DIRTY_CHECK_READONLY, err);
+    /* If its job fails it must be disabled again, and a kill would have to know that. */
+    if (r == 0 && !bm->enabled && !bm->inconsistent)
+        r = error_set(err, EINVAL, "Bitmap '%s' is disabled and cannot be rebuilt: enable it first",
+                      bm->name);
+    if (r == 0)
+        r = start(bm, true, err);
+    if (r < 0)
+        return r;
+    bm->successor->peak_bytes = max_u64(bm->successor->peak_bytes, base_bytes);
     return 0;
 }
 
@@ -700,7 +718,7 @@ static void succeed(struct dirty_bitmap *bm, bool new_base)
     bm->bits = steal(s->bits);
     bm->enabled = s->enabled;
     bm->marked_since = true;
-    if (s->inconsistent)
+    if (bm->inconsistent || s->inconsistent)
         dirty_set_inconsistent(bm);
     bm->peak_bytes = new_base ? s->peak_bytes : max_u64(bm->peak_bytes, s->peak_bytes);
     if (new_base)
@@ -754,7 +772,7 @@ void dirty_unstart(struct dirty_bitmap *bm)
     bm->enabled = s->enabled;
     bm->peak_bytes = max_u64(bm->peak_bytes, s->peak_bytes);
     bm->marked_since = true;
-    if (s->inconsistent)
+    if (bm->inconsistent || s->inconsistent)
         dirty_set_inconsistent(bm);
     bm->busy = false;
     bm->successor = NULL;
@@ -780,12 +798,13 @@ static void fold(const struct dirty_outcome *o)
     }
     bm->concluding = true;
     bm->rebased = rebases(o);
+    bm->rebuilt = o->rebuilt;
     bm->job = o->job;
 }
 
 static void unfold(const struct dirty_outcome *o)
 {
-    o->bitmap->concluding = o->bitmap->rebased = false;
+    o->bitmap->concluding = o->bitmap->rebased = o->bitmap->rebuilt = false;
     o->bitmap->folded = NULL; /* its bits stay in the successor: a superset */
     o->bitmap->job = NULL;
 }
@@ -794,7 +813,9 @@ static void follow(const struct dirty_outcome *o)
 {
     struct dirty_bitmap *bm = o->bitmap;
 
-    if (o->advance) {
+    if (o->rebuilt)
+        bm->inconsistent = false;
+    if (o->advance || o->rebuilt) {
         /* Whoever has advanced has flushed the node: a clear before is durable, too. */
         free_bits(bm, steal(bm->before));
         bm->unbased = false;
@@ -975,7 +996,8 @@ void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
         ret->current = s->bits;
         ret->successor = NULL;
         ret->folded = bm->unsettled ? s->bits : bm->folded;
-        ret->inconsistent = ret->inconsistent || s->inconsistent;
+        ret->inconsistent = (bm->inconsistent && !bm->rebuilt) || s->inconsistent;
+        ret->based = ret->based || bm->rebuilt;
     }
     if (bm->settling) {
         ret->based = true;

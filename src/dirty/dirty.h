@@ -110,6 +110,9 @@ int dirty_merge(struct dirty_bitmap *bm, struct dirty_bitmap *src, struct bitmap
 
 /* Quiesced: busy, and a successor records if the bitmap did. Durable after dirty_commit(). */
 int dirty_start(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
+/* The same for a job that finds out anew where the node differs from a base of BASE_BYTES: it takes
+ * an inconsistent bitmap, too, and none that is disabled. The successor records in any case. */
+int dirty_start_rebuild(struct dirty_bitmap *bm, uint64_t base_bytes, struct error *err) MUST_CHECK;
 /* The start never happened (its transaction was not committed): bitmap OR successor, not busy. */
 void dirty_unstart(struct dirty_bitmap *bm);
 /* Quiesced: the successor forgets what it has recorded, because the job has that, too; should the
@@ -124,9 +127,13 @@ struct dirty_outcome {
     bool advance;
     const struct bitmap *remaining;
     const char *job; /* its id */
+    /* After dirty_start_rebuild: REMAINING is all that differs from the base, and the bitmap can be
+     * trusted, whatever it was. */
+    bool rebuilt;
 };
 /* Several bitmaps, also of several nodes: durably all or none of them; waits. On error they are as
- * before, busy. The caller has flushed what was copied to, then the node (advance; remaining). */
+ * before, busy. The caller has flushed what was copied to, then the node (advance; remaining); all
+ * that base and node consist of, also what others have written there (rebuilt). */
 int dirty_conclude(const struct dirty_outcome *outcomes, size_t n, struct error *err) MUST_CHECK;
 
 /* ---- what is durable ---- */

@@ -40,6 +40,9 @@ struct job_driver {
     void (*interrupt)(struct job *j);
     /* What a cancel request means; true: like one by force. NULL: always by force. */
     bool (*cancel)(struct job *j, bool force);
+    /* It is being concluded, and somebody has lost patience: what hangs shall fail. NULL: nothing
+     * that could hang is done then. */
+    void (*give_up)(struct job *j);
     void (*set_speed)(struct job *j, uint64_t speed);
     int (*complete)(struct job *j, struct error *err);
     /* block-job-change; NULL: nothing can be changed. OPTIONS are lent. */

@@ -1,6 +1,6 @@
 /* Jobs: work that goes on behind a command, as its user sees it.
  *
- * All jobs (backup, create; later mirror, commit, stream, compare) are one state machine, QEMU's,
+ * All jobs (backup, compare, create, mirror; later commit, stream) are one state machine, QEMU's,
  * with its states, verbs, events and words. A job runs as a task in a scope that the registry
  * owns; it ends through its group (job/driver.h): alone, or together with others.
  *
@@ -65,6 +65,8 @@ struct graph *jobs_graph(struct jobs *js);
 typedef void jobs_event_fn(void *opaque, const char *name, struct json_object *data);
 void jobs_set_listener(struct jobs *js, jobs_event_fn *fn, void *opaque);
 
+/* Jobs that are being concluded do not wait for what hangs any longer. */
+void jobs_give_up(struct jobs *js);
 /* Cancels every job by force and waits until all are concluded and gone; shielded. The end of
  * the program; also before nodes are closed. */
 void jobs_cancel_all(struct jobs *js);
@@ -93,4 +95,5 @@ struct json_object *jobs_query_block(struct jobs *js); /* query-block-jobs: of B
  * concluded until it is dismissed, as QEMU's. */
 int create_job_start(struct jobs *js, const char *job_id, struct json_object *options,
                      struct error *err) MUST_CHECK;
-/* blockdev-backup, drive-backup: actions of a transaction, see job/transaction.h. */
+/* blockdev-backup, drive-backup, x-tidemark-compare: actions of a transaction, see
+ * job/transaction.h. */

@@ -216,14 +216,20 @@ static void mirror_interrupt(struct job *j)
         follow_interrupt(m->follow);
 }
 
+static void mirror_give_up(struct job *j)
+{
+    struct mirror *m = mirror_of(j);
+    if (m->target && !m->given_up)
+        m->given_up = node_cancel_begin(m->target);
+}
+
 /* Half a mirror is none; once it is ready, cancelling means completing without the pivot. By force
  * it also means that nobody waits any longer for a target that hangs. */
 static bool mirror_cancel(struct job *j, bool force)
 {
-    struct mirror *m = mirror_of(j);
     force = force || !is_ready(j);
-    if (force && !m->given_up)
-        m->given_up = node_cancel_begin(m->target);
+    if (force)
+        mirror_give_up(j);
     return force;
 }
 
@@ -508,6 +514,7 @@ static const struct job_driver mirror_driver = {
     .free = mirror_free,
     .interrupt = mirror_interrupt,
     .cancel = mirror_cancel,
+    .give_up = mirror_give_up,
     .set_speed = mirror_set_speed,
     .complete = mirror_complete,
     .change = mirror_change,

@@ -34,6 +34,20 @@ void jobs_set_listener(struct jobs *js, jobs_event_fn *fn, void *opaque)
     js->listener_opaque = opaque;
 }
 
+/* A job that is being concluded takes no verb, but it need not wait for ever. */
+static void give_up(struct job *j)
+{
+    if (job_settling(j) && !j->held && j->driver->give_up)
+        j->driver->give_up(j);
+}
+
+void jobs_give_up(struct jobs *js)
+{
+    struct job *j;
+    TAILQ_FOREACH (j, &js->list, in_jobs)
+        give_up(j);
+}
+
 void jobs_cancel_all(struct jobs *js)
 {
     SHIELD();
@@ -44,6 +58,7 @@ void jobs_cancel_all(struct jobs *js)
             int r = waitq_wait(&js->settled);
             assert(r == 0);
         }
+        give_up(j);
         job_cancel_and_wait(j);
         if (j->status == JOB_CONCLUDED) {
             int r = job_dismiss(j, NULL);
@@ -56,16 +71,22 @@ void jobs_cancel_all(struct jobs *js)
     assert(r == 0);
 }
 
+static struct job *find_id(struct jobs *js, const char *id)
+{
+    struct job *j;
+    TAILQ_FOREACH (j, &js->list, in_jobs) {
+        if (strcmp(j->id, id) == 0)
+            break;
+    }
+    return j;
+}
+
 /* *RET stays NULL when there is none; -ECANCELED when the caller was cancelled meanwhile. */
 static int find_settled(struct jobs *js, const char *id, bool block_only, struct job **ret)
 {
     *ret = NULL;
     for (;;) {
-        struct job *j;
-        TAILQ_FOREACH (j, &js->list, in_jobs) {
-            if (strcmp(j->id, id) == 0)
-                break;
-        }
+        struct job *j = find_id(js, id);
         if (!j || (block_only && !j->driver->block_job))
             return 0;
         if (!job_settling(j)) {
@@ -129,9 +150,18 @@ static int act(struct job *j, enum job_verb verb, bool force, struct error *err)
     return -EINVAL;
 }
 
+/* Before a cancel by force waits for the job's end. */
+static void hurry(struct jobs *js, const char *id, enum job_verb verb, bool force)
+{
+    struct job *j = find_id(js, id);
+    if (j && verb == JOB_VERB_CANCEL && force)
+        give_up(j);
+}
+
 int jobs_do(struct jobs *js, const char *id, enum job_verb verb, struct error *err)
 {
     struct job *j = NULL;
+    hurry(js, id, verb, true);
     int r = find(js, id, &j, err);
     return r < 0 ? r : act(j, verb, true, err);
 }
@@ -140,6 +170,7 @@ int jobs_do_block(struct jobs *js, const char *device, enum job_verb verb, bool 
                   struct error *err)
 {
     struct job *j = NULL;
+    hurry(js, device, verb, force);
     int r = find_block(js, device, &j, err);
     if (r < 0)
         return r;

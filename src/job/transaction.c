@@ -23,6 +23,7 @@
 #include "block/driver.h"
 #include "dirty/dirty.h"
 #include "job/backup.h"
+#include "job/compare.h"
 #include "rt/io.h"
 #include "rt/task.h"
 
@@ -264,7 +265,38 @@ static void let_go(struct action *a)
     free(a->made);
 }
 
-/* ---- backups ---- */
+/* ---- jobs ---- */
+
+static void job_action_commit(struct action *a)
+{
+    job_start(a->job);
+}
+
+static void job_action_abort(struct action *a)
+{
+    if (a->job)
+        job_cancel_and_wait(a->job);
+}
+
+static void job_action_clean(struct action *a)
+{
+    let_go(a);
+    if (a->job)
+        job_unref(a->job);
+}
+
+static int compare_prepare(struct action *a, struct error *err)
+{
+    struct compare_request rq = {.data = a->data, .group = a->transaction->group};
+    int r = find_node(a, "device", &rq.disk, err);
+    if (r == 0)
+        r = find_node(a, "target", &rq.target, err);
+    if (r == 0)
+        r = compare_create(a->transaction->jobs, &rq, &a->job, err);
+    if (r == 0)
+        job_ref(a->job);
+    return r;
+}
 
 static int start_backup(struct action *a, struct backup_request *rq, struct error *err)
 {
@@ -276,24 +308,6 @@ static int start_backup(struct action *a, struct backup_request *rq, struct erro
     job_ref(a->job);                            /* with a group, another member's abort ends it */
     a->quiet = node_ref(backup_filter(a->job)); /* which is quiesced */
     return 0;
-}
-
-static void backup_action_commit(struct action *a)
-{
-    job_start(a->job);
-}
-
-static void backup_action_abort(struct action *a)
-{
-    if (a->job)
-        job_cancel_and_wait(a->job);
-}
-
-static void backup_action_clean(struct action *a)
-{
-    let_go(a);
-    if (a->job)
-        job_unref(a->job);
 }
 
 static int blockdev_backup_prepare(struct action *a, struct error *err)
@@ -482,10 +496,12 @@ static const struct action_kind kinds[] = {
     {"blockdev-snapshot", false, snapshot_prepare, snapshot_commit, snapshot_abort, let_go},
     {"blockdev-snapshot-sync", false, snapshot_sync_prepare, snapshot_commit, snapshot_abort,
      let_go},
-    {"blockdev-backup", true, blockdev_backup_prepare, backup_action_commit, backup_action_abort,
-     backup_action_clean},
-    {"drive-backup", true, drive_backup_prepare, backup_action_commit, backup_action_abort,
-     backup_action_clean},
+    {"blockdev-backup", true, blockdev_backup_prepare, job_action_commit, job_action_abort,
+     job_action_clean},
+    {"drive-backup", true, drive_backup_prepare, job_action_commit, job_action_abort,
+     job_action_clean},
+    {"x-tidemark-compare", true, compare_prepare, job_action_commit, job_action_abort,
+     job_action_clean},
 };
 
 static const struct action_kind *kind_named(const char *name)

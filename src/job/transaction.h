@@ -24,6 +24,6 @@ int transaction_run(struct graph *g, struct jobs *js, struct json_object *action
 
 /* The commands that are a transaction of one action, TYPE being their name and DATA their
  * arguments: block-dirty-bitmap-add, -remove, -clear, -enable, -disable, -merge,
- * blockdev-backup, drive-backup, blockdev-snapshot, blockdev-snapshot-sync. */
+ * blockdev-backup, drive-backup, blockdev-snapshot, blockdev-snapshot-sync, x-tidemark-compare. */
 int transaction_run_one(struct graph *g, struct jobs *js, const char *type,
                         struct json_object *data, struct error *err) MUST_CHECK;

@@ -19,4 +19,4 @@ qmp_command_fn cmd_job_pause, cmd_job_resume, cmd_job_cancel, cmd_job_complete, 
     cmd_query_version, cmd_query_commands, cmd_quit, cmd_query_qmp_schema, cmd_object_add,
     cmd_object_del, cmd_qom_list, cmd_qom_get, cmd_qom_set, cmd_transaction, cmd_blockdev_mirror,
     cmd_drive_mirror, cmd_block_job_change, cmd_blockdev_snapshot, cmd_blockdev_snapshot_sync,
-    cmd_nbd_server_option;
+    cmd_nbd_server_option, cmd_compare;

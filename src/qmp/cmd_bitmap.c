@@ -18,6 +18,7 @@ ONE_ACTION(cmd_blockdev_backup, "blockdev-backup")
 ONE_ACTION(cmd_drive_backup, "drive-backup")
 ONE_ACTION(cmd_blockdev_snapshot, "blockdev-snapshot")
 ONE_ACTION(cmd_blockdev_snapshot_sync, "blockdev-snapshot-sync")
+ONE_ACTION(cmd_compare, "x-tidemark-compare")
 
 int cmd_transaction(struct qmp_call *call, struct error *err)
 {

@@ -66,6 +66,7 @@ const struct schema_command qmp_commands[] = {
     {"qom-set", T(QomSetArg), NONE, cmd_qom_set},
     {"object-add", T(ObjectOptions), NONE, cmd_object_add},
     {"object-del", T(IdArg), NONE, cmd_object_del},
+    {"x-tidemark-compare", T(XTidemarkCompare), NONE, cmd_compare},
     {"transaction", T(TransactionArg), NONE, cmd_transaction},
     {0},
 };

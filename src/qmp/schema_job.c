@@ -11,7 +11,7 @@ SCHEMA_OBJECT(IdArg, REQ("id", str));
 
 static SCHEMA_ENUM(JobType, VALUE("commit"), VALUE("stream"), VALUE("mirror"), VALUE("backup"),
                    VALUE("create"), VALUE("amend"), VALUE("snapshot-load"), VALUE("snapshot-save"),
-                   VALUE("snapshot-delete"));
+                   VALUE("snapshot-delete"), VALUE("x-tidemark-compare"));
 
 static SCHEMA_OBJECT(JobInfo, REQ("id", str), REQ("type", JobType), REQ("status", JobStatus),
                      REQ("current-progress", int), REQ("total-progress", int), OPT("error", str));
@@ -61,6 +61,11 @@ SCHEMA_OBJECT(BlockdevBackup, OPT("job-id", str), REQ("device", str), REQ("sync"
               OPT("on-source-error", BlockdevOnError), OPT("on-target-error", BlockdevOnError),
               OPT("auto-finalize", bool), OPT("auto-dismiss", bool), OPT("filter-node-name", str),
               OPT("x-perf", BackupPerf, .features = SCHEMA_UNSTABLE), REQ("target", str));
+
+SCHEMA_OBJECT(XTidemarkCompare, OPT("job-id", str), REQ("device", str), REQ("target", str),
+              REQ("bitmap", str), OPT("speed", int), OPT("on-source-error", BlockdevOnError),
+              OPT("on-target-error", BlockdevOnError), OPT("auto-finalize", bool),
+              OPT("auto-dismiss", bool));
 
 static SCHEMA_ENUM(MirrorCopyMode, VALUE("background"), VALUE("write-blocking"));
 
@@ -135,7 +140,8 @@ static SCHEMA_ENUM(TransactionActionKind, VALUE("abort"), VALUE("block-dirty-bit
                    VALUE("block-dirty-bitmap-enable"), VALUE("block-dirty-bitmap-disable"),
                    VALUE("block-dirty-bitmap-merge"), VALUE("blockdev-backup"),
                    VALUE("drive-backup", .features = SCHEMA_DEPRECATED), VALUE("blockdev-snapshot"),
-                   LATER("blockdev-snapshot-internal-sync"), VALUE("blockdev-snapshot-sync"));
+                   LATER("blockdev-snapshot-internal-sync"), VALUE("blockdev-snapshot-sync"),
+                   VALUE("x-tidemark-compare"));
 
 static SCHEMA_EMPTY(Abort);
 
@@ -155,6 +161,8 @@ static SCHEMA_OBJECT(BlockdevSnapshotSyncWrapper, REQ("data", BlockdevSnapshotSy
 
 static SCHEMA_OBJECT(DriveBackupWrapper, REQ("data", DriveBackup));
 
+static SCHEMA_OBJECT(XTidemarkCompareWrapper, REQ("data", XTidemarkCompare));
+
 static SCHEMA_UNION(TransactionAction, "type", MEMBERS(REQ("type", TransactionActionKind)),
                     BRANCHES(BRANCH("abort", AbortWrapper),
                              BRANCH("block-dirty-bitmap-add", BlockDirtyBitmapAddWrapper),
@@ -166,7 +174,8 @@ static SCHEMA_UNION(TransactionAction, "type", MEMBERS(REQ("type", TransactionAc
                              BRANCH("blockdev-backup", BlockdevBackupWrapper),
                              BRANCH("blockdev-snapshot", BlockdevSnapshotWrapper),
                              BRANCH("blockdev-snapshot-sync", BlockdevSnapshotSyncWrapper),
-                             BRANCH("drive-backup", DriveBackupWrapper)));
+                             BRANCH("drive-backup", DriveBackupWrapper),
+                             BRANCH("x-tidemark-compare", XTidemarkCompareWrapper)));
 
 static SCHEMA_LIST(TransactionAction);
 

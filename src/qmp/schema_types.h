@@ -12,6 +12,7 @@ SCHEMA_DECLARE(BlockdevSnapshotSync);
 SCHEMA_DECLARE(BlockdevSnapshot);
 SCHEMA_DECLARE(DriveBackup);
 SCHEMA_DECLARE(BlockdevBackup);
+SCHEMA_DECLARE(XTidemarkCompare);
 SCHEMA_DECLARE(BlockdevMirrorArg);
 SCHEMA_DECLARE(DriveMirror);
 SCHEMA_DECLARE(BlockJobChangeOptions);

@@ -43,7 +43,7 @@ static void work_begins(struct work *w)
     memcpy(w->instant, w->source->bytes, w->source->size);
     w->began = history->writes;
     w->aborting = UINT32_MAX;
-    w->fired = w->source->fired + w->target->fired;
+    w->fired = disk_fired(w->source) + disk_fired(w->target);
     w->flushes = w->source->fired_flushes + w->target->fired_flushes;
     if (w->marks)
         marks_start(w->marks);
@@ -70,7 +70,8 @@ static struct work *work_named(const char *id)
 
 static bool may_fail(const struct work *w)
 {
-    return w->asked_cancel || w->group->excused || w->source->fired + w->target->fired != w->fired;
+    return w->asked_cancel || w->group->excused ||
+           disk_fired(w->source) + disk_fired(w->target) != w->fired;
 }
 
 static void keep(struct lane *l)
@@ -80,6 +81,29 @@ static void keep(struct lane *l)
     memcpy(l->kept, l->target->bytes, l->source->size);
 }
 
+/* An image that is not kept is forgotten. Where its content matters, it is looked at soon. */
+static void keep_image(struct work *w, bool success)
+{
+    struct lane *l = w->lane;
+    l->unfinished = false;
+    if (success) {
+        if (!l->kept)
+            l->kept = xcalloc(1, l->source->size);
+        memcpy(l->kept, w->instant, l->source->size);
+        l->survived = xcalloc(1, w->target->file->size);
+        memcpy(l->survived, w->target->file->durable, w->target->file->size);
+        l->look = LOOK_COMPLETE;
+        l->newest = w->target;
+    } else if (w->mode == MODE_ALWAYS && w->marks->enabled) {
+        l->unfinished = true;
+        l->look = LOOK_UNFINISHED;
+        l->newest = w->target;
+    } else if (w->starts_chain) {
+        free(steal(l->kept));
+        l->newest = NULL;
+    }
+}
+
 /* What the client makes of it. */
 static void keep_books(struct work *w, bool success)
 {
@@ -87,6 +111,10 @@ static void keep_books(struct work *w, bool success)
     if (!l)
         return;
     l->work = NULL;
+    if (l->images) {
+        keep_image(w, success);
+        return;
+    }
     if (success || (w->mode == MODE_ALWAYS && w->marks->enabled)) {
         keep(l);
     } else if (w->starts_chain) {
@@ -257,13 +285,15 @@ static struct lane *some_lane(struct disk *d, bool begun)
         if (l->source != d)
             continue;
         of_disk++;
-        if (!l->work && (l->marks || !begun) && one_in(++n))
+        if (!l->work && !l->look && (l->marks || !begun) && one_in(++n))
             found = l;
     }
     if (!begun && (!found || one_in(4)) && of_disk < 2 && history->n_lanes < LANES_MAX) {
         found = &history->lanes[history->n_lanes++];
-        *found = (struct lane){.source = d};
+        *found = (struct lane){.source = d, .images = one_in(3)};
     }
+    if (found && found->images) /* a new one each time, see lay_out */
+        return history->n_disks + 4 * VDISKS_MAX < DISKS_MAX ? found : NULL;
     if (found && !found->target) {
         if (history->n_disks == DISKS_MAX)
             return NULL;
@@ -274,8 +304,13 @@ static struct lane *some_lane(struct disk *d, bool begun)
 }
 
 /* The target as the client has kept it. */
-static void lay_out(struct lane *l)
+static void lay_out(struct lane *l, bool full)
 {
+    if (l->images) {
+        if (full || !l->unfinished)
+            l->target = image_new(l->source->size, full ? NULL : l->newest);
+        return;
+    }
     if (!l->kept)
         return;
     memcpy(l->target->bytes, l->kept, l->source->size);
@@ -286,14 +321,13 @@ static void lay_out(struct lane *l)
 /* The next backup of a lane, added to P. */
 static struct work *next_backup(struct plan *p, struct lane *l, struct group *g)
 {
-    struct work *w = work_new(l->source, l->target, g);
     bool full = !l->kept || (!history->serious && one_in(6));
-
+    lay_out(l, full);
+    struct work *w = work_new(l->source, l->target, g);
     bool in_group = p->mode && strcmp(p->mode, "grouped") == 0;
 
     w->lane = l;
     w->sync = full ? SYNC_FULL : SYNC_BITMAP;
-    lay_out(l);
     if (!l->marks) {
         plan_add(p, l->source, "l", false, &l->marks);
         w->starts_chain = true;
@@ -320,7 +354,7 @@ static bool may_be_backed_up(const struct disk *d)
 static void start_backups(void)
 {
     struct plan p = {0};
-    struct disk *targets[VDISKS_MAX];
+    struct lane *lanes[VDISKS_MAX];
     struct group *shared = xnew(struct group);
     unsigned n = 0, wanted = one_in(3) ? 1 : 1 + (unsigned)dice(VDISKS_MAX);
     bool grouped = wanted > 1 && !one_in(4), called_off = !history->serious && one_in(12);
@@ -332,14 +366,14 @@ static void start_backups(void)
         struct lane *l = may_be_backed_up(v->disk) ? some_lane(v->disk, grouped) : NULL;
         bool twice = false;
         for (unsigned k = 0; l && k < n; k++)
-            twice |= targets[k] == l->target;
+            twice |= lanes[k] == l;
         if (!l || twice || (!l->marks && called_off))
             continue;
         struct group *g = shared;
         if (!grouped)
             g = xnew(struct group);
         next_backup(&p, l, g);
-        targets[n++] = l->target;
+        lanes[n++] = l;
     }
     if (n && called_off) {
         struct error err = ERROR_INIT;
@@ -371,16 +405,20 @@ static void start_stray_backup(struct disk *d)
 
 /* ---- mirrors ---- */
 
-static void start_mirror(struct vdisk *v)
+static void start_mirror(void)
 {
+    unsigned n = 0, all = history->n_vdisks, first = (unsigned)dice(all);
+    while (n < all && jobs_of(history->vdisks[(first + n) % all].disk))
+        n++;
+    if (n == all)
+        return;
+    struct vdisk *v = &history->vdisks[(first + n) % all];
     struct disk *d = v->disk;
     struct error err = ERROR_INIT;
     struct lane *l = NULL;
-    if (jobs_of(d))
-        return;
     if (one_in(2))
         l = some_lane(d, true);
-    if (l && !l->kept)
+    if (l && (!l->kept || l->images))
         return;
     if (!l && history->n_disks == DISKS_MAX)
         return;
@@ -392,7 +430,7 @@ static void start_mirror(struct vdisk *v)
     w->vdisk = v;
     w->lane = l;
     if (l) {
-        lay_out(l);
+        lay_out(l, false);
         w->marks = l->marks;
         w->sync = SYNC_BITMAP;
         w->mode = (enum mode)(MODE_ON_SUCCESS + dice(3));
@@ -407,7 +445,7 @@ static void start_mirror(struct vdisk *v)
     add_options(w, o);
     if (one_in(2))
         json_add_uint(o, "buf-size", 65536 << dice(6));
-    json_add_string(o, "copy-mode", one_in(3) ? "write-blocking" : "background");
+    json_add_string(o, "copy-mode", one_in(2) ? "write-blocking" : "background");
     if (one_in(3))
         json_add_bool(o, "unmap", false);
     trace("  blockdev-mirror %s", json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN));
@@ -423,15 +461,15 @@ static bool is(const struct work *w, const char *status)
     return strcmp(w->status, status) == 0;
 }
 
-/* False: not in that state, which may have changed meanwhile. */
-static bool verb(struct work *w, enum job_verb v)
+/* The work if it was done and W is still there: a verb may wait, and the state may have changed. */
+static struct work *verb(struct work *w, enum job_verb v)
 {
     struct error err = ERROR_INIT;
     char id[12];
     snprintf(id, sizeof id, "%s", w->id);
     int r = jobs_do(history->jobs, id, v, &err);
     trace("  %s %s: %s", job_verb_name(v), id, r < 0 ? err.text : "done");
-    return r == 0;
+    return r == 0 ? work_named(id) : NULL;
 }
 
 static void cancel(struct work *w, bool force)
@@ -457,24 +495,27 @@ static void cancel(struct work *w, bool force)
 static void disturb(struct work *w)
 {
     struct error err = ERROR_INIT;
+    char id[12]; /* W may go meanwhile */
+    snprintf(id, sizeof id, "%s", w->id);
     switch (dice(8)) {
     case 0:
     case 1:
         cancel(w, one_in(2));
         break;
     case 2:
-        if (!w->paused && verb(w, JOB_VERB_PAUSE))
+        w = w->paused ? NULL : verb(w, JOB_VERB_PAUSE);
+        if (w)
             w->paused = true;
         break;
     case 3:
-        if (jobs_set_speed(history->jobs, w->id, one_in(2) ? 0 : 65536 << dice(8), &err) < 0)
+        if (jobs_set_speed(history->jobs, id, one_in(2) ? 0 : 65536 << dice(8), &err) < 0)
             trace("  speed: %s", err.text);
         break;
     case 4:
         if (w->mirror && one_in(2)) {
             CLEANUP(json_putp)
             struct json_object *o =
-                parse("{'id':'%s','type':'mirror','copy-mode':'write-blocking'}", w->id);
+                parse("{'id':'%s','type':'mirror','copy-mode':'write-blocking'}", id);
             if (jobs_change(history->jobs, o, &err) < 0)
                 trace("  change: %s", err.text);
         }
@@ -497,7 +538,9 @@ static void help(struct work *w)
         if (one_in(3)) {
             cancel(w, false);
         } else {
-            w->asked_complete = verb(w, JOB_VERB_COMPLETE);
+            w->asked_complete = true;
+            if (!verb(w, JOB_VERB_COMPLETE) && work_named(id))
+                work_named(id)->asked_complete = false;
         }
     } else if (is(w, "pending") && w->manual_finalize) {
         verb(w, JOB_VERB_FINALIZE);
@@ -539,7 +582,7 @@ void client_step(void)
     else if (choice < 10)
         start_stray_backup(v->disk);
     else if (choice < 12)
-        start_mirror(v);
+        start_mirror();
     else if (choice < 15)
         disk_arm(d);
     else if (choice < 16)
@@ -554,7 +597,7 @@ static void finish_jobs(void)
 {
     for (unsigned i = 0; !TAILQ_EMPTY(&history->works); i++) {
         struct work *w = some_work();
-        if (i == 20000)
+        if (i == 60000)
             WRONG("job %s does not end: %s", w->id, w->status);
         help(w);
         HOLDS(sleep_until(clock_after_ns(MSEC)) == 0);
@@ -571,7 +614,7 @@ void client_finish(void)
     for (unsigned i = 0; i < history->n_lanes; i++) {
         struct lane *l = &history->lanes[i];
         struct plan p = {0};
-        if (!l->kept || !l->target)
+        if (!l->kept || !(l->target || l->images))
             continue;
         struct group *g = xnew(struct group);
         struct work *w = next_backup(&p, l, g);
@@ -598,7 +641,7 @@ void client_fini(void)
 static void check_lane(const struct lane *l)
 {
     struct dirty_bitmap *bm;
-    if (!l->kept || l->work)
+    if (!l->kept || l->work || l->look)
         return;
     bm = dirty_find(l->source->node, l->marks->name);
     HOLDS(bm);
@@ -623,6 +666,8 @@ bool about_to_end(const struct marks *m)
 void check_everything(void)
 {
     struct marks *m;
+    for (unsigned i = 0; i < history->n_lanes; i++)
+        lane_look(&history->lanes[i]); /* waits; nothing after it does */
     for (unsigned i = 0; i < history->n_disks; i++) {
         TAILQ_FOREACH (m, &history->disks[i]->marks, link) {
             if (!about_to_end(m))

@@ -37,7 +37,7 @@ static int open_disk(struct node *n, struct json_object *options, struct error *
 {
     struct disk *d = history->disks[json_get_uint(options, "disk", 0)];
     *(struct disk **)n->state = d;
-    n->size_bytes = d->size;
+    n->size_bytes = d->grows ? d->starts : d->size;
     n->limits.request_alignment = SECTOR;
     if (one_in(2))
         n->write_zeroes_flags = REQ_MAY_UNMAP;
@@ -54,7 +54,11 @@ static int do_read(struct node *n, struct range r, void *buf, unsigned flags)
     take_time(d);
     if (strikes(d, REQUEST_READ, r))
         return -d->fault.code;
-    memcpy(buf, d->bytes + r.start, r.length);
+    struct range here =
+        range_intersect(r, range_make(0, d->size)); /* a write may have failed there */
+    memset(buf, 0, r.length);
+    if (!range_empty(here))
+        memcpy(buf, d->bytes + here.start, here.length);
     take_time(d);
     return 0;
 }
@@ -66,6 +70,11 @@ static int change(struct node *n, struct range r, const void *buf)
     struct range done = r;
 
     take_time(d);
+    if (range_end(r) > (d->room ? d->room : d->size)) {
+        d->fired++;
+        trace("%s: is full", d->name);
+        return -ENOSPC;
+    }
     bool bad = strikes(d, REQUEST_WRITE, r);
     if (bad)
         done.length = align_down(dice(r.length + 1), SECTOR);
@@ -140,11 +149,24 @@ static int do_status(struct node *n, bool want_zero, struct range r, struct bloc
     struct disk *d = disk_of(n);
     take_time(d);
     uint64_t at = align_down(r.start, SECTOR);
-    bool zero = is_zero(d, at);
-    while (at < range_end(r) && at < d->size && is_zero(d, at) == zero)
+    bool zero = at >= d->size || is_zero(d, at);
+    while (at < range_end(r) && (at < d->size ? is_zero(d, at) : true) == zero)
         at += SECTOR;
     ret->length = min_u64(at - r.start, r.length);
     ret->flags = STATUS_ALLOCATED | (zero ? STATUS_ZERO : STATUS_DATA);
+    return 0;
+}
+
+static int do_truncate(struct node *n, uint64_t size_bytes, bool exact, struct error *err)
+{
+    struct disk *d = disk_of(n);
+    if (!d->grows)
+        return error_set(err, ENOTSUP, "a disk of the histories has its size");
+    if (size_bytes > (d->room ? d->room : d->size)) {
+        d->fired++;
+        return error_set(err, ENOSPC, "%s is full", d->name);
+    }
+    memset(d->bytes + size_bytes, 0, d->size - size_bytes);
     return 0;
 }
 
@@ -171,6 +193,7 @@ const struct driver history_disk = {
     .discard = do_discard,
     .flush = do_flush,
     .status = do_status,
+    .truncate = do_truncate,
     .quiesced = gate_closes,
     .cluster_size = cluster_size,
 };
@@ -178,22 +201,25 @@ const struct driver history_disk = {
 static void observe(struct write_observer *o, struct range r)
 {
     struct disk *d = container_of(o, struct disk, observer);
+    r = range_intersect(r, range_make(0, d->size));
+    if (range_empty(r))
+        return;
     marks_note(d, r, false);
     for (uint64_t i = r.start / SECTOR; i * SECTOR < range_end(r); i++)
         d->announced[i] = history->writes + 1;
 }
 
-struct disk *disk_new(uint64_t size, uint64_t cluster)
+static struct disk *disk_make(uint64_t size, uint64_t cluster, bool grows)
 {
     struct disk *d = xnew(struct disk);
-    struct error err = ERROR_INIT;
-    char text[200];
 
     HOLDS(history->n_disks < DISKS_MAX);
     snprintf(d->name, sizeof d->name, "d%u", history->n_disks);
+    history->disks[history->n_disks++] = d;
     d->size = size;
     d->sectors = size / SECTOR;
     d->cluster = cluster;
+    d->grows = grows;
     d->slow_ns = one_in(4) ? 0 : one_in(3) ? 3 * MSEC : MSEC / 4;
     d->bytes = xcalloc(1, size);
     d->durable = xcalloc(1, size);
@@ -201,22 +227,50 @@ struct disk *disk_new(uint64_t size, uint64_t cluster)
     d->took = xcalloc(d->sectors, sizeof *d->took);
     d->announced = xcalloc(d->sectors, sizeof *d->announced);
     TAILQ_INIT(&d->marks);
-    history->disks[history->n_disks] = d;
-    snprintf(text, sizeof text,
-             "{\"driver\":\"history-disk\",\"node-name\":\"%s\",\"disk\":%u,\"discard\":\"unmap\"}",
-             d->name, history->n_disks++);
-    CLEANUP(json_putp) struct json_object *o = json_tokener_parse(text);
+    return d;
+}
+
+static void disk_open(struct disk *d)
+{
+    struct error err = ERROR_INIT;
+    CLEANUP(json_putp)
+    struct json_object *o =
+        parse("{'driver':'history-disk','node-name':'%s','disk':%u,'discard':'unmap'}", d->name,
+              (unsigned)strtoul(d->name + 1, NULL, 10));
     if (graph_open(history->graph, o, &d->node, &err) < 0)
         WRONG("%s", err.text);
     d->observer.mark = observe;
     node_observe(d->node, &d->observer);
+}
+
+struct disk *disk_new(uint64_t size, uint64_t cluster)
+{
+    struct disk *d = disk_make(size, cluster, false);
+    disk_open(d);
+    return d;
+}
+
+struct disk *disk_new_file(uint64_t room)
+{
+    struct disk *d = disk_make(room, 0, true);
+    disk_open(d);
+    return d;
+}
+
+struct disk *disk_new_file_of(const struct disk *like, const uint8_t *bytes)
+{
+    struct disk *d = disk_make(like->size, 0, true);
+    d->starts = d->size;
+    memcpy(d->bytes, bytes, d->size);
+    disk_open(d);
     return d;
 }
 
 void disk_free(struct disk *d)
 {
     struct marks *m;
-    node_unobserve(d->node, &d->observer);
+    if (d->bytes)
+        node_unobserve(d->node, &d->observer);
     node_unref(d->node);
     while ((m = TAILQ_FIRST(&d->marks)))
         marks_free(m);
@@ -244,6 +298,8 @@ void disk_fill(struct disk *d)
 void disk_arm(struct disk *d)
 {
     static const enum request kinds[] = {REQUEST_READ, REQUEST_WRITE, REQUEST_WRITE, REQUEST_FLUSH};
+    if (d->file)
+        d = d->file;
     d->fault = (struct fault){
         .kind = kinds[dice(ARRAY_SIZE(kinds))],
         .code = one_in(3) ? ENOSPC : EIO,
@@ -256,4 +312,5 @@ void disk_arm(struct disk *d)
 void disk_disarm(struct disk *d)
 {
     d->fault.times = 0;
+    d->room = 0;
 }

@@ -159,7 +159,7 @@ static int guest_task(void *arg)
 
     while (!history->stop) {
         if (history->serious) /* a mirror in the background comes to an end only so */
-            HOLDS(sleep_until(clock_after_ns(dice(200 * MSEC))) == 0);
+            HOLDS(sleep_until(clock_after_ns(dice(2000 * MSEC))) == 0);
         else if (!one_in(4))
             HOLDS(sleep_until(clock_after_ns(dice(4 * MSEC))) == 0);
         struct range r = somewhere(v);

@@ -34,7 +34,7 @@
 enum {
     SECTOR = 512,
     CHUNK_MIN = 65536,
-    DISKS_MAX = 40,
+    DISKS_MAX = 80,
     LANES_MAX = 16,
     VDISKS_MAX = 4,
     GUESTS_MAX = 3, /* of a disk */
@@ -79,8 +79,11 @@ struct disk {
     char name[12];
     struct node *node; /* a reference */
     uint64_t size, sectors;
-    uint64_t cluster; /* as the node says; 0: unknown */
-    uint64_t slow_ns; /* a request takes up to so long */
+    uint64_t cluster;           /* as the node says; 0: unknown */
+    uint64_t slow_ns;           /* a request takes up to so long */
+    struct disk *file, *behind; /* of a qcow2 image, which has no bytes of its own */
+    bool grows;                 /* such a file; `size` is what it has room for ... */
+    uint64_t starts, room;      /* ... this what it has when it is opened; 0, or where it is full */
     uint8_t *bytes, *durable;
     struct fault fault;
     unsigned fired, fired_flushes; /* requests that a fault has struck */
@@ -98,10 +101,18 @@ struct disk {
 
 extern const struct driver history_disk;
 struct disk *disk_new(uint64_t size, uint64_t cluster);
+struct disk *disk_new_file(uint64_t room);
 void disk_free(struct disk *d);
+/* A file with this content. */
+struct disk *disk_new_file_of(const struct disk *like, const uint8_t *bytes);
 void disk_fill(struct disk *d);
 void disk_arm(struct disk *d); /* with a random fault */
 void disk_disarm(struct disk *d);
+/* Requests that a fault has struck. */
+static inline unsigned disk_fired(const struct disk *d)
+{
+    return d->file ? d->file->fired : d->fired;
+}
 static inline uint64_t disk_chunk(const struct disk *d)
 {
     return d->cluster > CHUNK_MIN ? d->cluster : CHUNK_MIN;
@@ -217,7 +228,16 @@ struct lane {
     struct marks *marks; /* NULL: not made yet */
     uint8_t *kept;       /* what would be restored; NULL: nothing yet */
     struct work *work;   /* what runs */
+    /* With `images` the target is the newest image of a chain of qcow2 files. */
+    bool images;
+    bool unfinished;     /* the newest is to be completed by the next backup */
+    struct disk *newest; /* that is kept */
+    enum { LOOK_NOT, LOOK_COMPLETE, LOOK_UNFINISHED } look; /* its content must be looked at */
+    uint8_t *survived; /* the newest file after a power loss just then */
 };
+
+struct disk *image_new(uint64_t size, struct disk *behind);
+void lane_look(struct lane *l); /* waits */
 
 struct group {
     unsigned refs;

@@ -169,7 +169,7 @@ static bool forgets(const struct work *w)
 static void check_durable(const struct work *w)
 {
     const struct disk *s = w->source;
-    if (w->lane)
+    if (w->lane && !w->target->file)
         check_same(w, "the target after a power loss", w->target->durable, w->target->bytes);
     for (uint64_t i = 0; forgets(w) && i < s->sectors; i++) {
         uint64_t at = i * SECTOR;
@@ -181,7 +181,9 @@ static void check_durable(const struct work *w)
 
 static void backup_succeeded(struct work *w)
 {
-    if (w->lane || w->sync == SYNC_FULL)
+    if (w->target->file)
+        ; /* the client looks through the whole chain, later */
+    else if (w->lane || w->sync == SYNC_FULL)
         check_same(w, "the target from the disk at the job's instant", w->target->bytes,
                    w->instant);
     else
@@ -203,7 +205,7 @@ static void not_copied(const struct work *w, struct set *s)
 {
     const struct disk *d = w->source, *t = w->target;
     uint64_t chunk = disk_chunk(t) / SECTOR;
-    bool lost = d->fired_flushes + t->fired_flushes != w->flushes;
+    bool lost = !t->file && d->fired_flushes + t->fired_flushes != w->flushes;
 
     for (uint64_t c = 0; c < d->sectors; c += chunk) {
         bool wanted = w->sync == SYNC_FULL, wanted_maybe = wanted, missing = lost;
@@ -211,11 +213,12 @@ static void not_copied(const struct work *w, struct set *s)
         for (uint64_t i = c; i < end; i++) {
             wanted |= w->marks->now.must[i];
             wanted_maybe |= w->marks->now.may[i];
-            missing |= t->took[i] <= w->began || t->took[i] > w->aborting;
-            missing |= !is_here(w, i);
+            /* Of an image nobody knows here what it has. */
+            missing |= t->file || t->took[i] <= w->began || t->took[i] > w->aborting;
+            missing |= t->file || !is_here(w, i);
         }
         for (uint64_t i = c; i < end; i++) {
-            s->must[i] = wanted && !is_here(w, i) &&
+            s->must[i] = wanted && !t->file && !is_here(w, i) &&
                          (w->sync == SYNC_FULL || w->lane || w->marks->now.must[i]);
             s->may[i] = wanted_maybe && missing;
         }

@@ -138,7 +138,7 @@ static int live(void *arg)
         vdisk_check(&history->vdisks[i]);
         vdisk_fini(&history->vdisks[i]);
     }
-    for (unsigned i = 0; i < history->n_disks; i++)
+    for (unsigned i = history->n_disks; i--;) /* overlays before what is behind them */
         disk_free(history->disks[i]);
     client_fini();
     jobs_free(history->jobs);

@@ -76,7 +76,7 @@ static struct dirty_bitmap *bitmap(struct client *c)
 static void judge_bitmap(struct client *c, const char *when, bool exact)
 {
     struct dirty_bitmap *bm = bitmap(c);
-    if (!c->has_chain || !bm || dirty_inconsistent(bm))
+    if (!c->has_chain || !bm || dirty_inconsistent(bm) || c->d->sync_failed)
         return;
     uint8_t *buf = malloc(c->d->size);
     assert(buf);
@@ -226,7 +226,16 @@ static void end_backup(struct client *c)
 static void conclude(struct client *c, struct node *n)
 {
     struct backup *b = &c->backup;
-    if (b->succeeded || (b->always && !b->full)) {
+    struct inode *file = store_find(&c->h->m.store, b->path);
+    if (c->d->sync_failed && (b->succeeded || b->always)) {
+        /* What was read from it may have changed under everybody's hands: no use to anybody. */
+        c->has_chain = c->has_chain && !b->keeps;
+        end_backup(c);
+        return;
+    }
+    /* What a failed job has achieved counts, but for a target that could not be flushed: it may
+     * have lost what it seems to have, also beside what was to be copied (it copies in chunks). */
+    if (b->succeeded || (b->always && !b->full && file && !file->syncs_failed)) {
         take_in(c, n);
         c->in_chunks |= !b->succeeded;
     } else if (b->full && b->keeps) {

@@ -394,39 +394,74 @@ void inode_sync_failed(struct inode *i, uint64_t upto)
 
 /* ---- the power goes ---- */
 
+static size_t surviving_sizes(const struct inode *i, struct choices *c)
+{
+    size_t n = choose_survivor(c, (uint32_t)i->n_resizings);
+    if (n && !c->exhaustive && c->lands_percent < 100)
+        n = choose(c, (uint32_t)i->n_resizings + 1);
+    return n;
+}
+
+/* What the medium has of a sector, when the first SIZES changes of the size are there. */
+static const uint8_t *survivor(const struct inode *i, const struct sector *sec, size_t sizes,
+                               struct choices *c)
+{
+    static const uint8_t zeroes[SIM_SECTOR];
+    uint64_t from = 0, to = UINT64_MAX; /* the orders that can be there */
+    uint64_t at = (uint64_t)sec->number * SIM_SECTOR, before = i->durable_size;
+    const uint8_t *bytes = sec->durable;
+    for (size_t k = 0; k < i->n_resizings; k++) {
+        bool cuts = i->resizings[k].size <= at && before > at;
+        before = i->resizings[k].size;
+        if (cuts && k < sizes) {
+            from = i->resizings[k].order;
+            bytes = zeroes;
+        } else if (cuts) {
+            to = min_u64(to, i->resizings[k].order);
+        }
+    }
+    uint32_t n = 0;
+    struct version *v;
+    for (v = sec->versions; v; v = v->newer)
+        n += v->order > from && v->order < to;
+    uint32_t which = choose_survivor(c, n);
+    for (v = sec->versions; which; v = v->newer)
+        if (v->order > from && v->order < to && --which == 0)
+            bytes = v->bytes;
+    return bytes;
+}
+
+uint8_t *inode_imagine(const struct inode *i, const struct in_flight *writes, size_t n_writes,
+                       struct choices *c, uint64_t *size)
+{
+    size_t sizes = surviving_sizes(i, c);
+    *size = sizes ? i->resizings[sizes - 1].size : i->durable_size;
+    uint8_t *bytes = xcalloc(1, align_up(*size, SIM_SECTOR) + SIM_SECTOR);
+    for (size_t k = 0; k < i->n_sectors && k * SIM_SECTOR < *size; k++) {
+        const struct sector *sec = i->sectors[k];
+        if (sec)
+            memcpy(bytes + k * SIM_SECTOR,
+                   sec->versions ? survivor(i, sec, sizes, c) : sec->durable, SIM_SECTOR);
+    }
+    for (size_t w = 0; w < n_writes; w++)
+        for (uint64_t at = writes[w].at, end = at + writes[w].n; at < end && at < *size;) {
+            uint64_t here = min_u64(end, align_down(at, SIM_SECTOR) + SIM_SECTOR) - at;
+            if (choose_lands(c))
+                memcpy(bytes + at, writes[w].bytes + (at - writes[w].at), here);
+            at += here;
+        }
+    memset(bytes + *size, 0, align_up(*size, SIM_SECTOR) + SIM_SECTOR - *size);
+    return bytes;
+}
+
 void content_lose_power(struct inode *i)
 {
     struct choices *c = i->store->choices;
     struct sector *sec;
-    size_t sizes = choose_survivor(c, (uint32_t)i->n_resizings);
-    if (sizes && !c->exhaustive && c->lands_percent < 100)
-        sizes = choose(c, (uint32_t)i->n_resizings + 1);
+    size_t sizes = surviving_sizes(i, c);
 
     while ((sec = TAILQ_FIRST(&i->dirty))) {
-        uint64_t from = 0, to = UINT64_MAX; /* the orders that can be there */
-        uint64_t at = (uint64_t)sec->number * SIM_SECTOR;
-        bool cut = false;
-        uint64_t before = i->durable_size;
-        for (size_t k = 0; k < i->n_resizings; k++) {
-            bool cuts = i->resizings[k].size <= at && before > at;
-            before = i->resizings[k].size;
-            if (cuts && k < sizes) {
-                from = i->resizings[k].order;
-                cut = true;
-            } else if (cuts) {
-                to = min_u64(to, i->resizings[k].order);
-            }
-        }
-        if (cut)
-            memset(sec->durable, 0, SIM_SECTOR);
-        uint32_t n = 0;
-        struct version *v;
-        for (v = sec->versions; v; v = v->newer)
-            n += v->order > from && v->order < to;
-        uint32_t which = choose_survivor(c, n);
-        for (v = sec->versions; which; v = v->newer)
-            if (v->order > from && v->order < to && --which == 0)
-                memcpy(sec->durable, v->bytes, SIM_SECTOR);
+        memcpy(sec->durable, survivor(i, sec, sizes, c), SIM_SECTOR);
         clean(i, sec);
     }
     for (size_t k = 0; k < sizes; k++)

@@ -182,6 +182,15 @@ int inode_map(struct inode *i, size_t n, void **ret);
 /* The content as it is now, for judges; caller frees. */
 uint8_t *inode_dump(struct inode *i, uint64_t *size);
 
+/* What the medium may have if the power goes now, which it does not. WRITES are in flight. Caller
+ * frees. */
+struct in_flight {
+    uint64_t at, n;
+    const uint8_t *bytes;
+};
+uint8_t *inode_imagine(const struct inode *i, const struct in_flight *writes, size_t n_writes,
+                       struct choices *c, uint64_t *size);
+
 /* ---- locks: 0 or -EAGAIN; test: 1 is there another's? ---- */
 int inode_lock(struct inode *i, const void *owner, int type, uint64_t at, uint64_t n);
 int inode_lock_test(struct inode *i, const void *owner, int type, uint64_t at, uint64_t n);

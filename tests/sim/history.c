@@ -15,7 +15,7 @@
 
 struct settings settings;
 
-_Noreturn void violation(struct history *h, const char *fmt, ...)
+_Noreturn void violation_at(const char *file, int line, struct history *h, const char *fmt, ...)
 {
     char text[1024];
     va_list ap;
@@ -24,9 +24,11 @@ _Noreturn void violation(struct history *h, const char *fmt, ...)
     vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
     fflush(stdout);
-    fprintf(stderr, "sim: seed %llu: %s\nsim: repeat with: sim --seed %llu%s --trace\n",
-            (unsigned long long)h->seed, text, (unsigned long long)h->seed,
-            settings.no_faults ? " --no-faults" : "");
+    fprintf(stderr, "%s:%d: seed %llu: %s\nrepeat with: tests/sim/sim --seed %llu%s --trace\n",
+            file, line, (unsigned long long)h->seed, text, (unsigned long long)h->seed,
+            settings.exhaustive  ? " --exhaustive 1000000"
+            : settings.no_faults ? " --no-faults"
+                                 : "");
     _exit(1);
 }
 
@@ -91,11 +93,12 @@ struct guest {
 };
 
 /* Somewhere, of any length, sometimes where others are, too. */
-static void somewhere(struct dice *d, uint64_t sectors, uint64_t *first, uint64_t *n)
+static void somewhere(struct dice *d, unsigned hot, uint64_t sectors, uint64_t *first, uint64_t *n)
 {
     static const uint8_t lengths[] = {1, 1, 1, 2, 3, 8, 8, 16, 40, 130};
     *n = 1 + dice_below(d, lengths[dice_below(d, ARRAY_SIZE(lengths))]);
-    *first = one_in(d, 3) ? dice_below(d, min_u64(16, sectors)) : dice_below(d, sectors);
+    *first =
+        dice_below(d, 100) < hot ? dice_below(d, min_u64(16, sectors)) : dice_below(d, sectors);
     *n = min_u64(*n, sectors - *first);
 }
 
@@ -104,20 +107,24 @@ static void guest_write(struct guest *gu)
     struct history *h = gu->life->h;
     struct disk *d = gu->disk;
     uint64_t first, n;
-    somewhere(&h->dice, d->model.n, &first, &n);
+    somewhere(&h->dice, h->mood.hot, d->model.n, &first, &n);
     if (!model_has_room(&d->model, first, n))
         return;
-    unsigned kind = (unsigned)dice_below(&h->dice, 12);
-    unsigned flags = kind == 2 ? REQ_FUA : 0;
+    enum { DISCARD, ZEROES, WRITE } kind = WRITE;
+    unsigned chance = (unsigned)dice_below(&h->dice, 100), flags = 0;
+    if (chance < h->mood.discards + h->mood.zeroes)
+        kind = chance < h->mood.discards ? DISCARD : ZEROES;
+    else if (dice_below(&h->dice, 100) < h->mood.fua)
+        flags = REQ_FUA;
     struct range r = range_make(first * MODEL_SECTOR, n * MODEL_SECTOR);
-    uint32_t stamp = kind < 2 ? 0 : ++h->next_stamp;
+    uint32_t stamp = kind != WRITE ? 0 : ++h->next_stamp;
     uint64_t begun = model_begin(&d->model, first, n, stamp);
     int result;
-    machine_note(&h->m, "guest %s %llu+%llu stamp %u%s", kind == 0 ? "discards" : "writes",
+    machine_note(&h->m, "guest %s %llu+%llu stamp %u%s", kind == DISCARD ? "discards" : "writes",
                  (unsigned long long)first, (unsigned long long)n, stamp, flags ? " fua" : "");
-    if (kind == 0) {
+    if (kind == DISCARD) {
         result = edge_discard(d->edge, r);
-    } else if (kind == 1) {
+    } else if (kind == ZEROES) {
         result = edge_write_zeroes(d->edge, r, one_in(&h->dice, 2) ? REQ_MAY_UNMAP : 0);
     } else {
         uint8_t *buf = malloc(r.length);
@@ -130,7 +137,7 @@ static void guest_write(struct guest *gu)
     h->writes++;
     machine_note(&h->m, "guest's stamp %u: %d", stamp, result);
     /* what is discarded may be there or not */
-    model_end(&d->model, first, n, begun, result == 0 && kind > 0, flags & REQ_FUA);
+    model_end(&d->model, first, n, begun, result == 0 && kind != DISCARD, flags & REQ_FUA);
     if (result < 0 && !h->with_faults)
         violation(h, "a write fails without reason: %s", strerror(-result));
 }
@@ -155,14 +162,15 @@ static void guest_read(struct guest *gu)
     struct history *h = gu->life->h;
     struct disk *d = gu->disk;
     uint64_t first, n;
-    somewhere(&h->dice, d->model.n, &first, &n);
+    somewhere(&h->dice, h->mood.hot, d->model.n, &first, &n);
     uint8_t *buf = malloc(n * MODEL_SECTOR);
     assert(buf);
     int r = edge_read(d->edge, range_make(first * MODEL_SECTOR, n * MODEL_SECTOR), buf, 0);
     for (uint64_t i = 0; r == 0 && i < n; i++) {
         uint32_t stamp;
         /* Who writes at the same time may be seen half: only what is whole is asked for. */
-        if (!stamp_read(buf + i * MODEL_SECTOR, &stamp) && d->model.cells[first + i].n < 2)
+        if (!stamp_read(buf + i * MODEL_SECTOR, &stamp) && d->model.cells[first + i].n < 2 &&
+            !d->sync_failed)
             violation(h, "%s: sector %llu is torn", d->node, (unsigned long long)(first + i));
     }
     free(buf);
@@ -174,13 +182,12 @@ static int guest_task(void *arg)
     struct history *h = gu->life->h;
     SHIELD();
     for (unsigned i = 0; i < gu->actions; i++) {
-        unsigned what = (unsigned)dice_below(&h->dice, 16);
-        if (what < 12)
-            guest_write(gu);
-        else if (what < 14)
+        if (dice_below(&h->dice, 100) < h->mood.flushes)
             guest_flush(gu);
-        else if (what == 14)
+        else if (one_in(&h->dice, 16))
             guest_read(gu);
+        else
+            guest_write(gu);
         if (one_in(&h->dice, 3))
             history_nap(gu->life, 2000);
     }
@@ -258,6 +265,67 @@ static void judge_files(struct history *h, const char *when)
             violation(h, "%s after %s: qemu-img check says so", d->path, when);
         free(bytes);
     }
+}
+
+/* ---- glimpses: what if the power went now? ---- */
+
+static uint64_t entry_at(const uint8_t *bytes, uint64_t size, uint64_t at)
+{
+    return at + 8 <= size ? entry_load(bytes + at, 0) : 0;
+}
+
+/* One sector of the disk from the bytes of its image, which have been checked. */
+static void imagined_sector(const struct disk *d, const uint8_t *bytes, uint64_t size,
+                            uint64_t l1_offset, uint64_t sector, uint8_t *ret)
+{
+    uint64_t at = sector * MODEL_SECTOR;
+    memset(ret, 0, MODEL_SECTOR);
+    if (d->qcow2) {
+        uint64_t in = at % d->cluster, cluster = at / d->cluster, entries = d->cluster / 8;
+        uint64_t l1e = entry_at(bytes, size, l1_offset + cluster / entries * 8);
+        uint64_t l2 = l1e & ENTRY_OFFSET_MASK;
+        uint64_t e = l2 ? entry_at(bytes, size, l2 + cluster % entries * 8) : 0;
+        if (!(e & ENTRY_OFFSET_MASK) || (e & ENTRY_ZERO))
+            return;
+        at = (e & ENTRY_OFFSET_MASK) + in;
+    }
+    if (at < size)
+        memcpy(ret, bytes + at, min_u64(MODEL_SECTOR, size - at));
+}
+
+static void glimpse_disk(struct history *h, struct disk *d)
+{
+    struct choices c = {0};
+    uint64_t size, l1 = 0;
+    choices_by_dice(&c, &h->m.glimpse_dice);
+    uint8_t *bytes = machine_imagine(&h->m, d->path, &c, &size);
+    const char *damage = d->qcow2 ? qcow2_damage(bytes, size) : NULL;
+    if (damage)
+        violation(h, "%s, if the power went at event %llu: %s", d->path,
+                  (unsigned long long)h->m.events, damage);
+    if (d->qcow2)
+        memcpy(&l1, bytes + 40, 8);
+    for (uint64_t i = 0; i < d->model.n; i++) {
+        uint8_t sector[MODEL_SECTOR];
+        uint32_t stamp;
+        char known[400];
+        imagined_sector(d, bytes, size, be64toh(l1), i, sector);
+        if (stamp_read(sector, &stamp) && model_may_survive(&d->model, i, stamp))
+            continue;
+        model_describe(&d->model, i, known, sizeof known);
+        violation(h, "%s, if the power went at event %llu: sector %llu holds %#x; known: %s",
+                  d->node, (unsigned long long)h->m.events, (unsigned long long)i, stamp, known);
+    }
+    free(bytes);
+}
+
+static void glimpse(void *opaque)
+{
+    struct history *h = opaque;
+    h->glimpses++;
+    for (unsigned i = 0; i < h->n_disks; i++)
+        if (h->disks[i].made)
+            glimpse_disk(h, &h->disks[i]);
 }
 
 /* ---- a life ---- */
@@ -344,8 +412,9 @@ static void live(struct life *l)
             h->m.faults = l->faults;
             l->guests_running = h->n_guests;
             for (unsigned i = 0; i < h->n_guests; i++) {
-                guests[i] = (struct guest){l, &h->disks[dice_below(&h->dice, h->n_disks)],
-                                           4 + (unsigned)dice_below(&h->dice, 40)};
+                guests[i] = (struct guest){
+                    l, &h->disks[dice_below(&h->dice, h->n_disks)],
+                    4 + (unsigned)dice_below(&h->dice, settings.exhaustive ? 4 : 40)};
                 scope_spawn(&guest_tasks, guest_task, &guests[i]);
             }
             for (unsigned i = 0; i < h->n_clients; i++) {
@@ -383,6 +452,8 @@ static int life_main(void *arg)
         for (unsigned i = 0; i < h->n_disks; i++) /* what is made is durable when it is flushed */
             if (edge_flush(h->disks[i].edge) < 0)
                 violation(h, "%s cannot be flushed", h->disks[i].node);
+            else
+                h->disks[i].made = true;
         ALL_CLIENTS(h, made, l);
     } else {
         ALL_CLIENTS(h, opened, l);
@@ -416,10 +487,14 @@ static void sync_failed(void *opaque, const char *path)
 
 static void between(struct history *h, enum life_end end, bool faulty)
 {
-    bool power = one_in(&h->dice, end == END_CLEAN ? 4 : 2);
+    bool power =
+        one_in(&h->dice, end == END_CLEAN ? 4 : 2) || (settings.exhaustive && end == END_KILLED);
     h->life = NULL;
     h->m.faults = (struct faults){.path = ""};
     for (unsigned i = 0; i < h->n_disks; i++) {
+        /* Who opened a file again after a failed sync would find in the page cache, clean, what the
+         * disk never got, and nobody could tell: so then the machine goes down. */
+        power |= h->disks[i].sync_failed;
         model_cut(&h->disks[i].model);
         h->disks[i].sync_failed = false;
         if (end == END_KILLED && h->disks[i].left <= LEFT_FAILING) /* (or it was not looked at) */
@@ -455,9 +530,26 @@ static void draw_disk(struct history *h, unsigned number)
     };
     if (one_in(&h->dice, 3))
         d->size -= 512 * dice_below(&h->dice, 100);
+    if (d->qcow2 && d->cluster == 512 && one_in(&h->dice, 3)) /* many L2 tables */
+        d->size += MiB;
     snprintf(d->node, sizeof d->node, "disk%u", number);
     snprintf(d->path, sizeof d->path, "/d/disk%u.%s", number, d->qcow2 ? "qcow2" : "raw");
     model_init(&d->model, d->size / MODEL_SECTOR);
+}
+
+static unsigned one_of(struct dice *d, unsigned a, unsigned b, unsigned c, unsigned e)
+{
+    const unsigned all[] = {a, b, c, e};
+    return all[dice_below(d, 4)];
+}
+
+static void draw_mood(struct history *h)
+{
+    h->mood.discards = one_of(&h->dice, 0, 5, 10, 40);
+    h->mood.zeroes = one_of(&h->dice, 0, 5, 10, 30);
+    h->mood.flushes = one_of(&h->dice, 0, 5, 15, 30);
+    h->mood.fua = one_of(&h->dice, 0, 5, 10, 50);
+    h->mood.hot = one_of(&h->dice, 0, 30, 30, 80);
 }
 
 static struct faults draw_faults(struct history *h)
@@ -494,6 +586,7 @@ static void one_life(struct history *h, unsigned number)
     int r = machine_live(&h->m, kill_at, life_main, &l);
     if (r < 0 && r != -EOWNERDEAD)
         violation(h, "the program ended with %s", strerror(-r));
+    h->last_life_events = h->m.events - h->m.life_events;
     between(h, r < 0 ? END_KILLED : END_CLEAN, h->m.n_faults != l.faults_before);
 }
 
@@ -504,18 +597,27 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     machine_init(&h->m, seed);
     h->m.tracing = settings.tracing;
     h->m.sync_failed = sync_failed;
+    h->m.glimpse = glimpse;
+    h->m.glimpses = 150;
     h->m.opaque = h;
-    h->with_faults = one_in(&h->dice, 4) && !settings.no_faults;
+    h->with_faults = one_in(&h->dice, 4) && !settings.no_faults && !settings.exhaustive;
     h->n_disks = one_in(&h->dice, 3) ? 2 : 1;
     h->n_guests = 1 + (unsigned)dice_below(&h->dice, MAX_GUESTS);
     h->lives = 1 + (unsigned)dice_below(&h->dice, 5);
     h->m.slow = (unsigned)dice_below(&h->dice, 20000);
+    draw_mood(h);
     for (unsigned i = 0; i < h->n_disks; i++) {
         draw_disk(h, i);
         struct disk *d = &h->disks[i];
         h->clients[h->n_clients].ops = &backup_client;
         h->clients[h->n_clients].disk = d;
         h->clients[h->n_clients++].self = backup_client.start(h, d);
+    }
+    if (settings.exhaustive) {
+        h->lives = 1;
+        h->n_guests = 1 + h->n_guests % 2;
+        h->m.choices = *settings.exhaustive;
+        *settings.exhaustive = (struct choices){0};
     }
     for (unsigned i = 0; i <= h->lives; i++)
         one_life(h, i);
@@ -528,10 +630,16 @@ uint64_t history_run(uint64_t seed, struct history *totals)
         violation(h, "the program ended with %s", strerror(-r));
 
     uint64_t hash = h->m.hash;
+    if (settings.exhaustive) {
+        *settings.exhaustive = h->m.choices;
+        h->m.choices = (struct choices){0};
+    }
+    totals->last_life_events = h->last_life_events;
     totals->writes += h->writes;
     totals->flushes += h->flushes;
     totals->jobs += h->jobs;
     totals->kills += h->kills;
+    totals->glimpses += h->glimpses;
     totals->power_losses += h->power_losses;
     totals->m.events += h->m.events;
     totals->m.n_faults += h->m.n_faults;

@@ -54,6 +54,7 @@ struct disk {
     uint32_t cluster;
     uint64_t size;
     struct model model;
+    bool made;        /* and durable */
     bool sync_failed; /* in this life: a flush must not succeed any more */
     uint64_t sync_failed_at;
     enum {
@@ -82,8 +83,12 @@ struct history {
     unsigned n_clients;
     bool with_faults; /* I/O errors may have made anything fail */
     uint32_t next_stamp;
+    struct { /* of guests: how they are in this history; of 100 each */
+        unsigned discards, zeroes, flushes, fua, hot;
+    } mood;
     struct life *life; /* that runs; NULL: between */
-    uint64_t writes, flushes, jobs, kills, power_losses;
+    uint64_t last_life_events;
+    uint64_t writes, flushes, jobs, kills, power_losses, glimpses;
 };
 
 struct life {
@@ -101,15 +106,17 @@ struct settings {
     bool tracing, no_faults;
     const char *qemu_img; /* a directory: images are dumped there and checked by qemu-img */
     unsigned qemu_img_every;
-    uint64_t kill_at; /* of life 1, by event; 0: drawn */
-    struct choices *exhaustive;
+    uint64_t kill_at;           /* of life 1, by event; 0: drawn */
+    struct choices *exhaustive; /* small ones, and all that a power loss can leave */
 };
 extern struct settings settings;
 
 /* Runs one; returns the hash of its trace. */
 uint64_t history_run(uint64_t seed, struct history *totals);
 
-_Noreturn void violation(struct history *h, const char *fmt, ...) PRINTF(2, 3);
+#define violation(h, ...) violation_at(__FILE__, __LINE__, h, __VA_ARGS__)
+_Noreturn void violation_at(const char *file, int line, struct history *h, const char *fmt, ...)
+    PRINTF(4, 5);
 
 /* ---- for clients ---- */
 

@@ -52,6 +52,10 @@ struct machine {
     /* Called when the machine makes a sync of PATH fail: what was not durable may be lost. */
     void (*sync_failed)(void *opaque, const char *path);
     void *opaque;
+    /* Called now and then, one in GLIMPSES events: what if the power went? By dice of its own. */
+    void (*glimpse)(void *opaque);
+    unsigned glimpses;
+    struct dice glimpse_dice;
     uint64_t counts[64]; /* of operations, by kind */
     uint64_t n_faults;
 };
@@ -74,6 +78,9 @@ void machine_foreign_write(struct machine *m, const char *path, const void *buf,
                            uint64_t at);
 /* The whole content of PATH, as the page cache has it; NULL: no such file. Caller frees. */
 uint8_t *machine_dump(struct machine *m, const char *path, uint64_t *size);
+
+/* What PATH may be if the power went now; NULL: there is no such file. Caller frees. */
+uint8_t *machine_imagine(struct machine *m, const char *path, struct choices *c, uint64_t *size);
 
 /* A line of the trace, and into the hash either way. */
 void machine_note(struct machine *m, const char *fmt, ...) PRINTF(2, 3);

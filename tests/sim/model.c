@@ -6,6 +6,7 @@ void model_init(struct model *m, uint64_t sectors)
 {
     *m = (struct model){.n = sectors, .keep_from = MODEL_NEVER};
     m->cells = xcalloc(sectors, sizeof *m->cells);
+    m->row = xcalloc(sectors, sizeof *m->row);
     for (uint64_t i = 0; i < sectors; i++) {
         m->cells[i].n = 1;
         m->cells[i].writes[0] = (struct write_known){.ok = true, .durable = true};
@@ -15,7 +16,9 @@ void model_init(struct model *m, uint64_t sectors)
 void model_fini(struct model *m)
 {
     free(m->cells);
+    free(m->row);
     m->cells = NULL;
+    m->row = NULL;
 }
 
 uint64_t model_now(struct model *m)
@@ -62,6 +65,10 @@ uint64_t model_begin(struct model *m, uint64_t first, uint64_t n, uint32_t stamp
         cell->writes[cell->n++] =
             (struct write_known){.stamp = stamp, .begun = begun, .ended = MODEL_NEVER};
         cell->last_begun = begun;
+        if (!cell->unsettled) {
+            cell->unsettled = true;
+            m->row[m->n_row++] = (uint32_t)i;
+        }
     }
     return begun;
 }
@@ -84,8 +91,9 @@ void model_end(struct model *m, uint64_t first, uint64_t n, uint64_t begun, bool
 
 void model_flushed(struct model *m, uint64_t begun, bool ok)
 {
-    for (uint64_t i = 0; ok && i < m->n; i++) {
-        struct cell *cell = &m->cells[i];
+    size_t still = 0;
+    for (size_t r = 0; ok && r < m->n_row; r++) {
+        struct cell *cell = &m->cells[m->row[r]];
         bool more = false;
         for (unsigned k = 0; k < cell->n; k++) {
             struct write_known *w = &cell->writes[k];
@@ -95,14 +103,21 @@ void model_flushed(struct model *m, uint64_t begun, bool ok)
         }
         if (more || cell->n > 1)
             prune(m, cell);
+        cell->unsettled = cell->n > 1 || !cell->writes[0].durable;
+        if (cell->unsettled)
+            m->row[still++] = m->row[r];
     }
+    if (ok)
+        m->n_row = still;
 }
 
 void model_taint(struct model *m)
 {
-    for (uint64_t i = 0; i < m->n; i++)
-        for (unsigned k = 0; k < m->cells[i].n; k++)
-            m->cells[i].writes[k].tainted |= !m->cells[i].writes[k].durable;
+    for (size_t r = 0; r < m->n_row; r++) {
+        struct cell *cell = &m->cells[m->row[r]];
+        for (unsigned k = 0; k < cell->n; k++)
+            cell->writes[k].tainted |= !cell->writes[k].durable;
+    }
 }
 
 void model_cut(struct model *m)
@@ -110,10 +125,12 @@ void model_cut(struct model *m)
     uint64_t now = model_now(m);
     m->keep_from = MODEL_NEVER;
     m->holders = 0;
-    for (uint64_t i = 0; i < m->n; i++)
-        for (unsigned k = 0; k < m->cells[i].n; k++)
-            if (m->cells[i].writes[k].ended == MODEL_NEVER)
-                m->cells[i].writes[k].ended = now;
+    for (size_t r = 0; r < m->n_row; r++) {
+        struct cell *cell = &m->cells[m->row[r]];
+        for (unsigned k = 0; k < cell->n; k++)
+            if (cell->writes[k].ended == MODEL_NEVER)
+                cell->writes[k].ended = now;
+    }
 }
 
 static bool may(const struct cell *cell, uint32_t stamp, bool after_power)

@@ -25,6 +25,7 @@ struct write_known {
 
 struct cell {
     uint8_t n;
+    bool unsettled; /* is in the row: more than one write, or one that is not durable */
     uint64_t last_begun;
     struct write_known writes[MODEL_WRITES];
 };
@@ -34,6 +35,8 @@ struct model {
     uint64_t keep_from; /* what was possible since then is not forgotten; NEVER: nobody asks */
     unsigned holders;
     struct cell *cells;
+    uint32_t *row; /* of unsettled cells */
+    size_t n_row;
 };
 
 void model_init(struct model *m, uint64_t sectors);

@@ -1,7 +1,7 @@
 /* sim: histories of the real program on a simulated machine (history.h).
  *
  * usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--twice] [--quiet]
- *            [--kill-at EVENT] [--qemu-img DIR [EVERY]]
+ *            [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]
  *
  *     --seed N       the first seed (1)
  *     --count N      so many, one after the other; the first violation ends the run (1)
@@ -9,6 +9,8 @@
  *     --twice        each one twice: the hash of its trace must be the same
  *     --no-faults    no I/O errors
  *     --kill-at E    the first life after the images are made dies at its event E
+ *     --exhaustive N each history small, its one life killed at each of its events, and then all
+ * that a power loss can leave, one after the other; at most N of each event
  *     --qemu-img D   in directory D, qemu-img check judges every 50th (or EVERYth) image, too */
 #include "history.h"
 
@@ -20,7 +22,7 @@
 static int usage(void)
 {
     fprintf(stderr, "usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--twice] [--quiet]"
-                    " [--kill-at EVENT] [--qemu-img DIR [EVERY]]\n");
+                    " [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]\n");
     return 2;
 }
 
@@ -31,13 +33,35 @@ static double seconds(void)
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
+/* The row of choices is enumerated by running the history anew for each. */
+static uint64_t exhaust(uint64_t seed, uint64_t most, struct history *totals)
+{
+    uint64_t runs = 0;
+    for (settings.kill_at = 1;; settings.kill_at++) {
+        struct choices c = {.exhaustive = true};
+        uint64_t n = 0;
+        settings.exhaustive = &c;
+        do {
+            history_run(seed, totals);
+            n++;
+        } while (choices_next(&c) && n < most);
+        choices_fini(&c);
+        runs += n;
+        if (totals->last_life_events < settings.kill_at)
+            break;
+    }
+    return runs;
+}
+
 int main(int argc, char **argv)
 {
-    uint64_t seed = 1, count = 1;
+    uint64_t seed = 1, count = 1, exhaustive = 0, runs = 0;
     bool twice = false, quiet = false;
-    const char *from_test = getenv("TIDEMARK_SEED");
+    const char *from_test = getenv("TIDEMARK_SEED"), *histories = getenv("TEST_HISTORIES");
     if (from_test)
         seed = strtoull(from_test, NULL, 0);
+    if (histories)
+        count = strtoull(histories, NULL, 0);
     for (int i = 1; i < argc; i++) {
         const char *next = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(argv[i], "--trace"))
@@ -52,6 +76,8 @@ int main(int argc, char **argv)
             seed = strtoull(argv[++i], NULL, 0);
         else if (!strcmp(argv[i], "--count") && next)
             count = strtoull(argv[++i], NULL, 0);
+        else if (!strcmp(argv[i], "--exhaustive") && next)
+            exhaustive = strtoull(argv[++i], NULL, 0);
         else if (!strcmp(argv[i], "--kill-at") && next)
             settings.kill_at = strtoull(argv[++i], NULL, 0);
         else if (!strcmp(argv[i], "--qemu-img") && next) {
@@ -68,6 +94,10 @@ int main(int argc, char **argv)
     struct history totals = {0};
     double began = seconds();
     for (uint64_t i = 0; i < count; i++) {
+        if (exhaustive) {
+            runs += exhaust(seed + i, exhaustive, &totals);
+            continue;
+        }
         uint64_t hash = history_run(seed + i, &totals);
         if (twice && history_run(seed + i, &totals) != hash) {
             fprintf(stderr, "sim: seed %llu: the second run differs from the first\n",
@@ -78,13 +108,17 @@ int main(int argc, char **argv)
             printf("trace %016llx\n", (unsigned long long)hash);
     }
     double took = seconds() - began;
+    if (runs)
+        count = runs;
     if (!quiet)
-        printf("%llu histories in %.1f s (%.0f a second): %llu events, %llu writes, %llu flushes, "
-               "%llu jobs, %llu kills, %llu power losses, %llu I/O errors; no violation\n",
+        printf("[  PASSED  ] %llu histories in %.1f s (%.0f a second): %llu events, %llu writes, "
+               "%llu flushes, "
+               "%llu jobs, %llu kills, %llu power losses (and %llu imagined), %llu I/O errors; no "
+               "violation\n",
                (unsigned long long)count, took, (double)count / took,
                (unsigned long long)totals.m.events, (unsigned long long)totals.writes,
                (unsigned long long)totals.flushes, (unsigned long long)totals.jobs,
                (unsigned long long)totals.kills, (unsigned long long)totals.power_losses,
-               (unsigned long long)totals.m.n_faults);
+               (unsigned long long)totals.glimpses, (unsigned long long)totals.m.n_faults);
     return 0;
 }

@@ -101,6 +101,10 @@ static void trace_operation(struct machine *m, const struct operation *o, const 
 static bool is_fatal(struct machine *m)
 {
     m->events++;
+    if (m->glimpse && one_in(&m->glimpse_dice, m->glimpses)) {
+        HEAP_OF_THE_MACHINE();
+        m->glimpse(m->opaque);
+    }
     return m->kill_at && m->events >= m->kill_at;
 }
 
@@ -618,6 +622,7 @@ void machine_lose_power(struct machine *m)
     store_lose_power(&m->store);
     machine_pass_time(m, NSEC_PER_SEC * 20);
     boot(m);
+    machine_pass_time(m, NSEC_PER_SEC * 5);
 }
 
 void machine_pass_time(struct machine *m, uint64_t ns)
@@ -648,11 +653,28 @@ uint8_t *machine_dump(struct machine *m, const char *path, uint64_t *size)
     return i ? inode_dump(i, size) : NULL;
 }
 
+uint8_t *machine_imagine(struct machine *m, const char *path, struct choices *c, uint64_t *size)
+{
+    struct in_flight writes[256];
+    size_t n = 0;
+    struct operation *o;
+    struct inode *i = store_find(&m->store, path);
+    if (!i)
+        return NULL;
+    TAILQ_FOREACH (o, &m->in_flight, link)
+        if (o->op.kind == IO_WRITE && o->file && o->file->inode == i && !misaligned(o) &&
+            n < ARRAY_SIZE(writes))
+            writes[n++] = (struct in_flight){o->op.offset, o->op.length, o->data};
+    return inode_imagine(i, writes, n, c, size);
+}
+
 void machine_init(struct machine *m, uint64_t seed)
 {
     *m = (struct machine){
         .world = {"simulation", sim_now, sim_wall, sim_random, sim_perform, sim_turn},
         .dice = {seed ^ UINT64_C(0x6d616368696e65)},
+        .glimpse_dice = {seed ^ UINT64_C(0x676c696d707365)},
+        .glimpses = 1,
         .program = {seed ^ UINT64_C(0x70726f6772616d)},
         .wall_start_us = UINT64_C(1790000000000000),
         .slow = 5000,

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from tidemark_testlib import (
-    Daemon, QSD, Exited, compare, connect, create_image, check_image, nbd_uri, qemu_img, qemu_io, sha256_of,
+    Daemon, QMPError, QSD, Exited, compare, connect, create_image, check_image, nbd_uri, qemu_img, qemu_io, sha256_of,
 )
 
 MIB = 1 << 20
@@ -152,3 +152,19 @@ def test_guests_go_on_while_a_mirror_is_pending(daemon, tmp):
     guest.shutdown()
     d.stop()
     assert compare(disk, target)
+
+
+def test_a_failed_transaction_leaves_no_file(daemon, tmp):
+    disk = create_image(tmp / "disk.qcow2", size=8 * MIB)
+    d = daemon("--blockdev", qcow2(disk, "disk"))
+    with pytest.raises(QMPError, match="aborted using Abort action"):
+        d.qmp.transaction(
+            ("drive-backup", {"device": "disk", "job-id": "j", "sync": "full", "format": "qcow2",
+                              "target": str(tmp / "backup.qcow2")}),
+            *(("blockdev-snapshot-sync", {
+                "node-name": below, "snapshot-node-name": above,
+                "snapshot-file": str(tmp / f"{above}.qcow2")})
+              for below, above in (("disk", "one"), ("one", "two"))),
+            ("abort", {}))
+    assert sorted(p.name for p in tmp.glob("*.qcow2")) == ["disk.qcow2"]
+    assert [n["drv"] for n in d.qmp.execute("query-named-block-nodes")] == ["qcow2", "file"]

@@ -8,7 +8,7 @@ import time
 import nbd
 import pytest
 from tidemark_testlib import (
-    Daemon, check_image, connect, create_image, nbd_uri, qemu_img,
+    Daemon, QMPError, check_image, connect, create_image, nbd_uri, qemu_img,
 )
 from tidemark_testlib.load import Load, Model
 
@@ -304,3 +304,93 @@ def test_zeroes_become_holes_or_not(tidemarkd, tmp, unmap):
     assert full.read_bytes() == bytes(3 * MiB) + b"a" * MiB + bytes(SIZE - 4 * MiB)
     blocks = full.stat().st_blocks * 512
     assert blocks < 2 * MiB if unmap else blocks >= SIZE
+
+
+def test_an_increment_onto_the_copy_of_before(tidemarkd, tmp):
+    """drive-mirror twice: whole, then what has changed since, into the same file and into a new one
+    that has it behind."""
+    daemon, uri, _, _ = start(tmp)
+    with daemon as d:
+        q = d.qmp
+        model = Model(SIZE)
+        load = Load(uri, model, clients=3, per_second=150)
+        load.wait_written(60)
+        q.execute("block-dirty-bitmap-add", node="disk", name="b")
+
+        def mirror(path, **options):
+            q.execute("drive-mirror", job_id="m", device="disk", target=str(path), **options)
+            q.wait_event("BLOCK_JOB_READY", device="m")
+            load.wait_written(20)
+            with load.paused():
+                q.execute("block-job-cancel", device="m")
+                assert "error" not in q.wait_event("BLOCK_JOB_COMPLETED", device="m")["data"]
+                q.wait_job("m", "null")
+                return model.copy()
+
+        full, change = tmp / "full.qcow2", tmp / "change.qcow2"
+        mirror(full, sync="full", format="qcow2")
+        load.wait_written(60)
+        first = mirror(full, sync="incremental", bitmap="b", mode="existing", format="qcow2")
+        load.wait_written(60)
+        create_image(change, size=SIZE, backing_file=full, backing_fmt="qcow2")
+        second = mirror(change, sync="incremental", bitmap="b", mode="existing", format="qcow2")
+        settle(load, model)
+    assert content(full, "qcow2") == first != second
+    assert content(change, "qcow2") == second
+    assert 0 < change.stat().st_size < full.stat().st_size
+
+
+@pytest.fixture
+def stored(tmp):
+    """A disk with data and a stored bitmap that knows of it."""
+    image = create_image(tmp / "stored.qcow2", size=SIZE)
+    node = f"qcow2,node-name=disk,file.driver=file,file.filename={image}"
+    sock = tmp / "first.sock"
+    with Daemon("--blockdev", node, "--nbd-server", f"addr.type=unix,addr.path={sock}",
+                "--export", "nbd,id=e,node-name=disk,name=e,writable=on", directory=tmp) as d:
+        d.qmp.execute("block-dirty-bitmap-add", node="disk", name="b", persistent=True)
+        connect(nbd_uri(sock, "e")).pwrite(b"x" * MiB, 5 * MiB)
+    return node, image, create_image(tmp / "target.qcow2", size=SIZE)
+
+
+def test_which_bitmaps_can_be_used(tidemarkd, tmp, stored):
+    """Of a read-only disk for `never` alone; not one in use, nor an inconsistent one."""
+    node, image, target = stored
+    to = f"qcow2,node-name=target,file.driver=file,file.filename={target}"
+
+    def mirror(q, mode):
+        q.execute("blockdev-mirror", job_id="m", device="disk", target="target", sync="bitmap",
+                  bitmap="b", bitmap_mode=mode)
+
+    with Daemon("--blockdev", node + ",read-only=on", "--blockdev", to, directory=tmp) as d:
+        q = d.qmp
+        for mode in ("on-success", "always"):
+            with pytest.raises(QMPError, match="Bitmap 'b' is readonly and cannot be modified"):
+                mirror(q, mode)
+        mirror(q, "never")
+        q.wait_event("BLOCK_JOB_READY", device="m")
+        assert q.bitmaps("disk")["b"]["busy"]
+        q.execute("job-complete", id="m")
+        assert "error" not in q.wait_event("BLOCK_JOB_COMPLETED", device="m")["data"]
+        q.wait_job("m", "null")
+        assert q.bitmaps("disk")["b"] == {**q.bitmaps("disk")["b"], "busy": False, "count": MiB}
+    assert content(target, "qcow2") == bytes(5 * MiB) + b"x" * MiB + bytes(SIZE - 6 * MiB)
+
+    with Daemon("--blockdev", node, "--blockdev", to, "--nbd-server",
+                f"addr.type=unix,addr.path={tmp / 'second.sock'}", directory=tmp) as d:
+        q = d.qmp
+        q.execute("block-export-add", type="nbd", id="e", node_name="disk", bitmaps=["b"],
+                  writable=True)
+        with pytest.raises(QMPError, match="Bitmap 'b' is currently in use by another operation"):
+            mirror(q, "never")
+        q.execute("block-export-del", id="e")
+        q.wait_event("BLOCK_EXPORT_DELETED", id="e")
+        mirror(q, "on-success")
+        q.wait_event("BLOCK_JOB_READY", device="m")
+        q.execute("block-job-cancel", device="m")
+        q.wait_job("m", "null")
+        assert q.bitmaps("disk")["b"]["count"] == 0
+        d.kill()
+    with Daemon("--blockdev", node, "--blockdev", to, directory=tmp) as d:
+        with pytest.raises(QMPError, match="Bitmap 'b' is inconsistent and cannot be used"):
+            mirror(d.qmp, "never")

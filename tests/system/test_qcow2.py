@@ -10,7 +10,9 @@ import time
 
 import nbd
 import pytest
-from tidemark_testlib import Daemon, check_image, connect, nbd_uri, qemu_img, qemu_io
+from tidemark_testlib import (
+    Daemon, check_image, connect, create_image, nbd_uri, qemu_img, qemu_io,
+)
 
 MIB = 1 << 20
 
@@ -163,3 +165,31 @@ def test_an_entry_at_metadata_is_an_event_and_a_refusal(tmp):
         handle.pread(4096, 0)
     daemon.stop()
     assert "corrupt: true" in qemu_img("info", image)
+
+
+@pytest.mark.parametrize("how", ["reopen", "transaction"])
+def test_much_metadata_is_flushed_while_the_file_is_quiesced(daemon, tmp, how):
+    """Tables far apart are written by several tasks; none of them may wait at the file's gate."""
+    image = create_image(tmp / "a.qcow2", size="2G")
+    sock = tmp / "nbd.sock"
+    d = daemon("--blockdev", f"file,node-name=af,filename={image}",
+               "--blockdev", "qcow2,node-name=a,file=af",
+               "--nbd-server", f"addr.type=unix,addr.path={sock}",
+               "--export", "nbd,id=e,node-name=a,name=a,writable=on")
+    handle = connect(nbd_uri(sock, "a"))
+    for number in range(64):
+        handle.pwrite(bytes([number]) * 4096, number * (24 << 20))
+    if how == "reopen":
+        options = [{"driver": "file", "node-name": "af", "filename": str(image)},
+                   {"driver": "qcow2", "node-name": "a", "file": "af", "discard": "unmap"}]
+        d.qmp.execute("blockdev-reopen", options=options, timeout=20)
+    else:
+        d.qmp.transaction(
+            ("block-dirty-bitmap-add", {"node": "af", "name": "x"}),
+            ("blockdev-snapshot-sync", {"node-name": "a", "snapshot-node-name": "o",
+                                        "snapshot-file": str(tmp / "o.qcow2")}))
+    for number in range(64):
+        assert handle.pread(4096, number * (24 << 20)) == bytes([number]) * 4096
+    handle.shutdown()
+    d.stop()
+    check_image(image)

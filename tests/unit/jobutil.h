@@ -25,6 +25,7 @@ struct mem {
     int bad_times; /* ... so many times; -1: always */
     int flush_errno;
     unsigned flushes;
+    uint64_t read_bytes;
     struct event *hold;                     /* writes wait for it */
     struct event *hold_read;                /* reads wait for it, once begun */
     struct range held;                      /* ... those that touch this */
@@ -98,6 +99,7 @@ static inline int mem_read(struct node *n, struct range r, void *buf, unsigned f
         CHECK(event_wait(m->hold_read) == 0);
     }
     memcpy(buf, m->bytes + r.start, r.length);
+    m->read_bytes += r.length;
     mem_be_slow(m);
     return 0;
 }

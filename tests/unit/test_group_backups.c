@@ -274,10 +274,97 @@ VIRTUAL_TEST(a_group_given_up_before_it_starts_leaves_nothing)
     }
 }
 
+/* ---- where the bitmaps are kept ---- */
+
+static struct {
+    struct dirty_store store;
+    unsigned calls, last_nodes;
+    unsigned bad_from, bad_to; /* the calls that fail, counted from 1 */
+} keeper;
+
+static int keeper_commit(struct dirty_store *st, struct node *const *nodes, size_t count,
+                         struct error *err)
+{
+    keeper.calls++;
+    keeper.last_nodes = (unsigned)count;
+    CHECK(task_yield() == 0);
+    if (keeper.calls >= keeper.bad_from && keeper.calls < keeper.bad_to)
+        return error_set(err, EIO, "the keeper is full");
+    return 0;
+}
+
+static void keep_with(struct graph *g, unsigned bad_from, unsigned bad_to)
+{
+    memset(&keeper, 0, sizeof keeper);
+    keeper.store.commit = keeper_commit;
+    dirty_set_store(g, &keeper.store);
+    set_up(g);
+    keeper.calls = 0;
+    keeper.bad_from = bad_from;
+    keeper.bad_to = bad_to;
+    events[0] = '\0';
+}
+
+/* All bitmaps of a group become durable in one step, and if that fails nobody has succeeded. */
+VIRTUAL_TEST(the_bitmaps_of_a_group_are_concluded_in_one_step)
+{
+    static const char *const modes[] = {"on-success", "always", "never"};
+    for (unsigned m = 0; m < ARRAY_SIZE(modes); m++) {
+        for (unsigned fails = 0; fails < 3; fails++) {
+            struct error err = ERROR_INIT;
+            keep_with(g, 0, 0);
+            int r = start_group(g, modes[m], (bool[DISKS]){false, false}, NULL, &err);
+            CHECK_OK(r, err);
+            CHECK(keeper.calls > 0 && keeper.last_nodes == DISKS);
+            keeper.calls = 0;
+            turns(300);
+            CHECK(keeper.calls == 0 && status_of("j0") == JOB_PENDING);
+            for (unsigned d = 0; d < DISKS; d++)
+                write_at(d, 2 * MiB + 65536, 65536, 0x77);
+            keeper.bad_from = 1; /* the group's; or also what each then tries alone */
+            keeper.bad_to = fails == 2 ? 1000 : fails + 1;
+            verb_ok("j1", JOB_VERB_FINALIZE);
+            if (!fails) {
+                CHECK(keeper.calls == 1 && keeper.last_nodes == DISKS);
+                CHECK(strstr(events, "j0:COMPLETED j0:") && strstr(events, "j1:COMPLETED j1:"));
+            } else {
+                CHECK(keeper.calls >= 1 + DISKS && keeper.last_nodes == 1);
+                CHECK(strstr(events, "j1:COMPLETED(the keeper is full)"));
+                CHECK(strstr(events, "j0:CANCELLED "));
+            }
+            for (unsigned d = 0; d < DISKS; d++) {
+                if (fails == 2)
+                    CHECK(dirty_check(bits(d), DIRTY_CHECK_BUSY, NULL) < 0);
+                else if (fails)
+                    check_failed(d, modes[m]);
+                else if (m < 2)
+                    CHECK(bitmap_count(dirty_bits(bits(d))) == 65536);
+            }
+            tear_down();
+            dirty_set_store(g, NULL);
+        }
+    }
+}
+
+VIRTUAL_TEST(a_group_whose_start_cannot_be_kept_does_not_start)
+{
+    struct error err = ERROR_INIT;
+    keep_with(g, 1, 2);
+    CHECK(start_group(g, "always", (bool[DISKS]){false, false}, NULL, &err) < 0);
+    CHECK_TEXT(err, "the keeper is full");
+    CHECK(!strstr(events, "running") && TAILQ_EMPTY(&js->list));
+    for (unsigned d = 0; d < DISKS; d++)
+        check_failed(d, "on-success");
+    tear_down();
+    dirty_set_store(g, NULL);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(each_bitmap_follows_its_table_when_the_group_fails),
     cmocka_unit_test(a_flush_that_fails_at_finalize_fails_all),
     cmocka_unit_test(a_group_given_up_before_it_starts_leaves_nothing),
+    cmocka_unit_test(the_bitmaps_of_a_group_are_concluded_in_one_step),
+    cmocka_unit_test(a_group_whose_start_cannot_be_kept_does_not_start),
 };
 
 UNIT_MAIN(tests)

@@ -10,16 +10,18 @@ enum { SIZE = 16 * MiB, PIECE = MiB };
 
 static struct node *s, *t;
 
-/* Each test does the same to a backup and to a mirror. */
+/* Each test does the same to every kind of job that has a speed. */
 static const char *kind;
 
-#define BOTH(name)                                                                                 \
+#define EACH(name)                                                                                 \
     static int name##_task(void *arg);                                                             \
     static void name(void **state)                                                                 \
     {                                                                                              \
-        kind = "backup";                                                                           \
+        kind = "blockdev-backup";                                                                  \
         assert_int_equal(run_virtually(name##_task, NULL), 0);                                     \
         kind = "mirror";                                                                           \
+        assert_int_equal(run_virtually(name##_task, NULL), 0);                                     \
+        kind = "x-tidemark-compare";                                                               \
         assert_int_equal(run_virtually(name##_task, NULL), 0);                                     \
     }                                                                                              \
     JOB_TASK(name)
@@ -29,17 +31,25 @@ static bool is_mirror(void)
     return strcmp(kind, "mirror") == 0;
 }
 
+static bool is_compare(void)
+{
+    return strcmp(kind, "x-tidemark-compare") == 0;
+}
+
 static void go(struct graph *g, uint64_t speed, const char *more)
 {
     struct error err = ERROR_INIT;
     s = disk(g, "s", SIZE, 0);
     t = disk(g, "t", SIZE, 0);
     memset(mem_of(s)->bytes, 0x42, SIZE);
+    if (is_compare()) {
+        memset(mem_of(t)->bytes, 0x42, SIZE);
+        command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b'}"));
+    }
     struct json_object *o =
-        parse("{'device':'s','target':'t','job-id':'j','sync':'full','speed':%llu%s}",
-              (unsigned long long)speed, more);
-    int r = is_mirror() ? mirror_blockdev(js, o, &err)
-                        : transaction_run_one(g, js, "blockdev-backup", o, &err);
+        parse("{'device':'s','target':'t','job-id':'j',%s,'speed':%llu%s}",
+              is_compare() ? "'bitmap':'b'" : "'sync':'full'", (unsigned long long)speed, more);
+    int r = is_mirror() ? mirror_blockdev(js, o, &err) : transaction_run_one(g, js, kind, o, &err);
     CHECK_OK(r, err);
     json_object_put(o);
 }
@@ -84,7 +94,7 @@ static uint64_t until_copied(uint64_t begun)
     return clock_now_ns() - begun;
 }
 
-BOTH(a_job_takes_the_time_that_its_speed_gives_it)
+EACH(a_job_takes_the_time_that_its_speed_gives_it)
 {
     static const uint64_t speeds[] = {128 * 1024, MiB, 4 * MiB, 32 * MiB};
     for (unsigned i = 0; i < ARRAY_SIZE(speeds); i++) {
@@ -98,7 +108,7 @@ BOTH(a_job_takes_the_time_that_its_speed_gives_it)
     }
 }
 
-BOTH(a_higher_speed_takes_effect_within_a_slice)
+EACH(a_higher_speed_takes_effect_within_a_slice)
 {
     go(g, 1, "");
     pass(20 * NSEC_PER_SEC);
@@ -111,7 +121,7 @@ BOTH(a_higher_speed_takes_effect_within_a_slice)
     let_go();
 }
 
-BOTH(a_lower_speed_takes_effect_within_a_slice)
+EACH(a_lower_speed_takes_effect_within_a_slice)
 {
     go(g, 8 * MiB, "");
     pass(NSEC_PER_SEC);
@@ -126,7 +136,7 @@ BOTH(a_lower_speed_takes_effect_within_a_slice)
     let_go();
 }
 
-BOTH(no_limit_is_no_limit)
+EACH(no_limit_is_no_limit)
 {
     go(g, 1, "");
     pass(NSEC_PER_SEC);
@@ -135,7 +145,7 @@ BOTH(no_limit_is_no_limit)
     let_go();
 }
 
-BOTH(a_slow_job_pauses_and_ends_at_once)
+EACH(a_slow_job_pauses_and_ends_at_once)
 {
     go(g, 1, "");
     pass(NSEC_PER_SEC);
@@ -160,21 +170,22 @@ BOTH(a_slow_job_pauses_and_ends_at_once)
 }
 
 /* A failure while the next piece waits for its turn is told at once, not at that turn. */
-BOTH(a_slow_job_fails_at_once)
+EACH(a_slow_job_fails_at_once)
 {
     go(g, 1, ",'on-target-error':'stop'");
-    mem_of(t)->bad_write = range_make(0, SIZE);
-    mem_of(t)->write_errno = EIO;
+    mem_of(t)->bad_write = mem_of(t)->bad_read = range_make(0, SIZE);
+    mem_of(t)->write_errno = mem_of(t)->read_errno = EIO;
     mem_of(t)->bad_times = 1;
     uint64_t before = clock_now_ns();
     turns(100);
-    CHECK(strstr(events, "j:ERROR(write stop) j:paused "));
+    CHECK(strstr(events,
+                 is_compare() ? "j:ERROR(read stop) j:paused " : "j:ERROR(write stop) j:paused "));
     CHECK(clock_now_ns() - before < SLICE_NS);
     set_speed(0);
     verb_ok("j", JOB_VERB_RESUME);
     until_copied(before);
     turns(100);
-    CHECK(is_mirror() || memcmp(mem_of(s)->bytes, mem_of(t)->bytes, SIZE) == 0);
+    CHECK(strcmp(kind, "blockdev-backup") || memcmp(mem_of(s)->bytes, mem_of(t)->bytes, SIZE) == 0);
     let_go();
 }
 

@@ -2,6 +2,8 @@
  * refused; which files stay. What guests were answered is kept in a model. */
 #include "jobutil.h"
 
+#include "job/mirror.h"
+
 #include <sys/stat.h>
 
 enum { SIZE = 4 * 1024 * 1024, CLUSTER = 65536 };
@@ -70,15 +72,25 @@ static void close_raw_disk(struct node *n)
     node_unref(steal(base_file));
 }
 
-static struct node *bare_overlay(struct graph *g, const char *name, uint64_t size)
+/* BELOW: what stands behind it already, or NULL. */
+static struct node *overlay_on(struct graph *g, const char *name, uint64_t size,
+                               const struct node *below)
 {
     struct error err = ERROR_INIT;
     CLEANUP(memory_freep) char *path = xasprintf("%s/%s.qcow2", dir, name);
     int r = graph_create_filename(g, path, "qcow2", NULL, NULL, size, &err);
     CHECK_OK(r, err);
-    return open_json(g, parse("{'driver':'qcow2','node-name':'%s','backing':null,'file':"
+    char backing[48] = "null";
+    if (below)
+        snprintf(backing, sizeof backing, "'%s'", node_name(below));
+    return open_json(g, parse("{'driver':'qcow2','node-name':'%s','backing':%s,'file':"
                               "{'driver':'file','filename':'%s'}}",
-                              name, path));
+                              name, backing, path));
+}
+
+static struct node *bare_overlay(struct graph *g, const char *name, uint64_t size)
+{
+    return overlay_on(g, name, size, NULL);
 }
 
 /* ---- a guest that knows what it has been answered ---- */
@@ -517,6 +529,158 @@ JOB_TEST(the_graph_does_not_become_too_deep)
     remove_dir();
 }
 
+/* ---- at random ---- */
+
+struct history {
+    struct graph *g;
+    struct rng rng;
+    struct load load;
+    struct node *nodes[64]; /* references */
+    uint8_t *then[64];      /* of those that are below others: what they must hold, or NULL */
+    unsigned n, made;       /* nodes; the last is the one that guests have */
+    char top[16], next[16];
+};
+
+static void name_next(struct history *h)
+{
+    snprintf(h->next, sizeof h->next, "n%u", h->made++);
+}
+
+/* The guests have NODE now; who was theirs before is kept as it was at the instant. */
+static void new_top(struct history *h, struct node *node)
+{
+    CHECK(h->n < ARRAY_SIZE(h->nodes) && node);
+    h->nodes[h->n++] = node;
+    strcpy(h->top, node_name(node));
+    for (unsigned i = 0; i < ARRAY_SIZE(h->load.guests); i++)
+        CHECK(h->load.guests[i].edge->node == node);
+}
+
+static void step_snapshot(struct history *h, bool given)
+{
+    struct node *old = h->nodes[h->n - 1], *o = NULL;
+    char add[200] = "";
+    if (rng_below(&h->rng, 2))
+        snprintf(add, sizeof add,
+                 ",{'type':'block-dirty-bitmap-add','data':{'node':'%s','name':'b'}}", h->next);
+    if (given) {
+        o = bare_overlay(h->g, h->next, SIZE);
+        run_ok(h->g, parse("[{'type':'blockdev-snapshot','data':{'node':'%s','overlay':'%s'}}%s]",
+                           h->top, h->next, add));
+    } else {
+        CLEANUP(memory_freep) char *sync = sync_action(h->top, h->next);
+        run_ok(h->g, parse("[%s%s]", sync, add));
+        o = node_ref(graph_find(h->g, h->next));
+    }
+    CHECK(node_read_only(old) && node_backing(o) == old);
+    h->then[h->n - 1] = content(old);
+    new_top(h, o);
+}
+
+static void step_failure(struct history *h)
+{
+    CLEANUP(memory_freep) char *one = sync_action(h->top, h->next);
+    CLEANUP(memory_freep) char *two = sync_action(h->next, "never");
+    run_fails(h->g, ABORTED,
+              parse("[%s%s%s,{'type':'drive-backup','data':{'device':'%s','sync':'full',"
+                    "'format':'raw','target':'%s/vain','job-id':'v'}}," ABORT "]",
+                    one, rng_below(&h->rng, 2) ? "," : "," ABORT ",", two,
+                    rng_below(&h->rng, 2) ? h->next : h->top, dir));
+    CHECK(h->load.guests[0].edge->node == h->nodes[h->n - 1] && !there("vain"));
+}
+
+static void step_backup(struct history *h, struct node *target)
+{
+    struct node *n = h->nodes[h->n - 1];
+    graph_quiesce_begin(h->g, &n, 1);
+    CLEANUP(memory_freep) uint8_t *then = content(n);
+    command_ok(h->g, "blockdev-backup",
+               parse("{'device':'%s','target':'t','job-id':'j','sync':'full','filter-node-name':"
+                     "'f'}",
+                     h->top));
+    graph_quiesce_end(h->g, &n, 1);
+    if (rng_below(&h->rng, 2)) { /* a snapshot below the filter */
+        name_next(h);
+        struct node *o = bare_overlay(h->g, h->next, SIZE);
+        run_ok(h->g, parse("[{'type':'blockdev-snapshot','data':{'node':'%s','overlay':'%s'}}]",
+                           h->top, h->next));
+        wait_for("j", "null");
+        h->then[h->n - 1] = content(n);
+        new_top(h, o);
+    }
+    wait_for("j", "null");
+    CHECK(strstr(events, "j:COMPLETED j:") && memcmp(then, mem_of(target)->bytes, SIZE) == 0);
+}
+
+/* To an image of its own, or to an overlay of what is below; the guests move there. */
+static void step_mirror(struct history *h)
+{
+    struct error err = ERROR_INIT;
+    struct node *old = h->nodes[h->n - 1], *below = node_backing(old);
+    bool top = below && rng_below(&h->rng, 2);
+    struct node *m = overlay_on(h->g, h->next, SIZE, top ? below : NULL);
+    CLEANUP(json_putp)
+    struct json_object *args = parse("{'device':'%s','target':'%s','job-id':'j','sync':'%s',"
+                                     "'copy-mode':'write-blocking'}",
+                                     h->top, h->next, top ? "top" : "full");
+    int r = mirror_blockdev(js, args, &err);
+    CHECK_OK(r, err);
+    wait_for("j", "ready");
+    verb_ok("j", JOB_VERB_COMPLETE);
+    wait_for("j", "null");
+    CHECK(strstr(events, "j:COMPLETED j:"));
+    new_top(h, m);
+}
+
+JOB_TEST(chains_at_random)
+{
+    for (unsigned round = 0; round < 12; round++) {
+        struct history h = {.g = g, .rng = {test_seed() * 31 + round}};
+        make_dir();
+        h.nodes[h.n++] = raw_disk(g, "s");
+        strcpy(h.top, "s");
+        struct node *t = disk(g, "t", SIZE, 0);
+        mem_of(t)->yields = 2;
+        load_begin(&h.load, h.nodes[0]);
+        for (unsigned step = 0; step < 10; step++) {
+            load_written(&h.load, 1 + (unsigned)rng_below(&h.rng, 3));
+            name_next(&h);
+            events[0] = '\0';
+            switch (rng_below(&h.rng, 6)) {
+            case 0:
+            case 1:
+                step_snapshot(&h, rng_below(&h.rng, 2));
+                break;
+            case 2:
+            case 3:
+                step_failure(&h);
+                break;
+            case 4:
+                step_backup(&h, t);
+                break;
+            case 5:
+                step_mirror(&h);
+                break;
+            }
+        }
+        load_written(&h.load, 2);
+        for (unsigned i = 0; i < h.n; i++) {
+            CLEANUP(memory_freep) uint8_t *now = h.then[i] ? content(h.nodes[i]) : NULL;
+            CHECK(!now || memcmp(now, h.then[i], SIZE) == 0);
+            free(h.then[i]);
+        }
+        load_end(&h.load);
+        for (unsigned i = h.n; i--;)
+            node_unref(h.nodes[i]);
+        node_unref(steal(base_file));
+        node_unref(t);
+        CHECK(nodes_of(g) == 0);
+        remove_dir();
+    }
+}
+
+/* ---- depth ---- */
+
 /* In a task of its own, as guests' requests are. */
 static int go_down(void *arg)
 {
@@ -536,6 +700,7 @@ static int go_down(void *arg)
     CHECK(edge_status_above(e, NULL, true, range_make(3 * MiB, MiB), &st) == 0);
     CHECK(edge_read(e, range_make(0, 2 * MiB), buf, 0) == 0);
     CHECK(memcmp(buf, expected, 2 * MiB) == 0);
+    edge_detach(e); /* closes them all, each below the one before */
     return 0;
 }
 
@@ -565,7 +730,7 @@ JOB_TEST(a_request_can_go_down_the_deepest_chain)
     SCOPE(tasks);
     scope_spawn(&tasks, go_down, e);
     CHECK(scope_join(&tasks) == 0);
-    edge_detach(e);
+    CHECK(nodes_of(g) == 2);
     close_raw_disk(n);
     CHECK(shell("rm -r %s", dir) == 0);
 }
@@ -589,22 +754,26 @@ JOB_TEST(only_what_a_transaction_has_made_is_removed)
         "'snapshot-file':'file:%1$s/%2$s'}}",
     };
     CHECK(shell("cd %s; mkdir real; echo old >there; ln -s real/link link", dir) == 0);
-    for (unsigned i = 0; i < ARRAY_SIZE(lists); i++) {
+    for (unsigned i = 0; i < ARRAY_SIZE(lists) + 3; i++) {
+        bool grouped = i >= ARRAY_SIZE(lists); /* the backups once more */
         for (unsigned k = 0; k < 3; k++) {
             char action[512], all[1024];
             const char *const names[] = {"new", "there", "link"};
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wformat-nonliteral"
-            snprintf(action, sizeof action, lists[i], dir, names[k]);
+            snprintf(action, sizeof action, lists[i % ARRAY_SIZE(lists)], dir, names[k]);
 #pragma GCC diagnostic pop
             snprintf(all, sizeof all, "[%s,%s]", action, ABORT);
-            run_fails(g, ABORTED, parse("%s", all));
+            error_clear(&err);
+            CHECK(run(g, &err, parse("%s", all), grouped ? "grouped" : NULL) < 0);
+            CHECK_TEXT(err, ABORTED);
             CHECK(!there("new") && there("there") && !there("real/link"));
             CHECK(shell("test -L %s/link", dir) == 0);
         }
     }
     /* A command alone, which fails after its file is made: the name is taken, the size is another.
      */
+    CHECK(shell("echo old >%s/there", dir) == 0);
     struct node *t = disk(g, "t", SIZE, 0);
     CHECK(command(g, &err, "drive-backup",
                   parse("{'device':'s','target':'%s/new','sync':'full','format':'qcow2',"
@@ -630,6 +799,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(undoing_leaves_who_was_there_before),
     cmocka_unit_test(what_is_refused_changes_nothing),
     cmocka_unit_test(beside_a_backup),
+    cmocka_unit_test(chains_at_random),
     cmocka_unit_test(the_graph_does_not_become_too_deep),
     cmocka_unit_test(a_request_can_go_down_the_deepest_chain),
     cmocka_unit_test(only_what_a_transaction_has_made_is_removed),

@@ -42,7 +42,7 @@ struct fragments {
 
 static int fragment_add(struct fragments *fs, struct fragment f, bool last)
 {
-    if (last || fs->n == FRAGMENTS)
+    if (last || fs->n == FRAGMENTS || graph_lock_is_mine(f.q->node->graph))
         return fragment_run(&f);
     fs->items[fs->n] = f;
     scope_spawn(&fs->scope, fragment_run, &fs->items[fs->n++]);

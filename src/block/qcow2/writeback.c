@@ -10,6 +10,7 @@
  * next round begins from step 1. */
 #include "block/qcow2/qcow2.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 
 #include <stdio.h>
@@ -194,7 +195,7 @@ static int write_copies(struct qcow2 *q, struct copies *c, enum metadata_kind ki
                         enum debug_event event)
 {
     struct writers w = {q, c, kind, event, 0};
-    if (c->n <= 2)
+    if (c->n <= 2 || graph_lock_is_mine(q->node->graph))
         return write_some(&w);
     SCOPE(writers);
     for (size_t i = 0; i < WRITERS && i < c->n; i++)
@@ -308,12 +309,12 @@ static int one_round(struct qcow2 *q)
     if (r == 0) /* evictions of before the instant belong to step 1, too */
         r = wait_for_lone_writes(&q->refcount_cache, alone_failed);
     if (r == 0 && reftable.n) {
-        r = file_flush(q);
+        r = BROKEN(reftable_before_its_blocks) ? 0 : file_flush(q);
         if (r == 0)
             r = write_copies(q, &reftable, META_NONE, DEBUG_refblock_alloc_hookup);
     }
     if (r == 0 && (l2.n || l1.n)) {
-        r = file_flush(q);
+        r = BROKEN(l2_before_refcounts_and_data) ? 0 : file_flush(q);
         if (r == 0)
             r = write_copies(q, &l2, META_L2, DEBUG_l2_update);
     }
@@ -322,7 +323,7 @@ static int one_round(struct qcow2 *q)
         if (r == 0)
             r = write_copies(q, &l1, META_NONE, DEBUG_l1_update);
     }
-    if (r == 0 && taken.n)
+    if (r == 0 && taken.n && !BROKEN(freed_while_referenced))
         r = file_flush(q);
 
     cache_copies_done(&q->refcount_cache, &refcounts, r < 0);

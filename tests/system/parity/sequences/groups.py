@@ -332,3 +332,21 @@ def group_at_the_end(t):
         t.start()
     for name in ("a", "b", "ta", "tb"):
         t.check(f"{name}.qcow2")
+
+
+@sequence(disk("a", data="write -P 1 0 64k"), disk("b", data=DATA), disk("tb"), mask=CUT)
+def group_of_drive_backups(t):
+    """drive-backup in a group, beside a blockdev-backup: cancelled, then finalized."""
+    drive = ("drive-backup", {"job-id": "ja", "device": "a", "target": "$DIR/new.qcow2",
+                              "sync": "full", **KEEP})
+    grouped(t, drive, slow("b"))
+    t.wait_job("ja", "waiting")
+    t("job-cancel", id="jb")
+    dismiss(t, "ja", "jb")
+    grouped(t, drive, member("b"))
+    pending(t, "ja", "jb")
+    t("job-finalize", id="ja")
+    dismiss(t, "ja", "jb")
+    t.finish()
+    t.content("new.qcow2")
+    t.content("tb.qcow2")

@@ -347,6 +347,32 @@ def mirror_of_a_read_only_disk(t):
     t.nodes()
 
 
+@sequence(disk("a", data=DATA), disk("t"), nbd_server("a"))
+def drive_mirror_and_snapshots(t):
+    """A disk that is mirrored takes no snapshot; the target does when it has taken its place, and the
+    snapshot can be mirrored, alone and whole."""
+    def snapshot(node, overlay):
+        t("blockdev-snapshot-sync", node_name=node, snapshot_file=f"$DIR/{overlay}.qcow2",
+          snapshot_node_name=overlay)
+    ready(t, filter_node_name="f")
+    snapshot("a", "o1")
+    snapshot("f", "o1")
+    snapshot("t", "o1")
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    snapshot("t", "o2")
+    t.write("a", 0, 65536, 9)
+    t("drive-mirror", job_id="j", device="o2", target="$DIR/top.qcow2", sync="top")
+    t.wait_job("j", "ready")
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.write("a", 1 << 20, 65536, 8)
+    t.read("a", 0, 2 << 20)
+    t.nodes()
+    t.finish()
+    t.content("top.qcow2")
+
+
 @sequence(disk("a", data=DATA), disk("t"), disk("u"))
 def mirror_chained(t):
     """From a to t, and from there to u, which is then mirrored back."""

@@ -492,3 +492,36 @@ def snapshot_with_long_names(t):
       snapshot_node_name="s")
     t.nodes()
     t.read("a", 0, 4 << 20)
+
+
+@sequence(disk("a", data=DATA), disk("b", data=DATA), disk("ta"), disk("tb"), image("o"),
+          nbd_server("a", "b"))
+def snapshot_and_backup_undone(t):
+    """Jobs, bitmaps and overlays of one transaction, undone at each of its actions."""
+    overlay(t, "o")
+    t(BADD, node="a", name="x")
+    t.write("a", 0, 65536, 0x11)
+    actions = [
+        ("blockdev-snapshot", {"node": "a", "overlay": "o"}),
+        (BADD, {"node": "o", "name": "x"}),
+        (BMERGE, {"node": "o", "target": "x", "bitmaps": [{"node": "a", "name": "x"}]}),
+        ("blockdev-backup", {"job-id": "jo", "device": "o", "target": "ta", "sync": "incremental",
+                             "bitmap": "x"}),
+        ("blockdev-backup", {"job-id": "jb", "device": "b", "target": "tb", "sync": "full"}),
+        ("block-dirty-bitmap-clear", {"node": "a", "name": "x"}),
+        ("block-dirty-bitmap-disable", {"node": "a", "name": "x"}),
+    ]
+    for count in range(1, len(actions) + 1):
+        t.tx(*actions[:count], ("block-dirty-bitmap-clear", {"node": "a", "name": "nosuch"}))
+        t.nodes()
+        t("query-jobs")
+    t("x-debug-block-dirty-bitmap-sha256", node="a", name="x")
+    t.write("a", 65536, 65536, 0x22)
+    t.tx(*actions)
+    for job in ("jo", "jb"):
+        t.wait_job(job, "null")
+    t.nodes()
+    t.hang_up("a")
+    t.finish()
+    for name in ("a", "o", "ta", "tb"):
+        t.content(f"{name}.qcow2")

@@ -1,0 +1,271 @@
+/* The mirror job's bitmap: its outcomes, cell by cell, and the run after. */
+#include "mirrorutil.h"
+
+enum outcome {
+    COMPLETED,
+    NO_PIVOT,
+    FAILED,
+    READ_FAILED,
+    CANCELLED_EARLY,
+    CANCELLED,
+    CANCELLED_PENDING,
+    SOURCE_FLUSH,
+    OUTCOMES
+};
+enum { BAD = 38 };
+
+static bool same_chunk(int c)
+{
+    return !memcmp(mem_of(s)->bytes + c * 65536, mem_of(t)->bytes + c * 65536, 65536);
+}
+
+static void one_outcome(struct graph *g, const char *args, enum outcome what, bool enabled)
+{
+    bool never = strstr(args, "never"), always = strstr(args, "always");
+    struct guest gu;
+    two_disks(g, SIZE, 0);
+    memset(mem_of(s)->bytes, 0x11, SIZE);
+    memset(mem_of(t)->bytes, 0x11, SIZE);
+    struct dirty_bitmap *bm = bitmap_on_s(g, 65536);
+    guest_on(&gu, s, 1);
+    bool user[CHUNKS] = {0}, during[CHUNKS] = {0};
+    for (int c = 8; c < 40; c += 2) {
+        write_at(gu.edge, (uint64_t)c * 65536, 512, 0x22);
+        user[c] = true;
+    }
+    if (!enabled)
+        command_ok(g, "block-dirty-bitmap-disable", parse("{'node':'s','name':'b'}"));
+    if (what == FAILED) {
+        mem_of(t)->bad_write = range_make(BAD * 65536, 65536);
+        mem_of(t)->write_errno = EIO;
+    }
+    if (what == READ_FAILED) {
+        mem_of(s)->bad_read = range_make(BAD * 65536, 65536);
+        mem_of(s)->read_errno = EIO;
+    }
+    struct event hold;
+    event_init(&hold);
+    if (what == CANCELLED_EARLY) {
+        mem_of(t)->hold = &hold;
+        mem_of(t)->held = range_make(BAD * 65536, 65536);
+    }
+    mirror_ok(parse("{'device':'s','target':'t','job-id':'j','auto-finalize':false,%s}", args));
+    CHECK(dirty_busy(bm));
+    if (what == FAILED || what == READ_FAILED) {
+        wait_for("j", "null");
+    } else if (what == CANCELLED_EARLY) {
+        turns(30);
+        CHECK(mem_of(t)->holding && !strstr(events, "READY"));
+        write_at(gu.edge, 10 * 65536 + 512, 512, 0x33);
+        write_at(gu.edge, 50 * 65536, 512, 0x33);
+        during[10] = during[50] = enabled;
+        cancel_softly("j");
+        event_set(&hold);
+        mem_of(t)->hold = NULL;
+    } else {
+        wait_for("j", "READY");
+        CHECK(dirty_busy(bm) && bitmap_count(dirty_bits(bm)) == 16 * 65536); /* never at ready */
+        write_at(gu.edge, 10 * 65536 + 512, 512, 0x33); /* again, and something else */
+        write_at(gu.edge, 50 * 65536, 512, 0x33);
+        during[10] = during[50] = enabled;
+    }
+    if (what == COMPLETED || what == CANCELLED_PENDING || what == SOURCE_FLUSH)
+        verb_ok("j", JOB_VERB_COMPLETE);
+    if (what == SOURCE_FLUSH) {
+        wait_for("j", "PENDING");
+        mem_of(s)->flush_errno = EIO;
+        write_at(gu.edge, 51 * 65536, 512, 0x33);
+        during[51] = enabled;
+        verb_ok("j", JOB_VERB_FINALIZE);
+    }
+    if (what == NO_PIVOT)
+        cancel_softly("j");
+    if (what == COMPLETED || what == NO_PIVOT) {
+        wait_for("j", "PENDING");
+        CHECK(dirty_busy(bm));
+        verb_ok("j", JOB_VERB_FINALIZE);
+    }
+    if (what == CANCELLED_PENDING)
+        wait_for("j", "PENDING");
+    if (what == CANCELLED || what == CANCELLED_PENDING)
+        verb_ok("j", JOB_VERB_CANCEL);
+    wait_for("j", "null");
+
+    bool good = what == COMPLETED || what == NO_PIVOT;
+    CHECK(!dirty_busy(bm) && dirty_enabled(bm) == enabled);
+    bool after = gu.edge->node == s && enabled;
+    bool half = what == FAILED || what == READ_FAILED || what == CANCELLED_EARLY;
+    mem_of(s)->flush_errno = 0;
+    write_at(gu.edge, 60 * 65536, 512, 0x44);
+    for (int c = 0; c < CHUNKS; c++) {
+        bool want;
+        if (good && !never)
+            want = false;
+        else if (!good && always && what != SOURCE_FLUSH)
+            want = during[c] || (half && what != CANCELLED_EARLY && c == BAD);
+        else
+            want = user[c] || during[c];
+        if (c == 60)
+            want = after;
+        bool is = bitmap_any(dirty_bits(bm), range_make((uint64_t)c * 65536, 65536));
+        /* What it does not name is on the target. */
+        if (enabled && !is && gu.edge->node == s)
+            CHECK(same_chunk(c));
+        /* What was not on the target for another reason remains, too. */
+        if (half && always && user[c] && is)
+            continue;
+        /* What a bitmap does not record remains nevertheless, if it has not been copied again. */
+        if (!good && always && !enabled && (c == 10 || c == 50 || c == 51))
+            continue;
+        if (is != want)
+            fail_msg("%s, outcome %d: chunk %d is %s", args, what, c, is ? "dirty" : "clean");
+    }
+    if (gu.edge->node == s) {
+        /* A second run goes on where this one ended, and copies nothing but what is named. */
+        mem_of(t)->bad_times = mem_of(s)->bad_times = 0;
+        write_at(gu.edge, 61 * 65536, 512, 0x45);
+        memset(mem_of(t)->written, 0, CHUNKS * sizeof *mem_of(t)->written);
+        bool named[CHUNKS];
+        for (int c = 0; c < CHUNKS; c++)
+            named[c] = bitmap_any(dirty_bits(bm), range_make((uint64_t)c * 65536, 65536));
+        events[0] = '\0';
+        mirror_ok(parse("{'device':'s','target':'t','job-id':'j',%s}", args));
+        wait_for("j", "READY");
+        cancel_softly("j");
+        wait_for("j", "null");
+        for (int c = 0; c < CHUNKS; c++)
+            CHECK(!mem_of(t)->written[c] == !named[c]);
+        if (enabled)
+            CHECK(same(SIZE) && (never || bitmap_count(dirty_bits(bm)) == 0));
+    }
+    edge_detach(gu.edge);
+    close_disks();
+}
+
+JOB_TEST(the_bitmap_follows_its_table)
+{
+    static const char *const modes[] = {
+        "'sync':'incremental','bitmap':'b'",
+        "'sync':'bitmap','bitmap':'b','bitmap-mode':'on-success'",
+        "'sync':'bitmap','bitmap':'b','bitmap-mode':'always'",
+        "'sync':'bitmap','bitmap':'b','bitmap-mode':'never'",
+        "'sync':'bitmap','bitmap':'b','bitmap-mode':'always','copy-mode':'write-blocking'",
+    };
+    for (size_t m = 0; m < ARRAY_SIZE(modes); m++)
+        for (int what = 0; what < OUTCOMES; what++)
+            for (int enabled = 0; enabled < 2; enabled++)
+                one_outcome(g, modes[m], what, enabled);
+}
+
+/* The bitmap's granularity is the job's, in what is copied and in what it shows. */
+JOB_TEST(the_bitmaps_granularity_is_the_jobs)
+{
+    for (unsigned granularity = 4096; granularity <= 1048576; granularity *= 16) {
+        struct guest gu;
+        two_disks(g, SIZE, 0);
+        fill_disk(s, 3);
+        bitmap_on_s(g, granularity);
+        guest_on(&gu, s, 1);
+        write_at(gu.edge, SIZE / 2 + 512, 512, 0x51);
+        mirror_ok(parse("{'device':'s','target':'t','job-id':'j','sync':'incremental','bitmap':"
+                        "'b'}"));
+        wait_for("j", "READY");
+        CHECK(t->counters.wr_bytes == granularity);
+        CHECK(!memcmp(mem_of(s)->bytes + SIZE / 2, mem_of(t)->bytes + SIZE / 2, granularity));
+        write_at(gu.edge, SIZE / 4, 512, 0x52);
+        cancel_softly("j");
+        wait_for("j", "null");
+        CHECK(t->counters.wr_bytes == 2 * granularity);
+        edge_detach(gu.edge);
+        close_disks();
+    }
+}
+
+/* The pivot is the last that can fail. */
+JOB_TEST(a_pivot_that_fails_keeps_the_bitmap)
+{
+    static const char *const modes[] = {"on-success", "always", "never"};
+    for (int m = 0; m < 3; m++) {
+        struct guest gu;
+        two_disks(g, SIZE, 0);
+        memset(mem_of(s)->bytes, 0x11, SIZE);
+        memset(mem_of(t)->bytes, 0x11, SIZE);
+        struct node *over = user_filter(g);
+        guest_on(&gu, over, 1);
+        command_ok(g, "block-dirty-bitmap-add",
+                   parse("{'node':'over','name':'b','granularity':65536}"));
+        struct dirty_bitmap *bm = dirty_find(over, "b");
+        write_at(gu.edge, 3 * 65536, 512, 0x21);
+        for (int run = 0; run < 2; run++) {
+            mirror_ok(parse("{'device':'over','target':'t','job-id':'j','sync':'bitmap','bitmap':"
+                            "'b','bitmap-mode':'%s','replaces':'s','auto-finalize':false}",
+                            modes[m]));
+            wait_for("j", "READY");
+            write_at(gu.edge, (5 + run) * 65536, 512, 0x22);
+            if (run == 0) {
+                verb_ok("j", JOB_VERB_COMPLETE);
+                CHECK(edge_freeze(over->file, NULL) == 0);
+            } else {
+                cancel_softly("j");
+            }
+            wait_for("j", "PENDING");
+            write_at(gu.edge, (8 + run) * 65536, 512, 0x23);
+            verb_ok("j", JOB_VERB_FINALIZE);
+            wait_for("j", "null");
+            edge_thaw(over->file);
+            CHECK(gu.edge->node == over && over->file->node == s && !dirty_busy(bm));
+            for (int c = 0; run == 0 && c < CHUNKS; c++)
+                CHECK(bitmap_any(dirty_bits(bm), range_make(c * 65536, 65536)) ==
+                      (c == 3 || c == 5 || c == 8));
+            CHECK(!!strstr(events, "Operation not permitted") == (run == 0));
+            events[0] = '\0';
+        }
+        CHECK(same(SIZE) && bitmap_count(dirty_bits(bm)) == (m == 2 ? 5 * 65536 : 0));
+        edge_detach(gu.edge);
+        node_unref(over);
+        close_disks();
+    }
+}
+
+/* The target may be an image of the changes alone: never a part of one of its clusters. */
+JOB_TEST(an_image_of_changes_has_whole_clusters)
+{
+    enum { CLUSTER = 256 * 1024 };
+    for (int blocking = 0; blocking < 2; blocking++) {
+        struct guest gu;
+        two_disks(g, SIZE, CLUSTER);
+        memset(mem_of(s)->bytes, 0x11, SIZE);
+        struct dirty_bitmap *bm = bitmap_on_s(g, 65536);
+        guest_on(&gu, s, 1);
+        write_at(gu.edge, 5 * CLUSTER + 1024, 512, 0x22);
+        mirror_ok(parse("{'device':'s','target':'t','job-id':'j','sync':'incremental','bitmap':'b',"
+                        "'copy-mode':'%s'}",
+                        blocking ? "write-blocking" : "background"));
+        wait_for("j", "READY");
+        write_at(gu.edge, 7 * CLUSTER + 65536 * 3 + 512, 512, 0x33);
+        if (blocking) /* at once */
+            CHECK(memcmp(mem_of(t)->bytes + 7 * CLUSTER, mem_of(s)->bytes + 7 * CLUSTER, CLUSTER) ==
+                  0);
+        cancel_softly("j");
+        wait_for("j", "null");
+        for (int c = 0; c < SIZE / CLUSTER; c++) {
+            if (c == 5 || c == 7)
+                CHECK(memcmp(mem_of(t)->bytes + c * CLUSTER, mem_of(s)->bytes + c * CLUSTER,
+                             CLUSTER) == 0);
+            else
+                CHECK(all_zero(mem_of(t)->bytes + c * CLUSTER, CLUSTER));
+        }
+        CHECK(bitmap_count(dirty_bits(bm)) == 0);
+        edge_detach(gu.edge);
+        close_disks();
+    }
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(the_bitmaps_granularity_is_the_jobs),
+    cmocka_unit_test(the_bitmap_follows_its_table),
+    cmocka_unit_test(a_pivot_that_fails_keeps_the_bitmap),
+    cmocka_unit_test(an_image_of_changes_has_whole_clusters),
+};
+
+UNIT_MAIN(tests)
