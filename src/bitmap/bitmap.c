@@ -319,6 +319,14 @@ void bitmap_free(struct bitmap *bm)
     free(bm);
 }
 
+void bitmap_swap(struct bitmap *a, struct bitmap *b)
+{
+    struct bitmap was = *a;
+
+    *a = *b;
+    *b = was;
+}
+
 int bitmap_move(struct bitmap *bm, uint64_t *words, uint64_t room_bytes)
 {
     struct bitmap old = *bm;

@@ -965,18 +965,6 @@ void dirty_set_generation(struct dirty_bitmap *bm, uint64_t generation, const ch
     bm->last_job = job ? xstrdup(job) : NULL;
 }
 
-void dirty_rehome(struct dirty_bitmap *bm, struct bitmap *from, struct bitmap *to)
-{
-    if (bm->before == from)
-        bm->before = to;
-    else if (bm->bits == from)
-        bm->bits = to;
-    else if (bm->successor && bm->successor->bits == from)
-        bm->successor->bits = to;
-    else
-        assert(!"a set of this bitmap");
-}
-
 void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
 {
     const struct dirty_bitmap *s = bm->successor;

@@ -163,9 +163,6 @@ struct dirty_state {
 void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret);
 /* For a loaded one. */
 void dirty_set_generation(struct dirty_bitmap *bm, uint64_t generation, const char *job);
-/* The store keeps the bits elsewhere from now on: FROM, which is one of BM's sets, is TO, whose
- * content is equal. FROM is the caller's then. */
-void dirty_rehome(struct dirty_bitmap *bm, struct bitmap *from, struct bitmap *to);
 
 /* ---- where bitmaps are kept between runs; persist/ registers here ---- */
 

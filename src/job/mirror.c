@@ -29,6 +29,7 @@
 #include "copy/follow.h"
 #include "dirty/dirty.h"
 #include "job/driver.h"
+#include "rt/task.h"
 
 #include <stdio.h>
 
@@ -398,6 +399,11 @@ static int exit_quiesced(struct mirror *m, bool success, struct error *err)
     graph_quiesce_begin(g, nodes, ARRAY_SIZE(nodes));
     if (success && !BROKEN(mirror_pivots_before_last_chunk))
         r = drain(m, &read_failed);
+    if (success && BROKEN(mirror_gate_opens_before_pivot)) {
+        graph_quiesce_end(g, nodes, ARRAY_SIZE(nodes));
+        (void)!task_yield();
+        graph_quiesce_begin(g, nodes, ARRAY_SIZE(nodes));
+    }
     if (r == 0 && success && m->bitmap && m->bitmap_mode != BITMAP_NEVER &&
         !BROKEN(mirror_restart_forgotten))
         r = dirty_restart(m->bitmap, err);
