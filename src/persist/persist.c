@@ -17,7 +17,6 @@ struct persist {
     struct graph_hook hook;
     struct dirty_store store;
     char *runtime; /* NULL: none */
-    struct keepers keepers;
 };
 
 /* Of one node, from its opening to its closing. */
@@ -106,7 +105,6 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct node *
     if (r < 0 || !path)
         return 0;
     struct keeper_options o = {
-        .peers = &p->keepers,
         .path = path,
         .runtime = p->runtime,
         .level = TIDE_POWER,
@@ -198,26 +196,15 @@ static int store_remove(struct dirty_store *s, struct node *n, const char *name,
     return pn && pn->image ? image_remove(pn->image, name, err) : 0;
 }
 
-static int store_begin(struct dirty_store *s, struct node *n, struct error *err)
-{
-    return keeper_of(n) ? keeper_begin(keeper_of(n), err) : 0;
-}
-
 static int store_commit(struct dirty_store *s, struct node *const *nodes, size_t n,
                         struct error *err)
 {
-    CLEANUP(memory_freep) struct keeper **ks = xcalloc(n + 1, sizeof(struct keeper *));
-    size_t count = 0;
+    int r = 0;
 
-    for (size_t i = 0; i < n; i++) {
-        struct keeper *k = keeper_of(nodes[i]);
-        for (size_t j = 0; k && j < count; j++)
-            if (ks[j] == k)
-                k = NULL;
-        if (k)
-            ks[count++] = k;
-    }
-    return keepers_commit(ks, count, err);
+    for (size_t i = 0; r == 0 && i < n; i++)
+        if (keeper_of(nodes[i]))
+            r = keeper_commit(keeper_of(nodes[i]), err);
+    return r;
 }
 
 static int store_flush(struct dirty_store *s, struct node *n)
@@ -251,7 +238,6 @@ void persist_init(struct graph *g)
     p->store = (struct dirty_store){
         .can_add = store_can_add,
         .remove = store_remove,
-        .begin = store_begin,
         .commit = store_commit,
         .flush = store_flush,
         .grow = store_grow,
