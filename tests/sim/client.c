@@ -21,6 +21,7 @@ struct backup {
     bool full, keeps; /* keeps: success moves the bitmap's base */
     bool always;      /* what a failed one has achieved counts */
     char job[24], node[24], path[SIM_PATH];
+    uint64_t from; /* of the instant; that itself is known when the command has returned */
     struct instant instant;
 };
 
@@ -28,10 +29,13 @@ struct client {
     struct history *h;
     struct disk *d;
     char bitmap[16];
-    bool has_chain; /* kept is the base of the bitmap */
+    unsigned number;
+    bool can_persist; /* the disk takes persistent bitmaps */
+    bool has_chain;   /* kept is the base of the bitmap */
     uint32_t *kept;
     uint64_t base_from; /* what was written before is not to be dirty */
     bool in_chunks;     /* what remained of a failed job in mode always is: 64 KiB */
+    bool superset;      /* it came through a power loss, or a kill without a place for segments */
     struct backup backup;
     /* the last one that was reported: */
     char last_path[SIM_PATH];
@@ -40,7 +44,8 @@ struct client {
     unsigned next;
     bool clean;      /* the program was closed well */
     bool had_bitmap; /* at the close, and good */
-    uint64_t lost_needlessly;
+    bool expects;    /* had a good persistent one when last looked at */
+    enum left left;
 };
 
 static void *start(struct history *h, struct disk *d)
@@ -51,7 +56,8 @@ static void *start(struct history *h, struct disk *d)
     c->kept = xcalloc(d->model.n, sizeof *c->kept);
     c->last = xcalloc(d->model.n, sizeof *c->last);
     c->last_has = xcalloc(d->model.n, sizeof *c->last_has);
-    snprintf(c->bitmap, sizeof c->bitmap, "bm%u", d->number);
+    c->number = h->n_clients;
+    snprintf(c->bitmap, sizeof c->bitmap, "bm%u", c->number);
     return c;
 }
 
@@ -98,7 +104,7 @@ static void judge_bitmap(struct client *c, const char *when, bool exact)
         uint64_t first = align_down(i, region);
         bool touched = false;
         for (uint64_t k = first; k < min_u64(first + region, c->d->model.n); k++)
-            touched |= c->d->model.cells[k].last_begun > c->base_from;
+            touched |= c->d->model.cells[k].last_active > c->base_from;
         if (!touched)
             violation(c->h, "%s, %s: '%s' is set at sector %llu, where nobody wrote", c->d->node,
                       when, c->bitmap, (unsigned long long)i);
@@ -163,7 +169,7 @@ static int open_target(struct client *c, struct life *l, const char *path, struc
     snprintf(json, sizeof json,
              "{'driver':'qcow2','node-name':'judged%u','read-only':true,"
              "'file':{'driver':'file','filename':'%s'}}",
-             c->d->number, path);
+             c->number, path);
     return history_open(l, json, ret, &err);
 }
 
@@ -197,7 +203,7 @@ static void take_in(struct client *c, struct node *target)
     if (b->keeps && b->succeeded) {
         c->has_chain = true;
         c->base_from = b->instant.from;
-        c->in_chunks = false;
+        c->in_chunks = c->superset = false;
     }
 }
 
@@ -255,7 +261,7 @@ static struct json_object *actions(struct client *c, const char *bitmap_action, 
             list, history_json("{'type':'block-dirty-bitmap-add','data':{'node':'%s','name':'%s',"
                                "'granularity':%u,'persistent':%s}}",
                                d->node, c->bitmap, 512u << dice_below(&c->h->dice, 8),
-                               d->qcow2 ? "true" : "false"));
+                               c->can_persist ? "true" : "false"));
     if (!strcmp(bitmap_action, "clear"))
         json_object_array_add(list,
                               history_json("{'type':'block-dirty-bitmap-clear','data':{'node':'%s',"
@@ -311,18 +317,18 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
 
     *b = (struct backup){.full = *bitmap_action, .always = !strcmp(mode, "always")};
     b->keeps = b->full || strcmp(mode, "never");
-    snprintf(b->job, sizeof b->job, "job%u-%u", c->d->number, ++c->next);
-    snprintf(b->node, sizeof b->node, "target%u-%u", c->d->number, c->next);
-    snprintf(b->path, sizeof b->path, "/d/backup%u-%u", c->d->number, c->next);
+    snprintf(b->job, sizeof b->job, "job%u-%u", c->number, ++c->next);
+    snprintf(b->node, sizeof b->node, "target%u-%u", c->number, c->next);
+    snprintf(b->path, sizeof b->path, "/d/backup%u-%u", c->number, c->next);
     int r = make_target(c, l, &target, &err);
     if (r == 0) {
         CLEANUP(json_putp)
         struct json_object *list = actions(c, bitmap_action, b->full ? "full" : "bitmap", mode);
-        uint64_t from = model_hold(&c->d->model);
+        b->from = model_hold(&c->d->model);
         b->running = true;
         r = transaction_run(l->g, l->js, list, NULL, &err);
         HEAP_OF_THE_MACHINE();
-        model_instant(&c->d->model, from, &b->instant);
+        model_instant(&c->d->model, b->from, &b->instant);
     }
     if (r < 0) {
         if (!c->h->with_faults)
@@ -373,6 +379,8 @@ static void run(void *self, struct life *l)
             back_up(c, l, bm ? "clear" : "add");
         else
             back_up(c, l, one_in(&c->h->dice, 8) ? "clear" : "");
+        bm = bitmap(c);
+        c->expects = bm && dirty_persistent(bm) && !dirty_inconsistent(bm);
         if (one_in(&c->h->dice, 2))
             forget_last(c);
     }
@@ -380,11 +388,41 @@ static void run(void *self, struct life *l)
 
 /* ---- the ends of lives ---- */
 
+static void made(void *self, struct life *l)
+{
+    struct client *c = self;
+    struct error err = ERROR_INIT;
+    if (!c->d->qcow2 && !settings.persist)
+        return;
+    c->can_persist =
+        transaction_run_one(
+            l->g, l->js, "block-dirty-bitmap-add",
+            history_json("{'node':'%s','name':'try','persistent':true}", c->d->node), &err) == 0;
+    if (c->can_persist &&
+        transaction_run_one(l->g, l->js, "block-dirty-bitmap-remove",
+                            history_json("{'node':'%s','name':'try'}", c->d->node), &err) < 0)
+        violation(c->h, "a bitmap cannot be removed: %s", err.text);
+}
+
+/* Nobody was told of the end of the job that ran: has it moved the bitmap on? Asks the bitmap for
+ * its last job. -1: it does not say. */
+static int last_job_is(struct client *c, const char *job)
+{
+    CLEANUP(json_putp) struct json_object *all = dirty_info(c->d->n);
+    for (size_t i = 0; all && i < json_object_array_length(all); i++) {
+        struct json_object *one = json_object_array_get_idx(all, i);
+        if (!strcmp(json_get_string(one, "name", ""), c->bitmap) &&
+            json_has(one, "x-tidemark-generation"))
+            return !strcmp(json_get_string(one, "x-tidemark-last-job", ""), job);
+    }
+    return -1;
+}
+
 static void quiet(void *self, struct life *l)
 {
     struct client *c = self;
     struct dirty_bitmap *bm = bitmap(c);
-    judge_bitmap(c, "at rest", false);
+    judge_bitmap(c, "at rest", !c->superset && c->h->m.n_faults == l->faults_before);
     c->had_bitmap = bm && dirty_persistent(bm) && !dirty_inconsistent(bm) &&
                     c->h->m.n_faults == l->faults_before;
 }
@@ -392,6 +430,12 @@ static void quiet(void *self, struct life *l)
 static void ended(void *self, enum life_end end, bool power)
 {
     struct client *c = self;
+    if (c->backup.running && !c->backup.instant.held) /* cut inside the command: any time since */
+        model_instant(&c->d->model, c->backup.from, &c->backup.instant);
+    if (power)
+        c->left = LEFT_POWERLESS;
+    else if (c->left == LEFT_CLEAN && end == END_KILLED)
+        c->left = LEFT_KILLED;
     c->clean = end == END_CLEAN;
 }
 
@@ -413,6 +457,24 @@ static void judge_last(struct client *c, struct life *l)
     node_unref(n);
 }
 
+/* How many bitmaps come through what, for the totals. */
+static void count_bitmaps(struct client *c, struct dirty_bitmap *bm)
+{
+    struct bitmaps_counted *n = &c->h->bitmaps[c->left];
+    bool good = bm && !dirty_inconsistent(bm);
+    if (c->expects) {
+        n->before++;
+        n->good += good;
+        if (settings.strict && c->left != LEFT_POWERLESS && !good)
+            violation(c->h, "'%s' of %s is %s after %s", c->bitmap, c->d->node,
+                      bm ? "inconsistent" : "gone",
+                      c->left == LEFT_KILLED ? "a kill" : "a clean close");
+    }
+    c->superset |= c->left == LEFT_POWERLESS || (c->left != LEFT_CLEAN && !c->h->with_runtime);
+    c->expects = good && dirty_persistent(bm);
+    c->left = LEFT_CLEAN;
+}
+
 static void opened(void *self, struct life *l)
 {
     struct client *c = self;
@@ -427,24 +489,38 @@ static void opened(void *self, struct life *l)
             violation(c->h, "the backup %s is lost: %s", b->path, strerror(-r));
         conclude(c, n);
         node_unref(n);
+    } else if (b->running && b->told) {
+        c->has_chain = c->has_chain && !b->always; /* its target has not been kept */
+        end_backup(c);
     } else if (b->running) {
-        /* TODO(persist): ask the generation; until then nobody knows. */
-        c->has_chain = false;
+        int moved = b->keeps ? last_job_is(c, b->job) : 0;
+        struct node *n = NULL;
+        if (moved > 0 && open_target(c, l, b->path, &n) < 0)
+            violation(c->h, "the backup %s moved its bitmap on, and is lost", b->path);
+        b->succeeded = moved > 0;
+        if (b->succeeded)
+            conclude(c, n);
+        else /* who cannot know, or has not kept what mode always counts, starts anew */
+            c->has_chain = c->has_chain && !moved && !b->always && !b->full;
+        if (n)
+            node_unref(n);
         end_backup(c);
     }
     bm = bitmap(c);
+    count_bitmaps(c, bm);
     if (c->clean && c->had_bitmap && (!bm || dirty_inconsistent(bm)))
         violation(c->h, "'%s' of %s was closed well, and is %s", c->bitmap, c->d->node,
                   bm ? "inconsistent" : "gone");
     if (!bm || dirty_inconsistent(bm))
         c->has_chain = false;
-    judge_bitmap(c, "at open", c->clean && c->had_bitmap);
+    judge_bitmap(c, "at open", !c->superset && (settings.strict || (c->clean && c->had_bitmap)));
     c->had_bitmap = c->clean = false;
 }
 
 const struct client_ops backup_client = {
     .name = "backup",
     .start = start,
+    .made = made,
     .opened = opened,
     .run = run,
     .quiet = quiet,

@@ -24,8 +24,9 @@ _Noreturn void violation_at(const char *file, int line, struct history *h, const
     vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
     fflush(stdout);
-    fprintf(stderr, "%s:%d: seed %llu: %s\nrepeat with: tests/sim/sim --seed %llu%s --trace\n",
+    fprintf(stderr, "%s:%d: seed %llu: %s\nrepeat with: tests/sim/sim --seed %llu%s%s%s --trace\n",
             file, line, (unsigned long long)h->seed, text, (unsigned long long)h->seed,
+            settings.persist ? " --persist" : "", settings.strict ? " --strict" : "",
             settings.exhaustive  ? " --exhaustive 1000000"
             : settings.no_faults ? " --no-faults"
                                  : "");
@@ -400,6 +401,12 @@ static void on_event(void *opaque, const char *name, struct json_object *data)
     ALL_CLIENTS(h, event, l, name, data);
 }
 
+static void enough_room(struct history *h)
+{
+    if (h->m.store.free_blocks < INT32_MAX / 2)
+        h->m.store.free_blocks += INT32_MAX;
+}
+
 static void live(struct life *l)
 {
     struct history *h = l->h;
@@ -410,6 +417,8 @@ static void live(struct life *l)
         {
             SCOPE(guest_tasks);
             h->m.faults = l->faults;
+            if (l->free_blocks >= 0)
+                h->m.store.free_blocks = l->free_blocks;
             l->guests_running = h->n_guests;
             for (unsigned i = 0; i < h->n_guests; i++) {
                 guests[i] = (struct guest){
@@ -427,6 +436,7 @@ static void live(struct life *l)
         l->stopping = true;
         (void)!scope_join(&tasks);
     }
+    enough_room(h);
     h->m.faults = (struct faults){.path = ""};
     ALL_CLIENTS(h, quiet, l);
 }
@@ -438,6 +448,8 @@ static int life_main(void *arg)
     l->g = graph_new();
     dirty_init(l->g);
     persist_init(l->g);
+    if (h->with_runtime)
+        persist_set_runtime(l->g, "/run/tidemark");
     copy_register_drivers(l->g);
     l->js = jobs_new(l->g);
     jobs_set_listener(l->js, on_event, l);
@@ -491,6 +503,7 @@ static void between(struct history *h, enum life_end end, bool faulty)
         one_in(&h->dice, end == END_CLEAN ? 4 : 2) || (settings.exhaustive && end == END_KILLED);
     h->life = NULL;
     h->m.faults = (struct faults){.path = ""};
+    enough_room(h);
     for (unsigned i = 0; i < h->n_disks; i++) {
         /* Who opened a file again after a failed sync would find in the page cache, clean, what the
          * disk never got, and nobody could tell: so then the machine goes down. */
@@ -514,6 +527,8 @@ static void between(struct history *h, enum life_end end, bool faulty)
     }
     ALL_CLIENTS(h, ended, end, power);
     machine_pass_time(&h->m, dice_below(&h->dice, 10) * NSEC_PER_SEC / 4);
+    if (one_in(&h->dice, 20)) /* somebody sets the clock */
+        machine_set_wall(&h->m, (int64_t)dice_below(&h->dice, 20000000) - 10000000);
 }
 
 static void draw_disk(struct history *h, unsigned number)
@@ -580,6 +595,9 @@ static void one_life(struct history *h, unsigned number)
     if (number == 1 && settings.kill_at)
         kill_at = settings.kill_at;
     l.faults = number ? draw_faults(h) : (struct faults){.path = ""};
+    l.free_blocks = -1;
+    if (h->with_faults && number && one_in(&h->dice, 4))
+        l.free_blocks = (int64_t)dice_below(&h->dice, 200);
     machine_note(&h->m, "life %u, killed at %llu; faults %u %u %u %u", number,
                  (unsigned long long)kill_at, l.faults.read, l.faults.write, l.faults.sync,
                  l.faults.space);
@@ -606,12 +624,16 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     h->lives = 1 + (unsigned)dice_below(&h->dice, 5);
     h->m.slow = (unsigned)dice_below(&h->dice, 20000);
     draw_mood(h);
+    h->with_runtime = !one_in(&h->dice, 6);
     for (unsigned i = 0; i < h->n_disks; i++) {
         draw_disk(h, i);
         struct disk *d = &h->disks[i];
-        h->clients[h->n_clients].ops = &backup_client;
-        h->clients[h->n_clients].disk = d;
-        h->clients[h->n_clients++].self = backup_client.start(h, d);
+        for (unsigned k = one_in(&h->dice, 3) ? 2 : 1; k; k--) {
+            h->clients[h->n_clients].ops = &backup_client;
+            h->clients[h->n_clients].disk = d;
+            h->clients[h->n_clients].self = backup_client.start(h, d);
+            h->n_clients++;
+        }
     }
     if (settings.exhaustive) {
         h->lives = 1;
@@ -624,7 +646,7 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     /* one more, in which nothing goes wrong: what is left is judged */
     h->n_guests = 0;
     h->with_faults = false;
-    struct life last = {.h = h, .number = h->lives + 1};
+    struct life last = {.h = h, .number = h->lives + 1, .free_blocks = -1};
     int r = machine_live(&h->m, 0, life_main, &last);
     if (r < 0)
         violation(h, "the program ended with %s", strerror(-r));
@@ -639,6 +661,10 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     totals->flushes += h->flushes;
     totals->jobs += h->jobs;
     totals->kills += h->kills;
+    for (int i = 0; i < LEFTS; i++) {
+        totals->bitmaps[i].before += h->bitmaps[i].before;
+        totals->bitmaps[i].good += h->bitmaps[i].good;
+    }
     totals->glimpses += h->glimpses;
     totals->power_losses += h->power_losses;
     totals->m.events += h->m.events;

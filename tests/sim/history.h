@@ -25,6 +25,7 @@ struct life;
 struct disk;
 
 enum life_end { END_CLEAN, END_KILLED };
+enum left { LEFT_CLEAN, LEFT_FAILING, LEFT_KILLED, LEFT_POWERLESS, LEFTS };
 
 struct client_ops {
     const char *name;
@@ -57,12 +58,7 @@ struct disk {
     bool made;        /* and durable */
     bool sync_failed; /* in this life: a flush must not succeed any more */
     uint64_t sync_failed_at;
-    enum {
-        LEFT_CLEAN,
-        LEFT_FAILING,
-        LEFT_KILLED,
-        LEFT_POWERLESS
-    } left; /* how the last life left it */
+    enum left left; /* how the last life left it */
     /* in a life */
     struct node *n;
     struct edge *edge;
@@ -81,12 +77,16 @@ struct history {
         struct disk *disk;
     } clients[MAX_CLIENTS];
     unsigned n_clients;
-    bool with_faults; /* I/O errors may have made anything fail */
+    bool with_faults;  /* I/O errors may have made anything fail */
+    bool with_runtime; /* there is a directory for run segments */
     uint32_t next_stamp;
     struct { /* of guests: how they are in this history; of 100 each */
         unsigned discards, zeroes, flushes, fua, hot;
     } mood;
-    struct life *life; /* that runs; NULL: between */
+    struct life *life;       /* that runs; NULL: between */
+    struct bitmaps_counted { /* persistent ones, by how the last life was left */
+        uint64_t before, good;
+    } bitmaps[LEFTS];
     uint64_t last_life_events;
     uint64_t writes, flushes, jobs, kills, power_losses, glimpses;
 };
@@ -99,11 +99,14 @@ struct life {
     unsigned guests_running;
     bool stopping;          /* clients end */
     struct faults faults;   /* once all is open and judged */
+    int64_t free_blocks;    /* so are they; negative: enough */
     uint64_t faults_before; /* m.n_faults, when it began */
 };
 
 struct settings {
     bool tracing, no_faults;
+    bool persist;         /* persistent bitmaps on raw images, too */
+    bool strict;          /* a kill must not cost a bitmap */
     const char *qemu_img; /* a directory: images are dumped there and checked by qemu-img */
     unsigned qemu_img_every;
     uint64_t kill_at;           /* of life 1, by event; 0: drawn */

@@ -64,7 +64,7 @@ uint64_t model_begin(struct model *m, uint64_t first, uint64_t n, uint32_t stamp
         assert(cell->n < MODEL_WRITES);
         cell->writes[cell->n++] =
             (struct write_known){.stamp = stamp, .begun = begun, .ended = MODEL_NEVER};
-        cell->last_begun = begun;
+        cell->last_active = begun;
         if (!cell->unsettled) {
             cell->unsettled = true;
             m->row[m->n_row++] = (uint32_t)i;
@@ -78,6 +78,7 @@ void model_end(struct model *m, uint64_t first, uint64_t n, uint64_t begun, bool
     uint64_t ended = model_now(m);
     for (uint64_t i = first; i < first + n; i++) {
         struct cell *cell = &m->cells[i];
+        cell->last_active = ended;
         for (unsigned k = 0; k < cell->n; k++)
             if (cell->writes[k].begun == begun) {
                 cell->writes[k].ended = ended;
@@ -129,7 +130,7 @@ void model_cut(struct model *m)
         struct cell *cell = &m->cells[m->row[r]];
         for (unsigned k = 0; k < cell->n; k++)
             if (cell->writes[k].ended == MODEL_NEVER)
-                cell->writes[k].ended = now;
+                cell->writes[k].ended = cell->last_active = now;
     }
 }
 
@@ -205,7 +206,7 @@ void model_instant(struct model *m, uint64_t from, struct instant *ret)
                 ret->held[i].stamps[ret->held[i].n++] = cell->writes[c].stamp;
         }
     }
-    if (!--m->holders)
+    if (m->holders && !--m->holders)
         m->keep_from = MODEL_NEVER;
 }
 

@@ -25,8 +25,8 @@ struct write_known {
 
 struct cell {
     uint8_t n;
-    bool unsettled; /* is in the row: more than one write, or one that is not durable */
-    uint64_t last_begun;
+    bool unsettled;       /* is in the row: more than one write, or one that is not durable */
+    uint64_t last_active; /* when the last write began or ended */
     struct write_known writes[MODEL_WRITES];
 };
 

@@ -1,6 +1,7 @@
 /* sim: histories of the real program on a simulated machine (history.h).
  *
- * usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--twice] [--quiet]
+ * usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--persist] [--strict] [--twice]
+ * [--quiet]
  *            [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]
  *
  *     --seed N       the first seed (1)
@@ -8,6 +9,8 @@
  *     --trace        each event, as a line
  *     --twice        each one twice: the hash of its trace must be the same
  *     --no-faults    no I/O errors
+ *     --persist      persistent bitmaps on raw images, too
+ *     --strict       a bitmap must come through a kill
  *     --kill-at E    the first life after the images are made dies at its event E
  *     --exhaustive N each history small, its one life killed at each of its events, and then all
  * that a power loss can leave, one after the other; at most N of each event
@@ -21,8 +24,10 @@
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--twice] [--quiet]"
-                    " [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]\n");
+    fprintf(
+        stderr,
+        "usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--strict] [--twice] [--quiet]"
+        " [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]\n");
     return 2;
 }
 
@@ -68,6 +73,10 @@ int main(int argc, char **argv)
             settings.tracing = true;
         else if (!strcmp(argv[i], "--no-faults"))
             settings.no_faults = true;
+        else if (!strcmp(argv[i], "--persist"))
+            settings.persist = true;
+        else if (!strcmp(argv[i], "--strict"))
+            settings.strict = true;
         else if (!strcmp(argv[i], "--twice"))
             twice = true;
         else if (!strcmp(argv[i], "--quiet"))
@@ -120,5 +129,10 @@ int main(int argc, char **argv)
                (unsigned long long)totals.flushes, (unsigned long long)totals.jobs,
                (unsigned long long)totals.kills, (unsigned long long)totals.power_losses,
                (unsigned long long)totals.glimpses, (unsigned long long)totals.m.n_faults);
+    static const char *const lefts[] = {"clean closes", "failing closes", "kills", "power losses"};
+    for (int i = 0; i < LEFTS && !quiet; i++)
+        printf("persistent bitmaps good after %s: %llu of %llu\n", lefts[i],
+               (unsigned long long)totals.bitmaps[i].good,
+               (unsigned long long)totals.bitmaps[i].before);
     return 0;
 }

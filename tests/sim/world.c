@@ -216,6 +216,7 @@ static void to_stat(struct inode *i, struct stat *st)
         .st_dev = makedev(x.stx_dev_major, x.stx_dev_minor),
         .st_ino = x.stx_ino,
         .st_mode = x.stx_mode,
+        .st_uid = geteuid(),
         .st_nlink = x.stx_nlink,
         .st_size = (off_t)x.stx_size,
         .st_blksize = SIM_BLOCK,
@@ -231,7 +232,8 @@ static int64_t do_statx(struct machine *m, struct operation *o)
     struct inode *i = o->file ? o->file->inode : store_find(&m->store, o->path);
     struct dir *d = i ? NULL : store_dir(&m->store, o->path);
     if (d && o->op.kind == IO_STAT)
-        *(struct stat *)o->op.ret = (struct stat){.st_mode = S_IFDIR | 0700, .st_ino = 2};
+        *(struct stat *)o->op.ret =
+            (struct stat){.st_mode = S_IFDIR | 0700, .st_ino = 2, .st_uid = geteuid()};
     else if (d)
         *(struct statx *)o->op.ret = (struct statx){.stx_mode = S_IFDIR | 0700, .stx_ino = 2};
     else if (!i)
