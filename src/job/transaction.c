@@ -281,8 +281,6 @@ static void job_action_abort(struct action *a)
 static void job_action_clean(struct action *a)
 {
     let_go(a);
-    if (a->job)
-        job_unref(a->job);
 }
 
 static int compare_prepare(struct action *a, struct error *err)
@@ -597,6 +595,16 @@ static int run_locked(struct transaction *t, struct error *err)
     return r;
 }
 
+/* The bitmaps have not got the base that the jobs count on, and who asked gets an error. */
+static void end_jobs(struct transaction *t)
+{
+    struct action *a;
+    TAILQ_FOREACH (a, &t->actions, link) {
+        if (a->job)
+            job_cancel_and_wait(a->job);
+    }
+}
+
 static int run(struct transaction *t, struct error *err)
 {
     SHIELD();
@@ -606,8 +614,11 @@ static int run(struct transaction *t, struct error *err)
     int r = run_locked(t, err);
     graph_quiesce_end(t->graph, t->nodes, t->node_count);
     graph_unlock(t->graph);
-    if (r == 0)
+    if (r == 0) {
         r = dirty_settle(t->nodes, t->node_count, err);
+        if (r < 0)
+            end_jobs(t);
+    }
     for (size_t i = 0; i < t->node_count; i++)
         node_unref(t->nodes[i]);
     return r;
@@ -624,6 +635,8 @@ static void transaction_fini(struct transaction *t)
     struct action *a;
     while ((a = TAILQ_FIRST(&t->actions))) {
         TAILQ_REMOVE(&t->actions, a, link);
+        if (a->job)
+            job_unref(a->job);
         free(a);
     }
     free(t->nodes);

@@ -559,6 +559,43 @@ JOB_TEST(the_create_job_makes_an_image_and_stays)
     CHECK(unlink(path) == 0 && rmdir(dir) == 0);
 }
 
+/* ---- where the bitmaps are kept ---- */
+
+static struct {
+    struct dirty_store store;
+    unsigned calls, bad; /* the call that fails, from 1 */
+} keeper;
+
+static int keeper_commit(struct dirty_store *st, struct node *const *nodes, size_t count,
+                         struct error *err)
+{
+    return ++keeper.calls == keeper.bad ? error_set(err, EIO, "the keeper is full") : 0;
+}
+
+/* The transaction's own commit fails, or the one that gives the bitmap its base. */
+JOB_TEST(what_cannot_be_kept_has_not_happened)
+{
+    n = disk(g, "s", 4 * MiB, 0);
+    disk(g, "t", 4 * MiB, 0);
+    run_ok(g, parse("[" ADD("b") "]"));
+    mark("b", 5);
+    keeper.store.commit = keeper_commit;
+    dirty_set_store(g, &keeper.store);
+    for (keeper.bad = 1; keeper.bad <= 2; keeper.bad++) {
+        keeper.calls = 0;
+        run_fails(g, "the keeper is full",
+                  parse("[" ON("clear",
+                               "b") ","
+                                    "{'type':'blockdev-backup','data':{'device':'s','target':'t',"
+                                    "'sync':'full','job-id':'j'}}]"));
+        CHECK(keeper.calls > keeper.bad); /* what holds was said again */
+        CLEANUP(json_putp) struct json_object *jobs = jobs_query(js);
+        CHECK(json_object_array_length(jobs) == 0);
+        CHECK(bitmap_get(dirty_bits(dirty_find(n, "b")), 5) && !dirty_busy(dirty_find(n, "b")));
+    }
+    dirty_set_store(g, NULL);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(single_commands_are_transactions_of_one),
     cmocka_unit_test(each_action_sees_those_before_it),
@@ -571,6 +608,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_backup_that_cannot_be_prepared_undoes_those_before_it),
     cmocka_unit_test(a_group_ends_together),
     cmocka_unit_test(drive_backup_makes_its_target),
+    cmocka_unit_test(what_cannot_be_kept_has_not_happened),
     cmocka_unit_test(the_create_job_makes_an_image_and_stays),
 };
 
