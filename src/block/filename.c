@@ -100,6 +100,18 @@ void json_unflatten(struct json_object *obj)
     } while (again);
 }
 
+/* An image's header does not say which files are written for it. */
+static bool has_ours(struct json_object *obj)
+{
+    json_object_object_foreach(obj, key, value)
+    {
+        if (!strcmp(key, "x-tidemark-persist") ||
+            (json_object_is_type(value, json_type_object) && has_ours(value)))
+            return true;
+    }
+    return false;
+}
+
 /* "a.a.a..." from an image's header must not become a tree of any depth. */
 static bool too_deep(struct json_object *obj)
 {
@@ -146,6 +158,10 @@ int json_filename_parse(const char *filename, struct json_object **ret, struct e
                          JSON_DOTS_MAX);
     }
     json_unflatten(obj);
+    if (has_ours(obj)) {
+        json_object_put(obj);
+        return error_set(err, EINVAL, "'x-tidemark-persist' cannot be a part of a file name");
+    }
     *ret = obj;
     return 0;
 }

@@ -69,9 +69,9 @@ static int check_generic_options(const struct generic_options *o, struct error *
     return 0;
 }
 
-static const char *const generic_names[] = {"driver",        "node-name",      "cache",
-                                            "read-only",     "auto-read-only", "force-share",
-                                            "detect-zeroes", "discard",        NULL};
+static const char *const generic_names[] = {
+    "driver",      "node-name",     "cache",   "read-only",          "auto-read-only",
+    "force-share", "detect-zeroes", "discard", "x-tidemark-persist", NULL};
 
 static bool is_listed(const char *const *names, const char *name)
 {

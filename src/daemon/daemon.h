@@ -10,8 +10,9 @@ struct daemon {
     struct exports *exports;
     struct qmp *qmp;
     struct chardevs *chardevs;
-    struct scope monitors; /* connections */
-    char *pidfile;         /* resolved; NULL: none */
+    struct scope monitors;       /* connections */
+    char *pidfile;               /* resolved; NULL: none */
+    struct json_object *persist; /* x-tidemark-persist of images given by name; NULL: defaults */
 };
 
 /* ---- options.c ---- */

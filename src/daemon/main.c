@@ -86,6 +86,7 @@ static void end_everything(struct daemon *d)
     jobs_free(d->jobs);
     graph_free(d->graph);
     pidfile_remove(d->pidfile);
+    json_object_put(d->persist);
 }
 
 static int start(struct start *s, bool *exit, struct error *err)

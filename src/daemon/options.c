@@ -20,6 +20,7 @@ enum {
     OPTION_OBJECT,
     OPTION_PIDFILE,
     OPTION_TRACE,
+    OPTION_PERSIST,
 };
 
 static const struct option long_options[] = {
@@ -34,6 +35,7 @@ static const struct option long_options[] = {
     {"pidfile", required_argument, NULL, OPTION_PIDFILE},
     {"trace", required_argument, NULL, OPTION_TRACE},
     {"version", no_argument, NULL, 'V'},
+    {"x-tidemark-persist", required_argument, NULL, OPTION_PERSIST},
     {0},
 };
 
@@ -64,6 +66,8 @@ static const char help_text[] =
     "                         make an object that other options refer to\n"
     "  --pidfile PATH         write the process ID there once everything is started\n"
     "  --daemonize            go to the background once everything is started\n"
+    "  --x-tidemark-persist [level=]off|process|power[,KEY=VALUE...]\n"
+    "                         how bitmaps of the IMAGEs are kept: see the manual\n"
     "  -h, --help             show this and exit\n"
     "  -V, --version          show the version and exit\n";
 
@@ -149,6 +153,23 @@ static int add_monitor(struct daemon *d, const char *text, struct error *err)
                            json_get_bool(args, "pretty", false) ? MONITOR_PRETTY : 0, err);
 }
 
+/* For images that are given by their names. */
+static int set_persist(struct daemon *d, const char *text, struct error *err)
+{
+    CLEANUP(json_putp) struct json_object *raw = NULL;
+    struct json_object *args = NULL;
+    enum schema_source source;
+
+    int r = parse_argument(text, "level", &raw, &source, err);
+    if (r >= 0)
+        r = schema_check(&schema_XTidemarkPersistOptions, raw, source, &args, err);
+    if (r < 0)
+        return r;
+    json_object_put(d->persist);
+    d->persist = args;
+    return 0;
+}
+
 static int apply(struct daemon *d, int option, const char *text, bool *exit, struct error *err)
 {
     switch (option) {
@@ -173,6 +194,8 @@ static int apply(struct daemon *d, int option, const char *text, bool *exit, str
     }
     case OPTION_MONITOR:
         return add_monitor(d, text, err);
+    case OPTION_PERSIST:
+        return set_persist(d, text, err);
     case 1:
         if (!strcmp(text, "-"))
             return error_set(err, EINVAL, "Unexpected argument");

@@ -71,6 +71,8 @@ static int serve_one(struct daemon *d, const char *path, const char *nbd_socket,
     choose_name(d->graph, path, name);
     json_add_string(extra, "node-name", name);
     json_add_string(extra, "discard", "unmap");
+    if (d->persist)
+        json_add(extra, "x-tidemark-persist", json_copy(d->persist));
     int r = graph_open_filename(d->graph, path, NULL, extra, false, &n, err);
     if (r < 0)
         return r;

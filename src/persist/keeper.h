@@ -23,12 +23,20 @@
 
 struct keeper;
 
+/* Bitmaps of an image that cannot tell whether others have written it (witness.h): */
+enum no_witness {
+    NO_WITNESS_BELIEVE,
+    NO_WITNESS_REFUSE,   /* the image is not opened */
+    NO_WITNESS_DISTRUST, /* they are inconsistent */
+};
+
 struct keeper_options {
     char *path;          /* of the tide file; owned by who fills it in */
     const char *runtime; /* directory for segments; NULL: none, a kill is like a power loss */
     enum tide_level level;
     unsigned region_bits;
     unsigned slots;
+    enum no_witness no_witness;
 };
 
 /* What open has found, for queries. */

@@ -11,6 +11,7 @@
 #include "dirty/dirty.h"
 #include "persist/image.h"
 #include "persist/keeper.h"
+#include "persist/options.h"
 #include "rt/io.h"
 
 struct persist {
@@ -24,9 +25,8 @@ struct persist_node {
     struct write_observer observer;
     struct image *image;   /* NULL: not qcow2 */
     struct keeper *keeper; /* NULL: no tide file */
+    char *why_none;        /* there is no place for one; NULL: there is, or none is wanted */
 };
-
-enum { REGION_BITS = 24, SLOTS = 1024 };
 
 static const char graph_key[1], node_key[1];
 
@@ -77,40 +77,38 @@ static void observer_resized(struct write_observer *o, uint64_t from, uint64_t t
 
 /* ---- opening and closing ---- */
 
-/* The file that has the node's data, as the tide file is named after it; NULL: none. */
-static int tide_path(const struct node *n, char **ret)
+static bool is_kept(const struct node *n)
 {
-    const char *name = node_driver_name(n);
-    CLEANUP(memory_freep) char *path = NULL;
+    static const char *const drivers[] = {"raw", "file", "host_device"};
 
-    *ret = NULL;
-    if (strcmp(name, "raw") == 0) {
-        struct edge *e = node_primary(n);
-        n = e ? e->node : NULL;
-    }
-    if (!n || strcmp(node_driver_name(n), "file") || !*n->filename)
+    for (size_t i = 0; i < ARRAY_SIZE(drivers); i++)
+        if (!strcmp(node_driver_name(n), drivers[i]))
+            return true;
+    return false;
+}
+
+/* Options that would do nothing are refused. */
+static int check_not_kept(const struct node *n, struct error *err)
+{
+    if (!json_has(n->options, "x-tidemark-persist"))
         return 0;
-    int r = io_realpath(n->filename, &path);
-    if (r == 0)
-        *ret = xasprintf("%s.tide", path);
-    return r;
+    return error_set(err, EINVAL,
+                     "Node '%s' with driver '%s' does not support the option 'x-tidemark-persist'",
+                     node_name(n), node_driver_name(n));
 }
 
 static int open_keeper(struct persist *p, struct persist_node *pn, struct node *n,
                        struct error *err)
 {
-    CLEANUP(memory_freep) char *path = NULL;
+    CLEANUP(place_fini) struct place place = {0};
+    struct keeper_options o = {.runtime = p->runtime};
 
-    int r = tide_path(n, &path);
-    if (r < 0 || !path)
-        return 0;
-    struct keeper_options o = {
-        .path = path,
-        .runtime = p->runtime,
-        .level = TIDE_POWER,
-        .region_bits = REGION_BITS,
-        .slots = SLOTS,
-    };
+    int r = is_kept(n) ? persist_options_read(n, &o, &place, err) : check_not_kept(n, err);
+    if (r < 0 || place.off || !place.tide) {
+        pn->why_none = steal(place.why_none);
+        return r;
+    }
+    o.path = place.tide;
     r = keeper_open(n, &o, &pn->keeper, err);
     if (r < 0)
         return r;
@@ -125,14 +123,27 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct node *
     return 0;
 }
 
+static void free_node(struct persist_node *pn)
+{
+    free(pn->why_none);
+    free(pn);
+}
+
 static int hook_opened(struct graph_hook *h, struct node *n, struct error *err)
 {
     struct persist *p = container_of(h, struct persist, hook);
     struct persist_node *pn = xnew(struct persist_node);
 
-    int r = node_is_qcow2(n) ? image_open(n, &pn->image, err) : open_keeper(p, pn, n, err);
-    if (r < 0 || (!pn->image && !pn->keeper)) {
-        free(pn);
+    int r;
+    if (node_is_qcow2(n)) {
+        r = check_not_kept(n, err);
+        if (r == 0)
+            r = image_open(n, &pn->image, err);
+    } else {
+        r = open_keeper(p, pn, n, err);
+    }
+    if (r < 0 || (!pn->image && !pn->keeper && !pn->why_none)) {
+        free_node(pn);
         return r;
     }
     node_set_data(n, node_key, pn);
@@ -152,7 +163,7 @@ static void hook_closing(struct graph_hook *h, struct node *n)
         keeper_close(pn->keeper);
     }
     node_set_data(n, node_key, NULL);
-    free(pn);
+    free_node(pn);
 }
 
 static int hook_reopening(struct graph_hook *h, struct node *n, bool to_read_only,
@@ -184,6 +195,9 @@ static int store_can_add(struct dirty_store *s, struct node *n, const char *name
 
     if (pn && pn->image)
         return image_can_add(pn->image, name, granularity_bytes, err);
+    if (pn && pn->why_none)
+        return error_set(err, ENOTSUP, "Can't store persistent bitmaps to %s: %s", node_name(n),
+                         pn->why_none);
     if (!pn)
         return error_set_errno(err, ENOTSUP, "Can't store persistent bitmaps to %s", node_name(n));
     return keeper_can_add(pn->keeper, name, granularity_bytes, err);

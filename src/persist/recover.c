@@ -94,6 +94,17 @@ static int weigh(struct keeper *k, struct found *f, struct error *err)
         decide(k, RECOVERY_NONE, why);
         return 0;
     }
+    if (v == WITNESS_UNKNOWN && s->table.n && k->options.no_witness == NO_WITNESS_REFUSE)
+        return error_set(err, EPERM,
+                         "nothing tells whether others have written the image of node '%s' since "
+                         "'%s' was: 'no-witness' must say whether to 'believe' or 'distrust' its "
+                         "bitmaps",
+                         node_name(k->node), k->options.path);
+    if (v == WITNESS_UNKNOWN && k->options.no_witness == NO_WITNESS_DISTRUST) {
+        decide(k, RECOVERY_NONE,
+               "nothing tells whether others have written the image ('no-witness' is 'distrust')");
+        return 0;
+    }
     if (!s->in_use) {
         decide(k, RECOVERY_CLEAN, "");
         return 0;

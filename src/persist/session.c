@@ -31,7 +31,7 @@ int keeper_descriptor(const struct keeper *k)
 {
     const struct node *n = k->node;
 
-    while (n && strcmp(node_driver_name(n), "file")) {
+    while (n && strcmp(node_driver_name(n), "file") && strcmp(node_driver_name(n), "host_device")) {
         struct edge *e = node_primary(n);
         n = e ? e->node : NULL;
     }
@@ -231,8 +231,14 @@ static int open_again(struct keeper *k, struct error *err)
     if (r < 0)
         return r;
     const struct super *is = tide_super(t);
-    same = tide_id_equal(&was->uuid, &is->uuid) && was->sequence == is->sequence &&
-           keeper_ask_witness(k, is, why, sizeof why) != WITNESS_CHANGED;
+    same = tide_id_equal(&was->uuid, &is->uuid) && was->sequence == is->sequence;
+    if (same) {
+        enum witness_verdict v = keeper_ask_witness(k, is, why, sizeof why);
+        same = v == WITNESS_SAME ||
+               (v == WITNESS_UNKNOWN && k->options.no_witness == NO_WITNESS_BELIEVE);
+        if (v == WITNESS_UNKNOWN)
+            snprintf(why, sizeof why, "nothing tells whether others have written the image");
+    }
     tide_close(k->tide);
     k->tide = steal(t);
     if (same)

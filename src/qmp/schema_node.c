@@ -137,11 +137,21 @@ static SCHEMA_OBJECT(BlockdevOptionsThrottle, REQ("throttle-group", str), REQ("f
 
 static SCHEMA_OBJECT(BlockdevOptionsGenericFormat, REQ("file", BlockdevRef));
 
+/* Ours: how bitmaps are kept (persist/options.h). */
+static SCHEMA_ENUM(XTidemarkPersistLevel, VALUE("off"), VALUE("process"), VALUE("power"));
+static SCHEMA_ENUM(XTidemarkNoWitness, VALUE("believe"), VALUE("refuse"), VALUE("distrust"));
+
+SCHEMA_OBJECT(XTidemarkPersistOptions, OPT("level", XTidemarkPersistLevel),
+              OPT("region-size", size), OPT("budget", size), OPT("tide-file", str),
+              OPT("state-directory", str), OPT("runtime-directory", str),
+              OPT("no-witness", XTidemarkNoWitness));
+
 SCHEMA_UNION(BlockdevOptions, "driver",
              MEMBERS(REQ("driver", BlockdevDriver), OPT("node-name", str),
                      OPT("discard", BlockdevDiscardOptions), OPT("cache", BlockdevCacheOptions),
                      OPT("read-only", bool), OPT("auto-read-only", bool), OPT("force-share", bool),
-                     OPT("detect-zeroes", BlockdevDetectZeroesOptions)),
+                     OPT("detect-zeroes", BlockdevDetectZeroesOptions),
+                     OPT("x-tidemark-persist", XTidemarkPersistOptions)),
              BRANCHES(BRANCH("blkdebug", BlockdevOptionsBlkdebug),
                       BRANCH("copy-before-write", BlockdevOptionsCbw),
                       BRANCH("file", BlockdevOptionsFile), BRANCH("null-co", BlockdevOptionsNull),

@@ -39,6 +39,7 @@ SCHEMA_DECLARE(BlockdevDriver);
 SCHEMA_DECLARE(BlockResizeArg);
 SCHEMA_DECLARE(BlockdevOptions);
 SCHEMA_DECLARE(BlockdevReopenArg);
+SCHEMA_DECLARE(XTidemarkPersistOptions);
 SCHEMA_DECLARE(BlockdevDelArg);
 SCHEMA_DECLARE(BlockdevCreateArg);
 

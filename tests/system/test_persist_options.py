@@ -1,0 +1,212 @@
+"""x-tidemark-persist: at which level bitmaps are kept, with which sizes, and where."""
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from tidemark_testlib import QMP, Daemon, QMPError, connect, nbd_uri, run_to_exit
+
+KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+
+
+@pytest.fixture
+def image(tmp):
+    with open(tmp / "a.raw", "wb") as f:
+        f.truncate(256 * MiB)
+    return tmp / "a.raw"
+
+
+@pytest.fixture
+def start(tmp, tidemarkd):
+    """start(IMAGE, OPTIONS) -> a daemon that has it as node "a"."""
+    running = []
+
+    def daemon(image, persist=None, driver="file"):
+        (tmp / "nbd.sock").unlink(missing_ok=True)
+        node = {"driver": "raw", "node-name": "a",
+                "file": {"driver": driver, "filename": str(image), "node-name": "af"}}
+        if persist is not None:
+            node["x-tidemark-persist"] = {"runtime-directory": str(tmp / "run"), **persist}
+        running.append(Daemon("--nbd-server", f"addr.type=unix,addr.path={tmp}/nbd.sock",
+                              binary=tidemarkd, directory=tmp))
+        try:
+            running[-1].qmp.execute("blockdev-add", **node)
+        except QMPError:
+            running[-1].kill()
+            raise
+        return running[-1]
+
+    yield daemon
+    for d in running:
+        d.kill()
+
+
+def write(daemon, tmp, *offsets):
+    daemon.qmp.execute("block-export-add", **{"type": "nbd", "id": "e", "node-name": "a",
+                                              "writable": True})
+    nbd = connect(nbd_uri(tmp / "nbd.sock", "a"))
+    for offset in offsets:
+        nbd.pwrite(b"1" * 512, offset)
+    nbd.shutdown()
+    daemon.qmp.execute("block-export-del", id="e", mode="hard")
+    daemon.qmp.wait_event("BLOCK_EXPORT_DELETED")
+
+
+def node(daemon):
+    return next(n for n in daemon.qmp.execute("query-named-block-nodes") if n["node-name"] == "a")
+
+
+def bitmap(daemon):
+    return node(daemon)["dirty-bitmaps"][0]
+
+
+def add(daemon):
+    daemon.qmp.execute("block-dirty-bitmap-add", node="a", name="x", persistent=True)
+
+
+@pytest.mark.parametrize("level, lost, expected", [
+    ("process", False, "exact"), ("process", True, "none"),
+    ("power", False, "exact"), ("power", True, "superset")])
+def test_what_a_level_promises(tmp, image, start, level, lost, expected):
+    """Killed; and with the run segments gone, as after a power loss."""
+    daemon = start(image, {"level": level, "region-size": 2 * MiB, "budget": 64 * MiB})
+    add(daemon)
+    write(daemon, tmp, 0, 100 * MiB)
+    daemon.kill()
+    if lost:
+        shutil.rmtree(tmp / "run")
+    daemon = start(image, {"level": level})
+    assert node(daemon)["x-tidemark-recovery"]["state"] == expected
+    if expected == "none":
+        assert bitmap(daemon)["inconsistent"]
+    else:
+        assert bitmap(daemon)["count"] == (4 * MiB if lost else 128 * KiB)
+    daemon.stop()
+
+
+def test_level_process_writes_its_tide_file_twice(tmp, image, start):
+    """Before the first change and at the close; meanwhile the file on disk stays as it is."""
+    daemon = start(image, {"level": "process"})
+    add(daemon)
+    write(daemon, tmp, 0)
+    before = (tmp / "a.raw.tide").read_bytes()
+    write(daemon, tmp, *range(MiB, 200 * MiB, 7 * MiB))
+    assert (tmp / "a.raw.tide").read_bytes() == before
+    count = bitmap(daemon)["count"]
+    daemon.stop()
+    daemon = start(image, {"level": "power"})  # the levels read each other's
+    assert node(daemon)["x-tidemark-recovery"]["state"] == "clean"
+    assert bitmap(daemon)["count"] == count
+    write(daemon, tmp, 0, 255 * MiB)
+    daemon.kill()
+    shutil.rmtree(tmp / "run")
+    daemon = start(image, {"level": "process"})
+    assert node(daemon)["x-tidemark-recovery"]["state"] == "superset"
+    assert bitmap(daemon)["count"] >= count + 64 * KiB
+    daemon.stop()
+
+
+def test_level_off(tmp, image, start):
+    daemon = start(image, {"level": "off"})
+    with pytest.raises(QMPError, match="Can't store persistent bitmaps to a"):
+        add(daemon)
+    daemon.stop()
+    daemon = start(image)
+    add(daemon)
+    daemon.stop()
+    with pytest.raises(QMPError, match="a.raw.tide' has bitmaps of this image, and level 'off'"):
+        start(image, {"level": "off"})
+
+
+@pytest.mark.parametrize("where", ["tide-file", "state-directory"])
+def test_the_tide_file_is_elsewhere(tmp, image, start, where):
+    os.mkdir(tmp / "state")
+    place = str(tmp / "state" / "a b.tide") if where == "tide-file" else str(tmp / "state")
+    daemon = start(image, {where: place})
+    add(daemon)
+    write(daemon, tmp, 0)
+    daemon.kill()
+    assert not (tmp / "a.raw.tide").exists() and len(os.listdir(tmp / "state")) == 1
+    link = tmp / "link"
+    link.symlink_to(image)
+    daemon = start(link, {where: place})
+    assert bitmap(daemon)["count"] == 64 * KiB
+    daemon.stop()
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"level": "hard"}, "Parameter 'level' does not accept value 'hard'"),
+    ({"regionsize": 1}, "Parameter 'x-tidemark-persist.regionsize' is unexpected"),
+    ({"region-size": 3 * MiB},
+     "Parameter 'region-size' is 3145728, not a power of two from 1048576 on"),
+    ({"region-size": 4096}, "Parameter 'region-size' is 4096, not a power of two"),
+    ({"budget": 0}, "Parameter 'budget' is 0, which is 0 regions of 16777216 bytes, not 4..55440"),
+    ({"tide-file": "/x/y", "state-directory": "/x"},
+     "Parameters 'tide-file' and 'state-directory' cannot be used together"),
+    ({"tide-file": ""}, "Parameter 'tide-file' is empty"),
+    ({"state-directory": "/nowhere"}, "directory '/nowhere/': No such file or directory"),
+    ({"state-directory": "/dev/shm"}, "is on tmpfs, which is gone with the power: level 'power'"),
+    ({"no-witness": "maybe"}, "Parameter 'no-witness' does not accept value 'maybe'"),
+])
+def test_refused(image, start, options, text):
+    with pytest.raises(QMPError) as e:
+        start(image, options)
+    assert text in str(e.value)
+
+
+def test_tmpfs_is_good_enough_for_level_process(tmp, image, start):
+    daemon = start(image, {"level": "process", "tide-file": f"/dev/shm/{tmp.name}.tide"})
+    add(daemon)
+    daemon.qmp.execute("block-dirty-bitmap-remove", node="a", name="x")
+    daemon.stop()
+    assert not os.path.exists(f"/dev/shm/{tmp.name}.tide")
+
+
+def test_options_do_not_change_while_the_node_is_open(image, start):
+    daemon = start(image, {"level": "process"})
+    options = {"driver": "raw", "node-name": "a", "file": "af"}
+    for persist, text in [({"level": "power"}, "Cannot change the option 'x-tidemark-persist.level'"),
+                          (None, "Option 'x-tidemark-persist.")]:
+        with pytest.raises(QMPError) as e:
+            more = {} if persist is None else {
+                "x-tidemark-persist": {"runtime-directory": str(image.parent / "run"), **persist}}
+            daemon.qmp.execute("blockdev-reopen", options=[{**options, **more}])
+        assert text in str(e.value)
+    daemon.stop()
+
+
+def test_others_do_not_take_it(tmp, tidemarkd):
+    with Daemon(binary=tidemarkd, directory=tmp) as daemon:
+        with pytest.raises(QMPError, match="'null-co' does not support the option 'x-tidemark-persist'"):
+            daemon.qmp.execute("blockdev-add", **{"driver": "null-co", "node-name": "n",
+                                                  "x-tidemark-persist": {"level": "power"}})
+
+
+def test_an_image_does_not_say_where_its_tide_file_is(tmp, tidemarkd, image):
+    name = "json:" + json.dumps({"driver": "raw", "x-tidemark-persist": {"tide-file": "/x"},
+                                 "file": {"driver": "file", "filename": str(image)}})
+    code = run_to_exit(name, binary=tidemarkd, env={"XDG_RUNTIME_DIR": str(tmp)})
+    assert "'x-tidemark-persist' cannot be a part of a file name" in str(code)
+
+
+def test_the_short_form(tmp, tidemarkd, image):
+    os.mkdir(tmp / "state")
+    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp)}
+    process = subprocess.Popen([tidemarkd, "--x-tidemark-persist",
+                                f"process,state-directory={tmp}/state,budget=1G", str(image)],
+                               stdout=subprocess.PIPE, text=True, env=env)
+    try:
+        lines = [process.stdout.readline() for _ in range(2)]
+        qmp = QMP(lines[1][5:].strip())
+        qmp.execute("block-dirty-bitmap-add", node="a", name="x", persistent=True)
+        qmp.execute("quit")
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+    assert len(os.listdir(tmp / "state")) == 1 and not (tmp / "a.raw.tide").exists()
+    for text, message in [("fast", "Parameter 'level' does not accept value 'fast'"),
+                          ("power,budget=x", "Parameter 'budget' expects size"),
+                          ("power,speed=1", "Parameter 'speed' is unexpected")]:
+        end = run_to_exit("--x-tidemark-persist", text, str(image), binary=tidemarkd)
+        assert message in str(end)
