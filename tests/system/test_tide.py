@@ -32,6 +32,52 @@ def bitmaps(daemon):
     return {b["name"]: b for b in node.get("dirty-bitmaps", [])}
 
 
+def test_a_clear_is_the_first_change_after_a_kill(tmp, tidemarkd):
+    """What the transaction keeps for its undo is moved to the new session's segment meanwhile."""
+    with open(tmp / "a.raw", "wb") as f:
+        f.truncate(256 * MiB)
+    daemon = start(tmp, tidemarkd, tmp / "a.raw")
+    try:
+        daemon.qmp.execute("block-dirty-bitmap-add", node="a", name="x", persistent=True)
+        write(daemon, tmp, MiB)
+        for end in (daemon.kill, lambda: daemon.stop()):
+            end()
+            daemon = start(tmp, tidemarkd, tmp / "a.raw")
+            daemon.qmp.transaction(("block-dirty-bitmap-clear", {"node": "a", "name": "x"}),
+                                   ("block-dirty-bitmap-add", {"node": "a", "name": f"y{daemon.pid}"}))
+            assert bitmaps(daemon)["x"]["count"] == 0
+            write(daemon, tmp, 2 * MiB)
+            assert bitmaps(daemon)["x"]["count"] == 64 * KiB
+        daemon.stop()
+    finally:
+        daemon.kill()
+
+
+def test_a_clear_that_a_backup_waits_for(tmp, tidemarkd):
+    """Cleared, merged into and held by a job in one transaction: the clear is durable at once, and
+    the transaction has what was before yet."""
+    for name in ("a.raw", "t.raw"):
+        with open(tmp / name, "wb") as f:
+            f.truncate(64 * MiB)
+    daemon = start(tmp, tidemarkd, tmp / "a.raw")
+    qmp = daemon.qmp
+    try:
+        qmp.execute("blockdev-add", driver="raw", node_name="t",
+                    file={"driver": "file", "filename": str(tmp / "t.raw")})
+        for name in ("x", "y"):
+            qmp.execute("block-dirty-bitmap-add", node="a", name=name, persistent=True)
+        write(daemon, tmp, MiB)
+        qmp.transaction(("block-dirty-bitmap-clear", {"node": "a", "name": "x"}),
+                        ("block-dirty-bitmap-merge", {"node": "a", "target": "x", "bitmaps": ["y"]}),
+                        ("blockdev-backup", {"device": "a", "target": "t", "job-id": "j",
+                                             "sync": "incremental", "bitmap": "x"}))
+        assert "error" not in qmp.wait_event("BLOCK_JOB_COMPLETED")["data"]
+        assert bitmaps(daemon)["x"]["count"] == 0
+        daemon.stop()
+    finally:
+        daemon.kill()
+
+
 @pytest.mark.parametrize("end", ["stopped", "killed"])
 def test_a_disk_outgrows_its_areas(tmp, tidemarkd, end):
     """Bitmaps that need thirty times the room in the tide file."""

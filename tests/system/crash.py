@@ -1,0 +1,64 @@
+#!/usr/bin/python3
+"""Histories of crashes, by number: what scripts/soak runs, and what a failure is repeated with.
+
+    tests/system/crash.py --seed 257              # one history of eight lives
+    tests/system/crash.py --rounds 200            # histories until there were so many crashes
+    tests/system/crash.py --place ext4 --rounds 50
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+import traceback
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+
+from tidemark_testlib import find_tidemarkd, temp_dir  # noqa: E402
+from tidemark_testlib.crash import Found, History, HostPlace  # noqa: E402
+
+LIVES = 8
+
+
+def command(args, seed):
+    return (f"TIDEMARK={find_tidemarkd()} tests/system/crash.py --place {args.place} "
+            f"--format {args.format} --seed {seed}")
+
+
+def one(args, seed, found):
+    """One history; True if nothing was wrong."""
+    with temp_dir("tm-crash-") as tmp:
+        place = HostPlace(tmp)
+        history = History(place, seed, args.format, found=found,
+                          say=lambda text: print("   ", text, flush=True) if args.verbose else None)
+        try:
+            history.run(LIVES)
+            return True
+        except Exception:  # also what a broken daemon makes of the client
+            print(traceback.format_exc() + place.said() + f"\nrepeat it with: {command(args, seed)}",
+                  flush=True)
+            return False
+        finally:
+            place.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--place", default="host", choices=("host",))
+    parser.add_argument("--format", default="raw", choices=("raw", "qcow2"))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1, help="go on with the next seeds until then")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    args = parser.parse_args()
+    found, seed, failures, began = Found(), args.seed, 0, time.monotonic()
+    while found.rounds < args.rounds and failures < 3:
+        failures += not one(args, seed, found)
+        seed += 1
+    print(f"{args.place}, {args.format}, {time.monotonic() - began:.0f} s: {failures} failures\n"
+          f"{found.table()}")
+    return failures > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""tidemarkd killed at any moment, and images that others change while it is down.
+
+The histories are of tidemark_testlib/crash.py; crash.py runs more of them, and the one of a seed.
+"""
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+from tidemark_testlib import QMPError, connect, qemu_io
+from tidemark_testlib.crash import KiB, MiB, History, HostPlace
+
+FORMATS = ("raw",)
+SEED = int(os.environ.get("TIDEMARK_SEED", "1"))
+
+
+@pytest.fixture(params=FORMATS)
+def fmt(request):
+    return request.param
+
+
+@pytest.fixture
+def place(tmp, tidemarkd):
+    place = HostPlace(tmp, tidemarkd)
+    yield place
+    place.close()
+
+
+def again(fmt, seed):
+    return f"repeat it with: tests/system/crash.py --format {fmt} --seed {seed} --verbose"
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_killed_at_any_moment(place, fmt, number):
+    seed = SEED + number
+    print(again(fmt, seed))
+    history = History(place, seed, fmt, say=print)
+    history.run(6)
+    print(history.found.table())
+
+
+def test_killed_again_and_again_inside_recovery(place, fmt):
+    """What the first life has left is found by the last one, however often it was cut between."""
+    print(again(fmt, SEED))
+    history = History(place, f"recovery-{SEED}", fmt, say=print)
+    history.start()
+    history.live(recovery_kills=12)
+    history.verify()
+    place.stop()
+    history.check_leftovers()
+
+
+# --- images that others change -------------------------------------------------------------------
+
+
+def overwrite(path, fmt):
+    if fmt == "raw":
+        subprocess.run(["dd", "if=/dev/urandom", f"of={path}", "bs=4k", "count=1", "seek=77",
+                        "conv=notrunc", "status=none"], check=True)
+    else:
+        qemu_io(path, "write -P 7 308k 4k", fmt=fmt)
+
+
+def replace(path, fmt):
+    shutil.copy(path, f"{path}.new")
+    os.rename(f"{path}.new", path)
+
+
+def shrink(path, fmt):
+    subprocess.run(["qemu-img", "resize", "-q", "-f", fmt, "--shrink", path, "200M"], check=True)
+
+
+def grow(path, fmt):
+    subprocess.run(["qemu-img", "resize", "-q", "-f", fmt, path, "300M"], check=True)
+
+
+def move_a_copy(path, fmt):
+    """The image and what lies beside it, as a restore from another place would bring it."""
+    for name in (path, f"{path}.tide"):
+        if os.path.exists(name):
+            shutil.copy2(name, f"{name}.new")
+            os.rename(f"{name}.new", name)
+
+
+CHANGES = (overwrite, replace, shrink, grow, move_a_copy)
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_image_changed_while_it_was_down(place, fmt, change, end):
+    """No bitmap of it is believed, whoever asks; and a new one can begin."""
+    history = History(place, SEED, fmt)
+    place.boot()
+    history.make_disk()
+    history.open()
+    node = {"node": "disk", "name": "tide"}
+    history.execute("block-dirty-bitmap-add", **node, persistent=True, granularity=64 * KiB)
+    handle = connect(place.uri("disk"))
+    handle.pwrite(b"x" * 4096, 100 * MiB)
+    if end == "killed":
+        place.cut()
+        place.after_cut(lose=False)
+    else:
+        handle.shutdown()
+        place.stop()
+    time.sleep(0.1)     # within the tick of our last write a file's times cannot tell
+    change(place.path("disk"), fmt)
+
+    place.boot()
+    history.open()
+    info = history.node()["x-tidemark-recovery"]
+    assert info["state"] == "none" and info["reason"], info
+    assert history.bitmaps()["tide"]["inconsistent"]
+    with pytest.raises(QMPError, match="inconsistent"):
+        history.execute("block-dirty-bitmap-clear", **node)
+    history.execute("block-dirty-bitmap-remove", **node)
+    history.execute("block-dirty-bitmap-add", **node, persistent=True)
+    place.cut()
+    place.after_cut(lose=False)
+
+    place.boot()
+    history.open()
+    assert history.node()["x-tidemark-recovery"]["state"] == "exact"
+    assert not history.bitmaps()["tide"].get("inconsistent")
+    place.stop()

@@ -1,0 +1,649 @@
+"""Histories of a disk whose server is killed, or loses its power, at any moment.
+
+    history = History(HostPlace(tmp, tidemarkd), seed=257, fmt="raw")
+    history.run(lives=8)            # raises Violation
+
+A *place* is where tidemarkd runs: a process here (HostPlace), or in a virtual machine that loses
+its power (guest.py). In it a disk is written over NBD by three clients, and a backup program keeps
+two chains of it, in the two ways that such programs have:
+
+    tide    one bitmap, `sync: incremental`; after a crash the generation of the bitmap and its last
+            job tell whether a backup whose end was not seen has advanced it: then its target is
+            kept, else dropped. Sometimes it begins anew: full backup and clear in one transaction.
+    mark-N  a bitmap for each backup, as libvirt's checkpoints: made, and the one before disabled, in
+            the transaction of the backup; given up by merging it into the one before.
+
+What must be true after each crash: bitmaps are there, consistent, and as the transactions that were
+under way would leave them, wholly or not at all; what the daemon says of its recovery is what has
+happened; what it has added to the bitmaps is no more than the regions written to; what clients were
+answered is there (after a loss of power: what they had flushed). And, with the clients at rest, one
+more backup onto each chain makes the chain equal to the disk, judged by qemu-img.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import tempfile
+import threading
+import time
+
+from .daemon import Daemon
+from .images import run_tool
+from .nbd import connect, nbd_uri
+
+KiB, MiB = 1 << 10, 1 << 20
+BLOCK = 4096
+REGION = 16 * MiB        # how coarse the tide file's hot regions are
+CLIENTS = 3
+GONE = (EOFError, ConnectionError, BrokenPipeError)
+
+
+class Violation(Exception):
+    """Something that must be true is not."""
+
+
+def must(condition, text):
+    if not condition:
+        raise Violation(text)
+
+
+# --- the load ------------------------------------------------------------------------------------
+
+
+class Client(threading.Thread):
+    """Writes, trims, zeroes and flushes in its own stripes of the windows; knows which blocks must
+    read as what. A block that is not in `now` may hold anything."""
+
+    def __init__(self, number, uri, seed, windows):
+        super().__init__(daemon=True)
+        self.rng = random.Random(seed)
+        self.uri, self.number, self.windows = uri, number, windows
+        self.ended = False       # asked to
+        self.answered = self.written = 0
+        self.now = {}            # block -> its bytes, by what was answered
+        self.unflushed = set()   # blocks of them that no flush speaks for yet
+        self.error = None
+
+    def place(self, length):
+        """Each window is cut in stripes of 1 MiB, dealt to the clients in turn."""
+        start, size = self.rng.choice(self.windows)
+        stripes = range(self.number, size // MiB, CLIENTS)
+        at = start + self.rng.choice(stripes) * MiB
+        return at + BLOCK * self.rng.randint(0, (MiB - length) // BLOCK)
+
+    def run(self):
+        import nbd
+        try:
+            handle = connect(self.uri)
+            while not self.ended:
+                self.step(handle)
+                self.answered += 1
+                time.sleep(0.001)
+        except (nbd.Error, OSError) as error:
+            self.error = error
+
+    def step(self, handle):
+        rng, kind = self.rng, self.rng.random()
+        if kind < 0.1:
+            handle.flush()
+            self.unflushed.clear()
+            return
+        length = BLOCK * (rng.randint(1, 16) if rng.random() < 0.9 else rng.randint(16, 256))
+        at = self.place(length)
+        blocks = range(at // BLOCK, (at + length) // BLOCK)
+        for block in blocks:     # from now on either, until it is answered
+            self.now.pop(block, None)
+        if kind < 0.2:
+            handle.trim(length, at)
+        elif kind < 0.3:
+            handle.zero(length, at)
+            self.know(blocks, bytes(length))
+        else:
+            data = rng.randbytes(length)
+            handle.pwrite(data, at)
+            self.know(blocks, data)
+        self.written += 1
+
+    def know(self, blocks, data):
+        for i, block in enumerate(blocks):
+            self.now[block] = data[i * BLOCK:(i + 1) * BLOCK]
+        self.unflushed.update(blocks)
+
+
+class Load:
+    def __init__(self, uri, seed, windows):
+        self.clients = [Client(n, uri, f"{seed}-{n}", windows) for n in range(CLIENTS)]
+        for client in self.clients:
+            client.start()
+
+    def wait_written(self, requests, timeout=90.0):
+        deadline = time.monotonic() + timeout
+        while sum(c.written for c in self.clients) < requests:
+            for client in self.clients:
+                must(not client.error, f"a client lost its server: {client.error}")
+            must(time.monotonic() < deadline, f"not {requests} writes within {timeout:g} s")
+            time.sleep(0.002)
+
+    def end(self):
+        for client in self.clients:
+            client.ended = True
+        for client in self.clients:
+            client.join(60)
+            must(not client.is_alive(), "a client hangs after its server's end")
+
+    def check(self, uri, flushed_only):
+        """What was answered is there."""
+        handle = connect(uri)
+        for client in self.clients:
+            for block, data in client.now.items():
+                if flushed_only and block in client.unflushed:
+                    continue
+                must(handle.pread(BLOCK, block * BLOCK) == data,
+                     f"the {'flushed' if flushed_only else 'answered'} write to {block * BLOCK} is "
+                     "not there")
+        handle.shutdown()
+
+
+# --- where it runs -------------------------------------------------------------------------------
+
+
+class HostPlace:
+    """tidemarkd as a process here. Its runtime directory is on tmpfs; losing what is in it makes a
+    kill look like a loss of power to recovery (with the page cache intact)."""
+
+    power = False    # is a crash a real loss of power?
+    patience = 30.0
+
+    def __init__(self, tmp, binary=None):
+        self.tmp, self.binary = pathlib.Path(tmp), binary
+        base = "/dev/shm" if os.path.isdir("/dev/shm") else tmp
+        self.runtime = tempfile.mkdtemp(prefix="tm-run-", dir=base)
+        self.daemon = self.qmp = None
+
+    def path(self, name):
+        return str(self.tmp / name)
+
+    def uri(self, export):
+        return nbd_uri(self.tmp / "nbd.sock", export)
+
+    def boot(self):
+        for name in ("nbd.sock", "qmp.sock", "stderr.log"):
+            (self.tmp / name).unlink(missing_ok=True)
+        self.daemon = Daemon("--nbd-server", f"addr.type=unix,addr.path={self.tmp}/nbd.sock",
+                             binary=self.binary, directory=self.tmp,
+                             env={"RUNTIME_DIRECTORY": self.runtime})
+        self.qmp = self.daemon.qmp
+
+    def nbd_driver(self, export):
+        return {"driver": "nbd", "export": export,
+                "server": {"type": "unix", "path": str(self.tmp / "nbd.sock")}}
+
+    def cut(self):
+        """The end, from any thread."""
+        self.daemon.process.send_signal(signal.SIGKILL)
+
+    def after_cut(self, lose):
+        """LOSE: and the run segments are gone."""
+        status = self.daemon.process.wait(30)
+        self.daemon.kill()
+        must(status == -9, f"the daemon ended with status {status}: {self.daemon.stderr}")
+        if lose:
+            for file in pathlib.Path(self.runtime).iterdir():
+                file.unlink()
+
+    def stop(self):
+        self.daemon.stop(timeout=120)
+
+    def look(self, name):
+        """The file NAME as a block driver of QEMU's tools here."""
+        return {"driver": "file", "filename": self.path(name)}
+
+    def end_look(self):
+        pass
+
+    def leftovers(self):
+        return sorted(os.listdir(self.runtime))
+
+    def said(self):
+        return self.daemon.stderr if self.daemon else ""
+
+    def close(self):
+        if self.daemon:
+            self.daemon.kill()
+        shutil.rmtree(self.runtime, ignore_errors=True)
+
+
+# --- the backup program and the story ------------------------------------------------------------
+
+
+class Found:
+    """What the rounds of many histories have seen."""
+
+    def __init__(self):
+        self.rounds = self.recovery_kills = self.kept = self.dropped = self.backups = 0
+        self.most_added = self.leaks = self.orphans = 0
+        self.states = {}
+
+    def table(self):
+        states = ", ".join(f"{n} {state}" for state, n in sorted(self.states.items()))
+        return (f"rounds {self.rounds}, kills inside recovery {self.recovery_kills}\n"
+                f"found: {states}; added at most {self.most_added / MiB:g} MiB\n"
+                f"{self.backups} chains compared equal; of the backups under way {self.kept} had "
+                f"advanced and were kept, {self.dropped} dropped; {self.leaks} leaked clusters; "
+                f"{self.orphans} segments left on tmpfs")
+
+
+class History:
+    def __init__(self, place, seed, fmt="raw", size=256 * MiB, found=None, say=None):
+        self.place, self.fmt, self.size = place, fmt, size
+        self.rng = random.Random(f"crash-{seed}")
+        self.found = found or Found()
+        self.say = say or (lambda text: None)
+        self.count = 0
+        self.chain, self.generation, self.pending = [], None, None
+        self.marks, self.mark_chain, self.mark_pending = [], [], None
+        self.load = None
+        self.regions = set()     # that recovery may call dirty
+        self.possible = set()    # what recovery may say
+        self.recovery_kills = 0
+
+    @property
+    def qmp(self):
+        return self.place.qmp
+
+    # -- small things
+
+    def execute(self, command, **arguments):
+        return self.qmp.execute(command, timeout=self.place.patience, **arguments)
+
+    def create(self, **options):
+        self.execute("blockdev-create", job_id="create", options=options)
+        self.qmp.wait_job("create", timeout=self.place.patience)
+        error = self.qmp.job("create").get("error")
+        self.execute("job-dismiss", id="create")
+        must(not error, f"blockdev-create {options}: {error}")
+
+    def name(self, stem):
+        self.count += 1
+        return f"{stem}{self.count}"
+
+    def node(self):
+        return next(n for n in self.execute("query-named-block-nodes", flat=True)
+                    if n["node-name"] == "disk")
+
+    def bitmaps(self):
+        return {b["name"]: b for b in self.node().get("dirty-bitmaps", [])}
+
+    # -- the disk
+
+    def make_disk(self):
+        self.create(driver="file", filename=self.place.path("disk"),
+                    size=self.size if self.fmt == "raw" else 0)
+        if self.fmt != "raw":
+            self.execute("blockdev-add", driver="file", node_name="disk-file",
+                         filename=self.place.path("disk"))
+            self.create(driver=self.fmt, file="disk-file", size=self.size)
+            self.execute("blockdev-del", node_name="disk-file")
+
+    def send_open(self):
+        disk = {"driver": self.fmt, "node-name": "disk", "discard": "unmap",
+                "file": {"driver": "file", "filename": self.place.path("disk")}}
+        export = {"type": "nbd", "id": "disk", "node-name": "disk", "name": "disk", "writable": True}
+        return [self.qmp.send("blockdev-add", disk), self.qmp.send("block-export-add", export)]
+
+    def open(self):
+        for ident in self.send_open():
+            answer = self.qmp.answer(ident, self.place.patience)
+            must("error" not in answer, f"opening the disk: {answer}")
+
+    def windows(self):
+        """Four places of 3 to 6 MiB that this life's clients write to."""
+        found = []
+        for region in self.rng.sample(range(self.size // REGION), 4):
+            size = self.rng.randint(3, 6) * MiB
+            found.append((region * REGION + self.rng.randint(0, (REGION - size) // MiB) * MiB, size))
+        return found
+
+    # -- targets and jobs
+
+    def make_target(self, name, backing):
+        path = self.place.path(name)
+        self.create(driver="file", filename=path, size=0)
+        self.execute("blockdev-add", driver="file", node_name=f"{name}-file", filename=path)
+        base = {"backing-file": self.place.path(backing), "backing-fmt": "qcow2"} if backing else {}
+        self.create(driver="qcow2", file=f"{name}-file", size=self.size, **base)
+        self.execute("blockdev-add", driver="qcow2", node_name=name, file=f"{name}-file",
+                     backing=None)
+
+    def end_target(self, name):
+        self.execute("blockdev-del", node_name=name)
+        self.execute("blockdev-del", node_name=f"{name}-file")
+
+    def wait_backup(self, name):
+        data = self.qmp.wait_event("BLOCK_JOB_COMPLETED", self.place.patience * 3, device=name)["data"]
+        must("error" not in data, f"backup {name}: {data}")
+        self.qmp.wait_job(name, "null", self.place.patience)
+        return data
+
+    def speed(self):
+        return self.rng.choice((0, 0, 64 * MiB, 8 * MiB))
+
+    # -- client one: `tide`
+
+    def begin_chain(self, finish=True):
+        """A full backup, and the bitmap begins there."""
+        name = self.name("full")
+        self.make_target(name, None)
+        self.pending = {"kind": "full", "name": name, "generation": self.generation}
+        action = (("block-dirty-bitmap-clear", {"node": "disk", "name": "tide"})
+                  if self.generation is not None else
+                  ("block-dirty-bitmap-add", {"node": "disk", "name": "tide", "persistent": True,
+                                              "granularity": 64 * KiB}))
+        self.qmp.transaction(action, ("blockdev-backup", {
+            "device": "disk", "target": name, "job-id": name, "sync": "full"}))
+        if finish:
+            self.finish()
+
+    def begin_increment(self, finish=True):
+        name = self.name("inc")
+        self.make_target(name, self.chain[-1])
+        self.pending = {"kind": "increment", "name": name, "generation": self.generation}
+        self.execute("blockdev-backup", device="disk", target=name, job_id=name, sync="incremental",
+                     bitmap="tide", speed=0 if finish else self.speed())
+        if finish:
+            self.finish()
+
+    def finish(self):
+        """The end of the backup is seen: it is in the chain."""
+        pending = self.pending
+        self.wait_backup(pending["name"])
+        self.seen(pending)
+
+    def seen(self, pending):
+        if pending["kind"] == "full":
+            self.chain = []
+        self.chain.append(pending["name"])
+        self.pending = None
+        self.generation = (self.generation or 0) + 1
+        bitmap = self.bitmaps()["tide"]
+        must(bitmap["x-tidemark-generation"] == self.generation,
+             f"'tide' is {bitmap}, not of generation {self.generation}")
+        self.end_target(pending["name"])
+
+    def resolve_tide(self, bitmaps):
+        """Has the backup whose end we did not see advanced the bitmap?"""
+        must("tide" in bitmaps, f"'tide' is gone: {sorted(bitmaps)}")
+        bitmap, pending = bitmaps["tide"], self.pending
+        must(bitmap["recording"] and not bitmap["busy"] and not bitmap.get("inconsistent"),
+             f"'tide' is back as {bitmap}")
+        generation, job = bitmap["x-tidemark-generation"], bitmap.get("x-tidemark-last-job")
+        self.pending = None
+        if not pending:
+            must(generation == self.generation,
+                 f"'tide' is of generation {generation}, was seen at {self.generation}")
+        elif pending["kind"] == "full":
+            if generation != pending["generation"]:
+                self.chain = []      # cleared, and the base's target is not complete
+                self.found.dropped += 1
+        elif job == pending["name"]:
+            must(generation == pending["generation"] + 1,
+                 f"generation {generation} after {pending}")
+            self.chain.append(pending["name"])
+            self.found.kept += 1
+        else:
+            must(generation == pending["generation"], f"{bitmap} after {pending}")
+            self.found.dropped += 1
+        self.generation = generation
+
+    # -- client two: `mark-N`
+
+    def begin_mark(self, finish=True):
+        """A backup since marks[0], and a new mark of its instant."""
+        rng, mark, target = self.rng, self.name("mark-"), self.name("point")
+        disable = bool(self.marks) and rng.random() < 0.5
+        self.make_target(target, self.mark_chain[-1] if self.mark_chain else None)
+        node = {"node": "disk"}
+        actions = [("block-dirty-bitmap-add", {**node, "name": mark, "persistent": True,
+                                               "granularity": 64 * KiB})]
+        if disable:
+            actions.append(("block-dirty-bitmap-disable", {**node, "name": self.marks[-1]}))
+        job = {"device": "disk", "target": target, "job-id": target, "sync": "full"}
+        if self.marks:
+            actions += [("block-dirty-bitmap-add", {**node, "name": "since", "disabled": True,
+                                                    "granularity": 64 * KiB}),
+                        ("block-dirty-bitmap-merge", {**node, "target": "since",
+                                                      "bitmaps": list(self.marks)})]
+            job.update(sync="incremental", bitmap="since", speed=0 if finish else self.speed())
+        self.mark_pending = {"kind": "backup", "mark": mark, "disable": disable, "target": target,
+                             "prev": self.marks[-1] if self.marks else None}
+        self.qmp.transaction(*actions, ("blockdev-backup", job))
+        if finish:
+            self.finish_mark()
+
+    def finish_mark(self):
+        pending, old = self.mark_pending, self.marks
+        self.wait_backup(pending["target"])
+        self.mark_chain.append(pending["target"])
+        self.marks = [pending["mark"]]
+        self.mark_pending = {"kind": "forget", "marks": old}
+        self.end_target(pending["target"])
+        if old:
+            self.qmp.transaction(*[("block-dirty-bitmap-remove", {"node": "disk", "name": name})
+                                   for name in [*old, "since"]])
+        self.mark_pending = None
+
+    def begin_unmark(self):
+        """The newest mark is given up: what it recorded goes to the one before."""
+        mark, into = self.marks[-1], self.marks[-2]
+        recording = self.bitmaps()[into]["recording"]
+        node = {"node": "disk"}
+        self.mark_pending = {"kind": "unmark", "mark": mark, "into": into, "was": recording}
+        actions = [] if recording else [("block-dirty-bitmap-enable", {**node, "name": into})]
+        self.qmp.transaction(
+            *actions, ("block-dirty-bitmap-merge", {**node, "target": into, "bitmaps": [mark]}),
+            ("block-dirty-bitmap-remove", {**node, "name": mark}))
+        self.marks.pop()
+        self.mark_pending = None
+
+    def resolve_marks(self, bitmaps):
+        pending, self.mark_pending = self.mark_pending, None
+        if pending and pending["kind"] == "backup":
+            self.resolve_mark_backup(bitmaps, pending)
+        elif pending and pending["kind"] == "forget":
+            gone = [name for name in pending["marks"] if name not in bitmaps]
+            must(not gone or len(gone) == len(pending["marks"]), f"of {pending} only {gone} are gone")
+            for name in pending["marks"]:
+                if name in bitmaps:
+                    self.execute("block-dirty-bitmap-remove", node="disk", name=name)
+        elif pending:
+            there = pending["mark"] in bitmaps
+            must(bitmaps[pending["into"]]["recording"] == (pending["was"] if there else True),
+                 f"{pending} was done in part: {bitmaps}")
+            if not there:
+                self.marks.pop()
+        bitmaps = self.bitmaps()
+        for name in self.marks:
+            must(name in bitmaps, f"'{name}' is gone: {sorted(bitmaps)}")
+            must(not bitmaps[name].get("inconsistent"), f"'{name}' is inconsistent")
+        if self.marks:
+            must(bitmaps[self.marks[-1]]["recording"], f"'{self.marks[-1]}' does not record")
+
+    def resolve_mark_backup(self, bitmaps, pending):
+        """Its target is dropped, whatever it has: nothing tells whether it is complete."""
+        mark, prev = pending["mark"], pending["prev"]
+        there = mark in bitmaps and not bitmaps[mark].get("inconsistent")
+        self.found.dropped += 1
+        if prev:
+            must(bitmaps[prev]["recording"] == (not pending["disable"] if there else True),
+                 f"{pending} was done in part: {bitmaps}")
+        if mark in bitmaps and (not there or not prev):
+            self.execute("block-dirty-bitmap-remove", node="disk", name=mark)
+        elif there:
+            self.marks.append(mark)
+
+    # -- after a crash
+
+    def check_recovery(self):
+        node = self.node()
+        info = node.get("x-tidemark-recovery")
+        must(info, f"no x-tidemark-recovery: {node}")
+        state, added = info["state"], info["bytes-added"]
+        self.say(f"recovery: {info}")
+        self.found.states[state] = self.found.states.get(state, 0) + 1
+        self.found.most_added = max(self.found.most_added, added)
+        must(state in self.possible, f"recovery says {info}, not {sorted(self.possible)}")
+        if state == "superset":
+            n = sum(b["recording"] for b in node.get("dirty-bitmaps", []))
+            must(added <= n * REGION * len(self.regions),
+                 f"{added} bytes added to {n} bitmaps; written to: {len(self.regions)} regions")
+        else:
+            must(added == 0, f"recovery says {info}")
+
+    def come_back(self):
+        self.place.boot()
+        self.open()
+        self.check_recovery()
+        bitmaps = self.bitmaps()
+        must(not any(b["busy"] for b in bitmaps.values()), f"busy: {bitmaps}")
+        if "x" in bitmaps:
+            self.execute("block-dirty-bitmap-remove", node="disk", name="x")
+        self.load.check(self.place.uri("disk"), self.place.power)
+        self.resolve_tide(bitmaps)
+        self.resolve_marks(bitmaps)
+
+    def compare(self, chain):
+        """qemu-img finds the disk and CHAIN equal."""
+        image = None
+        for name in chain:
+            image = {"driver": "qcow2", "file": self.place.look(name), "backing": image}
+        disk = {"driver": "raw", "file": self.place.nbd_driver("disk")}
+        done = run_tool("qemu-img", "compare", "-U", "json:" + json.dumps(image),
+                        "json:" + json.dumps(disk), check=False, timeout=300)
+        self.place.end_look()
+        must(done.returncode == 0, f"chain {chain} against the disk: {done.stdout.decode()}"
+             f"{done.stderr.decode()}")
+        self.found.backups += 1
+
+    def verify(self):
+        """One more backup onto each chain, nobody writing: the chains equal the disk."""
+        if not self.chain:
+            self.begin_chain()
+        else:
+            self.begin_increment()
+        self.compare(self.chain)
+        self.begin_mark()
+        self.compare(self.mark_chain)
+        self.check_images(self.chain[-1:] + self.mark_chain[-1:])
+
+    def check_images(self, names, fmt="qcow2"):
+        for name in names:
+            image = {"driver": fmt, "file": self.place.look(name)}
+            if fmt == "qcow2":
+                image["backing"] = None
+            done = run_tool("qemu-img", "check", "-U", "--output=json",
+                            "json:" + json.dumps(image), check=False)
+            self.place.end_look()
+            must(done.returncode in (0, 3), f"qemu-img check {name}: {done.stdout.decode()}"
+                 f"{done.stderr.decode()}")
+            self.found.leaks += json.loads(done.stdout).get("leaks", 0)
+
+    # -- a life
+
+    def operation(self):
+        """Something under way when the end comes; or seen to its end before."""
+        choices = ["nothing", "increment", "increment", "mark", "mark"]
+        if self.chain and self.rng.random() < 0.3:
+            choices.append("full")
+        if len(self.marks) > 1:
+            choices += ["unmark", "unmark"]
+        kind = self.rng.choice(choices)
+        self.say(f"under way: {kind}")
+        finish = self.rng.random() < 0.25
+        if kind == "increment" and self.chain:
+            self.begin_increment(finish)
+        elif kind == "mark":
+            self.begin_mark(finish)
+        elif kind == "full":
+            self.begin_chain(finish)
+        elif kind == "unmark":
+            self.begin_unmark()
+
+    def crash_during(self, call, most):
+        """The end comes at a random moment of CALL, or after it. True: what is on tmpfs is lost."""
+        delay = self.rng.random() ** 2 * most
+        lose = self.place.power or self.rng.random() < 0.3
+        timer = threading.Timer(delay, self.place.cut)
+        timer.start()
+        with contextlib.suppress(*GONE):
+            call()
+        timer.join()
+        self.place.after_cut(lose)
+        self.say(f"crash after {delay * 1000:.0f} ms{', segments lost' if lose else ''}")
+        return lose
+
+    def live(self, recovery_kills=None):
+        windows = self.windows()
+        self.load = Load(self.place.uri("disk"), self.rng.random(), windows)
+        self.load.wait_written(self.rng.randint(1, 60), self.place.patience * 3)
+        self.regions = {start // REGION for start, size in windows}   # of this session
+        if self.rng.random() < 0.1:
+            self.operation()
+            self.place.stop()
+            self.possible = {"clean"}
+        else:
+            lost = self.crash_during(self.operation, 1.5 if self.place.power else 0.4)
+            self.possible = {"superset" if lost else "exact"}
+        self.load.end()
+        while self.rng.random() < 0.3 if recovery_kills is None else recovery_kills > 0:
+            self.kill_in_recovery()
+            recovery_kills = recovery_kills and recovery_kills - 1
+        self.come_back()
+        self.found.rounds += 1
+
+    def kill_in_recovery(self):
+        """Once more while the disk is opened, or while what was found is written anew."""
+        self.found.recovery_kills += 1
+        self.recovery_kills += 1
+        self.place.boot()
+
+        def opening():
+            self.send_open()
+            self.qmp.send("block-dirty-bitmap-add", {"node": "disk", "name": "x", "persistent": True})
+            self.qmp.send("block-dirty-bitmap-remove", {"node": "disk", "name": "x"})
+        if self.crash_during(opening, 0.3 if self.place.power else 0.03):
+            self.possible = (self.possible & {"clean"}) | {"superset"}
+        else:
+            self.possible = self.possible | {"exact"}
+
+    def check_leftovers(self):
+        """A session that was cut before the tide file named it leaves its segments on tmpfs for
+        good; only kills inside recovery do that."""
+        left = self.place.leftovers()
+        self.found.orphans += len(left)
+        must(not left or self.recovery_kills, f"left on tmpfs: {left}")
+
+    def start(self):
+        self.place.boot()
+        self.make_disk()
+        self.open()
+        self.begin_chain()
+        self.begin_mark()
+
+    def run(self, lives):
+        self.start()
+        for number in range(lives):
+            self.say(f"--- life {number}")
+            self.live()
+            if number == lives - 1 or self.rng.random() < 0.6:
+                self.verify()
+            elif not self.chain:
+                self.begin_chain()
+        self.place.stop()
+        self.place.boot()
+        self.check_images(["disk"] if self.fmt == "qcow2" else [])
+        self.place.stop()
+        self.check_leftovers()
