@@ -63,6 +63,8 @@ struct dirty_bitmap {
     bool rebased;      /* and with that a part of it has a new base, by JOB */
     bool rebuilt;      /* and that holds for all of it */
     bool settling;     /* its base is about to become durable */
+    bool ended;        /* disabled, and that is not durable yet */
+    bool before_lent;  /* BEFORE is a transaction's for its undo: dirty_forget frees it */
     const char *job;
     struct bitmap *before;    /* what it was before a clear that is not durable yet; NULL: none */
     struct bitmap *unsettled; /* the same, OR-ed back because it never will be */
@@ -584,8 +586,21 @@ void dirty_set_enabled(struct dirty_bitmap *bm, bool enabled)
     if (bm->enabled == enabled)
         return;
     assert_quiet(bm->home->node);
+    bm->ended = bm->enabled && !enabled;
     bm->enabled = enabled;
     bm->unbased = enabled; /* what was written while it was disabled is in no base of anybody */
+}
+
+void dirty_undo_enabled(struct dirty_bitmap *bm, bool enabled, bool based)
+{
+    bm->enabled = enabled;
+    bm->unbased = !based;
+    bm->ended = false;
+}
+
+bool dirty_based(const struct dirty_bitmap *bm)
+{
+    return !bm->unbased;
 }
 
 void dirty_set_busy(struct dirty_bitmap *bm, bool busy)
@@ -614,8 +629,10 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
     if (!clean)
         return NULL;
     assert_quiet(bm->home->node);
-    if (!bm->before)
+    if (!bm->before) {
         bm->before = old;
+        bm->before_lent = true;
+    }
     bm->bits = clean;
     bm->peak_before = max_u64(bm->peak_before, bm->peak_bytes);
     bm->peak_bytes = size;
@@ -628,8 +645,10 @@ void dirty_restore(struct dirty_bitmap *bm, struct bitmap *old)
     assert(bitmap_size(old) == bitmap_size(bm->bits));
     if (bm->marked_since && !BROKEN(undone_clear_drops_marks))
         bitmap_merge(old, bm->bits);
-    if (bm->before == old)
+    if (bm->before == old) {
         bm->before = NULL;
+        bm->before_lent = false;
+    }
     free_bits(bm, bm->bits);
     bm->bits = old;
     bm->peak_bytes = max_u64(bm->peak_bytes, bm->peak_before);
@@ -637,7 +656,9 @@ void dirty_restore(struct dirty_bitmap *bm, struct bitmap *old)
 
 void dirty_forget(struct dirty_bitmap *bm, struct bitmap *old)
 {
-    if (bm->before != old) /* else dirty_settle does it */
+    if (bm->before == old)
+        bm->before_lent = false; /* dirty_settle frees it */
+    else
         free_bits(bm, old);
 }
 
@@ -852,42 +873,68 @@ static bool is_pending(const struct dirty_bitmap *bm)
     return !bm->hidden && (bm->before || bm->unbased);
 }
 
-/* The bits that stand between what was before a clear and the successor are in neither. */
-static bool must_settle_now(const struct dirty_bitmap *bm)
+/* Does one of these bitmaps stop to record by what is to be committed? */
+static bool something_ends(struct node *const *nodes, size_t n)
 {
-    return bm->before && bm->successor && bitmap_count(bm->bits) > 0;
+    const struct dirty_bitmap *bm;
+
+    for (size_t i = 0; i < n; i++) {
+        const struct dirty_node *home = node_of(nodes[i]);
+        if (!home)
+            continue;
+        TAILQ_FOREACH (bm, &home->list, link)
+            if (bm->kept && (bm->hidden || bm->ended))
+                return true;
+    }
+    return false;
+}
+
+/* Guests wait for a flush, but what comes later comes too late:
+ *  - the bits that stand between what was before a clear and the successor are in neither;
+ *  - where one bitmap ends and another begins, a cut between would have neither (ENDING). */
+static bool must_settle_now(const struct dirty_bitmap *bm, bool ending)
+{
+    return (ending && is_pending(bm)) ||
+           (bm->before && bm->successor && bitmap_count(bm->bits) > 0);
 }
 
 static void settled(struct dirty_bitmap *bm)
 {
-    free_bits(bm, steal(bm->before));
+    struct bitmap *before = steal(bm->before);
+
+    if (!bm->before_lent)
+        free_bits(bm, before);
+    bm->before_lent = false;
     bm->unbased = bm->settling = false;
     dirty_set_generation(bm, bm->generation + 1, NULL);
 }
 
 int dirty_commit(struct node *const *nodes, size_t n, struct error *err)
 {
+    const bool ending = something_ends(nodes, n);
     int r = 0;
 
     for (size_t i = 0; r == 0 && i < n; i++) {
         struct dirty_store *s = store_of(nodes[i]);
         bool flushed = false;
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); r == 0 && bm; bm = dirty_next(bm)) {
-            if (!bm->kept || !must_settle_now(bm) || !s || !s->flush)
+            if (!bm->kept || !must_settle_now(bm, ending) || !s || !s->flush)
                 continue;
             if (!flushed && (r = s->flush(s, nodes[i])) < 0)
-                return error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
+                error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
             flushed = bm->settling = true;
         }
     }
     struct dirty_store *s = n ? store_of(nodes[0]) : NULL;
-    if (s && s->commit)
+    if (r == 0 && s && s->commit)
         r = s->commit(s, nodes, n, err);
     for (size_t i = 0; i < n; i++) {
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
             if (bm->settling && r == 0)
                 settled(bm);
             bm->settling = false;
+            if (r == 0)
+                bm->ended = false;
         }
     }
     return r;

@@ -90,6 +90,9 @@ void dirty_release(struct dirty_bitmap *bm); /* from memory only: nameless ones,
 void dirty_hide(struct dirty_bitmap *bm);
 void dirty_unhide(struct dirty_bitmap *bm);
 void dirty_set_enabled(struct dirty_bitmap *bm, bool enabled); /* quiesced */
+/* A transaction's undo: ENABLED and BASED are what dirty_enabled and dirty_based said before. */
+void dirty_undo_enabled(struct dirty_bitmap *bm, bool enabled, bool based);
+bool dirty_based(const struct dirty_bitmap *bm); /* is its base durable? */
 void dirty_set_busy(struct dirty_bitmap *bm, bool busy);
 void dirty_set_readonly(struct dirty_bitmap *bm, bool readonly);
 void dirty_set_inconsistent(struct dirty_bitmap *bm);

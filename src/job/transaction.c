@@ -37,7 +37,7 @@ struct action {
 
     struct dirty_bitmap *bitmap; /* NULL: prepare has not come so far */
     struct bitmap *undo;         /* its bits as they were */
-    bool was_enabled;
+    bool was_enabled, was_based;
     struct job *job;
     struct node *quiet; /* a filter or an overlay that has come in: quiesced, with a reference */
     char *made;         /* an image file that was not there before */
@@ -172,6 +172,7 @@ static int enable_disable(struct action *a, bool enable, struct error *err)
         return r;
     a->bitmap = bm;
     a->was_enabled = dirty_enabled(bm);
+    a->was_based = dirty_based(bm);
     dirty_set_enabled(bm, enable);
     return 0;
 }
@@ -189,7 +190,7 @@ static int disable_prepare(struct action *a, struct error *err)
 static void enable_disable_abort(struct action *a)
 {
     if (a->bitmap)
-        dirty_set_enabled(a->bitmap, a->was_enabled);
+        dirty_undo_enabled(a->bitmap, a->was_enabled, a->was_based);
 }
 
 /* A source is a name on the same node, or {node, name}. */
