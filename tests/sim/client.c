@@ -357,6 +357,7 @@ static void forget_last(struct client *c)
 static void remove_bitmap(struct client *c, struct life *l)
 {
     struct error err = ERROR_INIT;
+    c->expects = false; /* from here on it may be gone */
     int r =
         transaction_run_one(l->g, l->js, "block-dirty-bitmap-remove",
                             history_json("{'node':'%s','name':'%s'}", c->d->node, c->bitmap), &err);
@@ -465,8 +466,8 @@ static void count_bitmaps(struct client *c, struct dirty_bitmap *bm)
     if (c->expects) {
         n->before++;
         n->good += good;
-        if (settings.strict && c->left != LEFT_POWERLESS && !good)
-            violation(c->h, "'%s' of %s is %s after %s", c->bitmap, c->d->node,
+        if (settings.strict && c->left != LEFT_POWERLESS && !good && !c->d->qcow2)
+            violation(c->h, "'%s' of %s is %s after %s", c->bitmap, c->d->path,
                       bm ? "inconsistent" : "gone",
                       c->left == LEFT_KILLED ? "a kill" : "a clean close");
     }
