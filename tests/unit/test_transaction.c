@@ -587,7 +587,7 @@ JOB_TEST(what_cannot_be_kept_has_not_happened)
                   parse("[" ON("clear",
                                "b") ","
                                     "{'type':'blockdev-backup','data':{'device':'s','target':'t',"
-                                    "'sync':'full','job-id':'j'}}]"));
+                                    "'sync':'full','speed':1,'job-id':'j'}}]"));
         CHECK(keeper.calls > keeper.bad); /* what holds was said again */
         CLEANUP(json_putp) struct json_object *jobs = jobs_query(js);
         CHECK(json_object_array_length(jobs) == 0);
