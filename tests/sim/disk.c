@@ -262,7 +262,7 @@ int store_unlink(struct store *s, const char *path)
 
 int store_rename(struct store *s, const char *from, const char *to)
 {
-    const char *base_from, *base_to;
+    const char *base_from = NULL, *base_to = NULL;
     struct dir *d = split(s, from, &base_from), *e = split(s, to, &base_to);
     struct name *n = d ? find_name(d, base_from) : NULL;
     if (!n || !n->now || !e)
