@@ -319,6 +319,14 @@ void bitmap_free(struct bitmap *bm)
     free(bm);
 }
 
+void bitmap_swap(struct bitmap *a, struct bitmap *b)
+{
+    struct bitmap was = *a;
+
+    *a = *b;
+    *b = was;
+}
+
 int bitmap_move(struct bitmap *bm, uint64_t *words, uint64_t room_bytes)
 {
     struct bitmap old = *bm;
@@ -522,14 +530,6 @@ void bitmap_merge(struct bitmap *dst, const struct bitmap *src)
     }
     for (uint64_t w = next_word(src, 0); w != NONE; w = next_word(src, w + 1))
         set_word(dst, w, dst->level[0][w] | src->level[0][w]);
-}
-
-void bitmap_swap(struct bitmap *a, struct bitmap *b)
-{
-    assert(a->size_bytes == b->size_bytes && a->granularity_shift == b->granularity_shift);
-    struct bitmap c = *a;
-    *a = *b;
-    *b = c;
 }
 
 void bitmap_merge_range(struct bitmap *dst, const struct bitmap *src, struct range r)

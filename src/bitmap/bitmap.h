@@ -29,6 +29,8 @@ uint64_t bitmap_word_count(uint64_t size_bytes, uint64_t granularity_bytes);
 /* Its lent words are at WORDS now, with the same content and, after them, clean room for a disk of
  * ROOM_BYTES. -ENOMEM, and they are where they were. */
 int bitmap_move(struct bitmap *bm, uint64_t *words, uint64_t room_bytes) MUST_CHECK;
+/* Each has what the other had: content, size, words. */
+void bitmap_swap(struct bitmap *a, struct bitmap *b);
 
 struct bitmap *bitmap_dup(const struct bitmap *bm); /* NULL: no memory */
 void bitmap_free(struct bitmap *bm);                /* NULL is allowed */
@@ -72,9 +74,6 @@ void bitmap_merge(struct bitmap *dst, const struct bitmap *src);
 
 /* The same for what lies in R only; sizes may differ, what is beyond DST's is left out. */
 void bitmap_merge_range(struct bitmap *dst, const struct bitmap *src, struct range r);
-
-/* Each becomes the other, wherever its words are; of the same size and granularity. */
-void bitmap_swap(struct bitmap *a, struct bitmap *b);
 
 /* DST := SRC, rounded outwards where granularities differ. Sizes are equal. Cannot fail. */
 void bitmap_copy(struct bitmap *dst, const struct bitmap *src);

@@ -30,6 +30,7 @@ struct cbw {
     uint64_t timeout_ns; /* 0: none */
     int broken;          /* the snapshot's first failure, negative errno */
     bool idle;           /* saves nothing any more */
+    bool given_up;       /* a save that fails is no reason to refuse a guest's write */
     struct scope late;   /* saves that outlived their timeout */
 };
 
@@ -84,7 +85,7 @@ static int save_before(struct node *n, struct range r, unsigned flags)
         ret = save_until(st, r, clock_after_ns(st->timeout_ns));
     else
         ret = copy_hold(st->copy, r);
-    if (ret < 0 && !st->break_snapshot)
+    if (ret < 0 && !st->break_snapshot && !st->given_up)
         return ret;
 
     r = range_round_out(r, copy_chunk_bytes(st->copy));
@@ -371,6 +372,13 @@ struct copy *cbw_copy(struct node *filter)
 {
     struct cbw *st = snapshot_of(filter);
     return st ? st->copy : NULL;
+}
+
+struct node_cancel *cbw_give_up(struct node *filter)
+{
+    struct cbw *st = filter->state;
+    st->given_up = true;
+    return node_cancel_begin(st->target->node);
 }
 
 int cbw_flush_target(struct node *filter)

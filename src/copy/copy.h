@@ -79,6 +79,9 @@ int cbw_insert(struct node *source, struct node *target, const char *name, struc
 /* Takes it out again, quiesced or not, and drops the caller's reference. */
 void cbw_remove(struct node *filter);
 struct copy *cbw_copy(struct node *filter); /* lent; NULL when the node is none */
+/* Nobody wants what is saved any more: no guest waits for a target that hangs. The caller ends the
+ * cancel when the filter is out. */
+struct node_cancel *cbw_give_up(struct node *filter) MUST_CHECK;
 /* Flushes the target, then the source, through the filter's edges. */
 int cbw_flush_target(struct node *filter) MUST_CHECK;
 int cbw_flush_source(struct node *filter) MUST_CHECK;

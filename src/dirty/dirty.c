@@ -909,6 +909,18 @@ static void settled(struct dirty_bitmap *bm)
     dirty_set_generation(bm, bm->generation + 1, NULL);
 }
 
+int dirty_begin(struct node *const *nodes, size_t n, struct error *err)
+{
+    int r = 0;
+
+    for (size_t i = 0; r == 0 && i < n; i++) {
+        struct dirty_store *s = store_of(nodes[i]);
+        if (s && s->begin)
+            r = s->begin(s, nodes[i], err);
+    }
+    return r;
+}
+
 int dirty_commit(struct node *const *nodes, size_t n, struct error *err)
 {
     const bool ending = something_ends(nodes, n);

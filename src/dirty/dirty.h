@@ -141,6 +141,8 @@ int dirty_conclude(const struct dirty_outcome *outcomes, size_t n, struct error 
 
 /* ---- what is durable ---- */
 
+/* Before bitmaps of these nodes are changed by what is to be committed. */
+int dirty_begin(struct node *const *nodes, size_t n, struct error *err) MUST_CHECK;
 /* Makes what these nodes' bitmaps are now durable, all or nothing; waits. Quiesced, if what is
  * marked has changed. On error the caller undoes its changes and calls it again. */
 int dirty_commit(struct node *const *nodes, size_t n, struct error *err) MUST_CHECK;
@@ -172,6 +174,7 @@ struct dirty_store {
     int (*can_add)(struct dirty_store *s, struct node *n, const char *name,
                    uint64_t granularity_bytes, struct error *err);
     int (*remove)(struct dirty_store *s, struct node *n, const char *name, struct error *err);
+    int (*begin)(struct dirty_store *s, struct node *n, struct error *err); /* dirty_begin's */
     /* dirty_commit's and dirty_settle's work: what dirty_get_state says of N nodes' persistent
      * bitmaps becomes durable, of all or of none. */
     int (*commit)(struct dirty_store *s, struct node *const *nodes, size_t n, struct error *err);

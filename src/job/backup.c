@@ -32,8 +32,9 @@ enum bitmap_mode { BITMAP_ON_SUCCESS, BITMAP_ALWAYS, BITMAP_NEVER };
 
 struct backup {
     struct job job;
-    struct node *filter; /* ours; NULL once it is out */
-    struct copy *copy;   /* the filter's */
+    struct node *filter;          /* ours; NULL once it is out */
+    struct copy *copy;            /* the filter's */
+    struct node_cancel *given_up; /* the target, by a cancel */
     enum sync_mode sync;
     struct dirty_bitmap *bitmap; /* busy for us; NULL: none */
     enum bitmap_mode bitmap_mode;
@@ -116,8 +117,16 @@ static void backup_interrupt(struct job *j)
     copy_interrupt(backup_of(j)->copy);
 }
 
+static void backup_give_up(struct job *j)
+{
+    struct backup *b = backup_of(j);
+    if (b->filter && !b->given_up)
+        b->given_up = cbw_give_up(b->filter);
+}
+
 static bool backup_cancel(struct job *j, bool force)
 {
+    backup_give_up(j);
     return true; /* half a backup is none */
 }
 
@@ -257,6 +266,7 @@ static void backup_clean(struct job *j)
     job_drop_nodes(j);
     b->copy = NULL;
     cbw_remove(steal(b->filter));
+    node_cancel_end(steal(b->given_up));
 }
 
 static void backup_free(struct job *j)
@@ -277,6 +287,7 @@ static const struct job_driver backup_driver = {
     .free = backup_free,
     .interrupt = backup_interrupt,
     .cancel = backup_cancel,
+    .give_up = backup_give_up,
     .set_speed = backup_set_speed,
     .progress = backup_progress,
 };

@@ -612,7 +612,9 @@ static int run(struct transaction *t, struct error *err)
     graph_lock(t->graph);
     collect_nodes(t);
     graph_quiesce_begin(t->graph, t->nodes, t->node_count);
-    int r = run_locked(t, err);
+    int r = dirty_begin(t->nodes, t->node_count, err);
+    if (r == 0)
+        r = run_locked(t, err);
     graph_quiesce_end(t->graph, t->nodes, t->node_count);
     graph_unlock(t->graph);
     if (r == 0) {

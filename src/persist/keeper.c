@@ -23,9 +23,6 @@
 #include <inttypes.h>
 #include <stdio.h>
 
-/* So many epochs are reserved by each superblock. */
-enum { EPOCHS_AHEAD = 1024 };
-
 /* ---- a change of state ---- */
 
 void keeper_look(struct keeper *k)
@@ -115,7 +112,7 @@ void keeper_give_up(struct keeper *k, const struct error *why)
         hot_fail(k->hot);
 }
 
-static int build(struct keeper *k, struct change *c, struct error *err)
+int keeper_build(struct keeper *k, struct change *c, struct error *err)
 {
     int r = 0;
 
@@ -125,7 +122,11 @@ static int build(struct keeper *k, struct change *c, struct error *err)
         r = keeper_begin_session(k, c, err);
     if (r == 0)
         keeper_describe(k, &c->next);
-    return r < 0 ? r : keeper_build_table(k, c, err);
+    if (r == 0)
+        r = keeper_build_table(k, c, err);
+    if (r == 0)
+        keeper_carry_groups(k, &c->next);
+    return r;
 }
 
 /* Reserves epochs, when sets are about to be written under new ones. */
@@ -175,23 +176,48 @@ static bool outgrown(const struct keeper *k, const struct super *next)
     return false;
 }
 
-static int write_change(struct keeper *k, struct change *c, struct error *err)
+/* What must be on disk before a superblock with C's table may be. */
+int keeper_write_before(struct keeper *k, struct change *c, struct error *err)
 {
-    if (!k->tide) {
-        int r = check_nobodys(k, err);
-        if (r < 0)
-            return r;
-    }
-    if (!k->tide || tide_failed(k->tide) || outgrown(k, &c->next))
-        return replace_tide(k, c, err);
     int r = reserve_epochs(k, err);
     set_next_epoch(k, &c->next);
-    if (r == 0) {
-        LOCKED(&k->area_lock);
-        r = keeper_write_unannounced(k, c, err);
+    LOCKED(&k->area_lock);
+    return r < 0 ? r : keeper_write_unannounced(k, c, err);
+}
+
+static int write_change(struct keeper *k, struct change *c, struct error *err)
+{
+    if (tide_failed(k->tide) || outgrown(k, &c->next))
+        return replace_tide(k, c, err);
+    int r = keeper_write_before(k, c, err);
+    return r < 0 ? r : tide_write_super(k->tide, &c->next, err);
+}
+
+void keeper_changed(struct keeper *k, const struct change *c, const struct super *old)
+{
+    learn_extents(k);
+    keeper_look(k);
+    if (c->begins) {
+        keeper_session_begun(k);
+        keeper_drop_segments(k, old);
     }
+    keeper_collect(k);
+}
+
+int keeper_make_tide(struct keeper *k, struct error *err)
+{
+    CLEANUP(change_fini) struct change c = {0};
+    CLEANUP(super_fini) struct super none = {0};
+
+    int r = check_nobodys(k, err);
     if (r == 0)
-        r = tide_write_super(k->tide, &c->next, err);
+        r = keeper_begin_session(k, &c, err);
+    if (r < 0)
+        return r;
+    keeper_describe(k, &c.next);
+    r = replace_tide(k, &c, err);
+    if (r == 0)
+        keeper_changed(k, &c, &none);
     return r;
 }
 
@@ -200,7 +226,10 @@ int keeper_change_state(struct keeper *k, struct error *err)
     CLEANUP(change_fini) struct change c = {0};
     struct error why = ERROR_INIT;
 
-    int r = build(k, &c, err);
+    /* First one that says nothing: segments are found by its uuid. */
+    int r = k->tide ? 0 : keeper_make_tide(k, err);
+    if (r == 0)
+        r = keeper_build(k, &c, err);
     if (r < 0)
         return r;
     CLEANUP(super_fini) struct super old = {0};
@@ -217,32 +246,64 @@ int keeper_change_state(struct keeper *k, struct error *err)
         r = replace_tide(k, &c, &why);
     }
     if (r < 0) {
-        if (k->tide)
+        if (k->tide && tide_failed(k->tide))
             keeper_give_up(k, &why);
         if (err)
             *err = why;
         return r;
     }
-    learn_extents(k);
-    keeper_look(k);
-    if (c.begins) {
-        keeper_session_begun(k);
-        keeper_drop_session(k, &c.old_session, &old);
-    }
-    keeper_collect(k);
+    keeper_changed(k, &c, &old);
     return 0;
 }
 
-int keeper_commit(struct keeper *k, struct error *err)
+/* Is the durable superblock what dirty/ says already? */
+static bool is_unchanged(const struct keeper *k)
+{
+    const struct tide_table *t = &tide_super(k->tide)->table;
+    size_t n = 0;
+
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm)) {
+        struct dirty_state st;
+        if (!keeper_keeps(bm))
+            continue;
+        dirty_get_state(bm, &st);
+        const struct tide_bitmap *e = tide_table_find((struct tide_table *)t, dirty_name(bm));
+        const struct kept_set *current = keeper_set_of(k, st.current);
+        const struct kept_set *successor = st.successor ? keeper_set_of(k, st.successor) : NULL;
+        if (!e || !current || (st.successor && !successor) || st.folded ||
+            e->current.epoch != current->epoch ||
+            e->successor.epoch != (successor ? successor->epoch : 0) || e->enabled != st.enabled ||
+            e->inconsistent != st.inconsistent || e->based != st.based ||
+            e->generation != st.generation)
+            return false;
+        n++;
+    }
+    return n == t->n;
+}
+
+bool keeper_has_to_commit(const struct keeper *k)
 {
     bool any = k->tide;
 
     for (struct dirty_bitmap *bm = dirty_first(k->node); bm && !any; bm = dirty_next(bm))
         any = keeper_keeps(bm);
-    if (!any || k->lost)
+    return any && !k->lost && !(k->tide && is_unchanged(k));
+}
+
+int keeper_commit(struct keeper *k, struct error *err)
+{
+    if (!keeper_has_to_commit(k))
         return 0;
     LOCKED(&k->lock);
     return keeper_change_state(k, err);
+}
+
+int keeper_begin(struct keeper *k, struct error *err)
+{
+    if (!k->stale || !k->tide || k->lost || k->node->read_only)
+        return 0;
+    LOCKED(&k->lock);
+    return k->stale ? keeper_change_state(k, err) : 0;
 }
 
 /* ---- sizes ---- */
@@ -272,7 +333,7 @@ void keeper_resized(struct keeper *k)
     LIST_FOREACH (s, &k->sets, link)
         memset(s->of->extent, 0, sizeof s->of->extent);
     CLEANUP(change_fini) struct change c = {0};
-    if (build(k, &c, &err) < 0 || replace_tide(k, &c, &err) < 0)
+    if (keeper_build(k, &c, &err) < 0 || replace_tide(k, &c, &err) < 0)
         keeper_give_up(k, &err);
     else
         keeper_collect(k);

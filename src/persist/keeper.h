@@ -22,6 +22,7 @@
 #include "persist/super.h"
 
 struct keeper;
+LIST_HEAD(keepers, keeper); /* of one graph: they find each other when a group is recovered */
 
 /* Bitmaps of an image that cannot tell whether others have written it (witness.h): */
 enum no_witness {
@@ -31,6 +32,7 @@ enum no_witness {
 };
 
 struct keeper_options {
+    struct keepers *peers;
     char *path;          /* of the tide file; owned by who fills it in */
     const char *runtime; /* directory for segments; NULL: none, a kill is like a power loss */
     enum tide_level level;
@@ -57,6 +59,11 @@ int keeper_can_add(struct keeper *k, const char *name, uint64_t granularity_byte
                    struct error *err) MUST_CHECK;
 /* The superblock says what dirty/ says. */
 int keeper_commit(struct keeper *k, struct error *err) MUST_CHECK;
+
+/* The same for several disks: durably all or none. */
+int keepers_commit(struct keeper *const *ks, size_t n, struct error *err) MUST_CHECK;
+/* Before a transaction changes anything in memory: what recovery has found is written anew. */
+int keeper_begin(struct keeper *k, struct error *err) MUST_CHECK;
 
 /* Around a write, see struct write_observer. */
 int keeper_before_write(struct keeper *k, struct range r) MUST_CHECK;

@@ -4,6 +4,7 @@
  *     sets.c       the sets of bits and their places
  *     session.c    from the first change to the close
  *     writes.c     the write path
+ *     group.c      changes of several disks at once
  *     recover.c    open
  */
 #pragma once
@@ -13,6 +14,9 @@
 #include "persist/segment.h"
 #include "persist/tide.h"
 #include "rt/sync.h"
+
+/* So many epochs are reserved by each superblock. */
+enum { EPOCHS_AHEAD = 64 };
 
 /* One set of bits that has a place. */
 struct kept_set {
@@ -33,6 +37,7 @@ struct kept_bitmap {
 };
 
 struct keeper {
+    LIST_ENTRY(keeper) in_peers;
     struct node *node;
     struct keeper_options options;
     struct mutex lock;      /* one change of state at a time */
@@ -54,6 +59,14 @@ struct keeper {
     uint64_t ring_next;
     uint64_t resizing_bytes; /* equal to the disk's size: it is not being resized */
 
+    /* A group that was prepared when the last program ended, and whose first member cannot be
+     * asked: its bitmaps are busy, and both outcomes are carried on. */
+    struct {
+        struct tide_id group; /* none: no doubt */
+        struct tide_member coordinator;
+        struct tide_table next; /* generations and jobs, if it was committed */
+    } doubt;
+
     struct {
         enum recovery verdict;
         char *reason;
@@ -67,7 +80,6 @@ struct change {
     struct super next;
     const struct bitmap **current, **successor; /* as in next.table */
     bool begins;                                /* a session */
-    struct tide_id old_session;
 };
 
 /* ---- sets.c ---- */
@@ -96,6 +108,14 @@ int keeper_write_unannounced(struct keeper *k, struct change *c, struct error *e
 /* Under k->lock: one change, whatever it takes; a tide file that fails is replaced. */
 int keeper_change_state(struct keeper *k, struct error *err) MUST_CHECK;
 void keeper_give_up(struct keeper *k, const struct error *why);
+/* The steps of a change, for groups. */
+bool keeper_has_to_commit(const struct keeper *k);
+int keeper_build(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
+/* The first tide file of a disk, which says nothing yet; its session has begun. */
+int keeper_make_tide(struct keeper *k, struct error *err) MUST_CHECK;
+int keeper_write_before(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
+/* C's table is durable; OLD was the superblock before. */
+void keeper_changed(struct keeper *k, const struct change *c, const struct super *old);
 void keeper_collect(struct keeper *k);
 void keeper_look(struct keeper *k); /* which bitmaps record */
 
@@ -104,8 +124,9 @@ void keeper_look(struct keeper *k); /* which bitmaps record */
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
 void keeper_describe(struct keeper *k, struct super *s);
 void keeper_session_begun(struct keeper *k);
-/* The segments of a session that no superblock names any more. */
-void keeper_drop_session(struct keeper *k, const struct tide_id *session, const struct super *old);
+/* The segments that OLD named go, and what a killed program has left. */
+void keeper_drop_segments(struct keeper *k, const struct super *old);
+struct segments keeper_segments(const struct keeper *k, const struct super *s);
 /* The descriptor that carries the image's data; -1: none that we know. */
 int keeper_descriptor(const struct keeper *k);
 void keeper_set_readonly(struct keeper *k, bool readonly);
@@ -114,6 +135,15 @@ void keeper_free(struct keeper *k);
 /* ---- writes.c ---- */
 
 extern const struct hot_ops keeper_hot_ops;
+
+/* ---- group.c ---- */
+
+/* What a change leaves as it is: a group that is in doubt, records of groups that others need. */
+void keeper_carry_groups(struct keeper *k, struct super *next);
+/* The table of S that holds: with a group that was prepared, the one that the group's record tells.
+ * *DOUBT: nobody knows; then it is the older. */
+const struct tide_table *keeper_resolve(struct keeper *k, const struct super *s, bool *doubt);
+void keeper_forget_doubt(struct keeper *k);
 
 /* ---- recover.c ---- */
 

@@ -18,6 +18,7 @@ struct persist {
     struct graph_hook hook;
     struct dirty_store store;
     char *runtime; /* NULL: none */
+    struct keepers keepers;
 };
 
 /* Of one node, from its opening to its closing. */
@@ -101,7 +102,7 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct node *
                        struct error *err)
 {
     CLEANUP(place_fini) struct place place = {0};
-    struct keeper_options o = {.runtime = p->runtime};
+    struct keeper_options o = {.peers = &p->keepers, .runtime = p->runtime};
 
     int r = is_kept(n) ? persist_options_read(n, &o, &place, err) : check_not_kept(n, err);
     if (r < 0 || place.off || !place.tide) {
@@ -210,15 +211,26 @@ static int store_remove(struct dirty_store *s, struct node *n, const char *name,
     return pn && pn->image ? image_remove(pn->image, name, err) : 0;
 }
 
+static int store_begin(struct dirty_store *s, struct node *n, struct error *err)
+{
+    return keeper_of(n) ? keeper_begin(keeper_of(n), err) : 0;
+}
+
 static int store_commit(struct dirty_store *s, struct node *const *nodes, size_t n,
                         struct error *err)
 {
-    int r = 0;
+    CLEANUP(memory_freep) struct keeper **ks = xcalloc(n + 1, sizeof(struct keeper *));
+    size_t count = 0;
 
-    for (size_t i = 0; r == 0 && i < n; i++)
-        if (keeper_of(nodes[i]))
-            r = keeper_commit(keeper_of(nodes[i]), err);
-    return r;
+    for (size_t i = 0; i < n; i++) {
+        struct keeper *k = keeper_of(nodes[i]);
+        for (size_t j = 0; k && j < count; j++)
+            if (ks[j] == k)
+                k = NULL;
+        if (k)
+            ks[count++] = k;
+    }
+    return keepers_commit(ks, count, err);
 }
 
 static int store_flush(struct dirty_store *s, struct node *n)
@@ -252,6 +264,7 @@ void persist_init(struct graph *g)
     p->store = (struct dirty_store){
         .can_add = store_can_add,
         .remove = store_remove,
+        .begin = store_begin,
         .commit = store_commit,
         .flush = store_flush,
         .grow = store_grow,

@@ -26,6 +26,7 @@
 
 /* What there is to go by. */
 struct found {
+    const struct tide_table *sets; /* that hold */
     enum recovery verdict;
     uint32_t *table; /* of hot regions; NULL: none are to be added */
     bool segments;
@@ -47,7 +48,8 @@ enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s,
     }
     if (!s->in_use)
         return witness_compare_clean(&s->witness, &now, why, why_bytes);
-    if (!k->options.runtime || stamp_find(k->options.runtime, &s->session, &last_write_ns) < 0)
+    const struct segments of = keeper_segments(k, s);
+    if (!of.runtime || stamp_find(&of, &last_write_ns) < 0)
         last_write_ns = 0;
     return witness_compare_crash(&s->witness, &now, last_write_ns, boot_us * 1000, why, why_bytes);
 }
@@ -59,20 +61,21 @@ static void decide(struct keeper *k, enum recovery verdict, const char *reason)
     k->recovery.reason = xstrdup(reason);
 }
 
-/* Are all sets that S names there as segments? */
-static bool have_segments(struct keeper *k, const struct super *s)
+/* Are all sets that hold there as segments? */
+static bool have_segments(struct keeper *k, const struct super *s, const struct tide_table *t)
 {
-    if (!k->options.runtime)
+    const struct segments of = keeper_segments(k, s);
+    if (!of.runtime)
         return false;
-    for (size_t i = 0; i < s->table.n; i++) {
-        const struct tide_bitmap *b = &s->table.items[i];
+    for (size_t i = 0; i < t->n; i++) {
+        const struct tide_bitmap *b = &t->items[i];
         const uint64_t epochs[] = {b->current.epoch, b->successor.epoch};
         for (unsigned j = 0; j < 2; j++) {
             CLEANUP(bitmap_freep) struct bitmap *bits = NULL;
             if (!epochs[j] || b->inconsistent)
                 continue;
             bits = bitmap_new(s->size_bytes, 1ull << b->granularity_bits);
-            if (!bits || segment_read(k->options.runtime, &s->session, epochs[j], bits, NULL) < 0)
+            if (!bits || segment_read(&of, epochs[j], bits, NULL) < 0)
                 return false;
         }
     }
@@ -109,7 +112,7 @@ static int weigh(struct keeper *k, struct found *f, struct error *err)
         decide(k, RECOVERY_CLEAN, "");
         return 0;
     }
-    if (have_segments(k, s)) {
+    if (have_segments(k, s, f->sets)) {
         f->segments = true;
         decide(k, RECOVERY_EXACT, "the last program was killed");
         return 0;
@@ -134,12 +137,13 @@ static int read_set(struct keeper *k, const struct found *f, const struct tide_b
                     struct tide_area area, struct bitmap *bits, struct error *err)
 {
     const struct super *s = tide_super(k->tide);
+    const struct segments of = keeper_segments(k, s);
     uint64_t bad = 0;
 
     if (!area.epoch)
         return 0;
     if (f->segments)
-        return segment_read(k->options.runtime, &s->session, area.epoch, bits, err);
+        return segment_read(&of, area.epoch, bits, err);
     if (!b->extent[area.extent])
         return 0;
     /* In a closed file nothing is torn; in one that was in use a torn sector is under hot regions,
@@ -165,8 +169,14 @@ static void add_hot(struct keeper *k, const struct found *f, struct bitmap *bits
     k->recovery.bytes_added += bitmap_count(bits) - before;
 }
 
+static const struct tide_bitmap *find(const struct tide_table *t, const struct tide_bitmap *b)
+{
+    return tide_table_find((struct tide_table *)t, b->name);
+}
+
+/* OTHER: what B is if a group that is in doubt was committed; NULL: the same, or no doubt. */
 static int make_dirty(struct keeper *k, const struct found *f, const struct tide_bitmap *b,
-                      struct error *err)
+                      const struct tide_bitmap *other, struct error *err)
 {
     const struct super *s = tide_super(k->tide);
     const unsigned flags = DIRTY_PERSISTENT | DIRTY_LOADED | (b->enabled ? 0 : DIRTY_DISABLED);
@@ -189,6 +199,10 @@ static int make_dirty(struct keeper *k, const struct found *f, const struct tide
     r = read_set(k, f, b, b->current, bits, &why);
     if (r == 0)
         r = read_set(k, f, b, b->successor, bits, &why);
+    if (r == 0 && other)
+        r = read_set(k, f, other, other->current, bits, &why);
+    if (r == 0 && other)
+        r = read_set(k, f, other, other->successor, bits, &why);
     if (r == -EBADMSG) {
         log_warning("Node '%s': bitmap '%s' is inconsistent: %s", node_name(k->node), b->name,
                     why.text);
@@ -213,10 +227,29 @@ static int make_dirty(struct keeper *k, const struct found *f, const struct tide
     return 0;
 }
 
+/* Bitmaps that the group has moved on, or not: whose base nobody knows. */
+static void hold_doubtful(struct keeper *k, const struct tide_table *old,
+                          const struct tide_table *new)
+{
+    for (size_t i = 0; i < old->n; i++) {
+        const struct tide_bitmap *was = &old->items[i], *is = find(new, was);
+        struct dirty_bitmap *bm = dirty_find(k->node, was->name);
+        if (bm &&
+            (!is || is->generation != was->generation || is->current.epoch != was->current.epoch ||
+             is->successor.epoch != was->successor.epoch))
+            dirty_set_busy(bm, true);
+    }
+}
+
 static void tell(const struct keeper *k)
 {
     const struct tide_table *t = &tide_super(k->tide)->table;
     const char *name = node_name(k->node);
+
+    if (!tide_id_none(&k->doubt.group))
+        log_warning("Node '%s': whether its bitmaps have moved on with others is known to '%s' "
+                    "alone, which is not there: they stay busy",
+                    name, k->doubt.coordinator.path);
 
     switch (k->recovery.verdict) {
     case RECOVERY_NEW:
@@ -263,16 +296,21 @@ int keeper_recover(struct keeper *k, struct error *err)
     }
     k->epoch = s->next_epoch;
     k->ring_next = s->ring_sequence;
+    bool doubt;
+    f.sets = keeper_resolve(k, s, &doubt);
     r = weigh(k, &f, err);
     f.verdict = k->recovery.verdict;
     if (f.verdict == RECOVERY_NONE)
         free(steal(f.table));
-    for (size_t i = 0; r == 0 && i < s->table.n; i++)
-        r = make_dirty(k, &f, &s->table.items[i], err);
+    for (size_t i = 0; r == 0 && i < f.sets->n; i++)
+        r = make_dirty(k, &f, &f.sets->items[i], doubt ? find(&s->next, &f.sets->items[i]) : NULL,
+                       err);
+    if (doubt && r == 0)
+        hold_doubtful(k, f.sets, &s->next);
     free(f.table);
     if (r < 0)
         return r;
-    k->stale = f.verdict != RECOVERY_CLEAN;
+    k->stale = f.verdict != RECOVERY_CLEAN || !tide_id_none(&s->group);
     if (k->node->read_only)
         keeper_set_readonly(k, true);
     tell(k);

@@ -21,7 +21,8 @@ struct segment {
 };
 
 struct stamp {
-    struct {
+    struct stamped {
+        struct tide_id session;
         uint64_t last_write_ns;
         uint64_t in_flight;
     } * map;
@@ -29,21 +30,21 @@ struct stamp {
 
 /* ---- names ---- */
 
-static char *path_of(const char *runtime, const struct tide_id *session, const char *what)
+static char *path_of(const struct segments *of, const char *what)
 {
-    char hex[2 * sizeof session->bytes + 1];
+    char hex[2 * sizeof of->uuid.bytes + 1];
 
-    for (size_t i = 0; i < sizeof session->bytes; i++)
-        snprintf(hex + 2 * i, 3, "%02x", session->bytes[i]);
-    return xasprintf("%s/run-%s-%s", runtime, hex, what);
+    for (size_t i = 0; i < sizeof of->uuid.bytes; i++)
+        snprintf(hex + 2 * i, 3, "%02x", of->uuid.bytes[i]);
+    return xasprintf("%s/run-%s-%s", of->runtime, hex, what);
 }
 
-static char *segment_path(const char *runtime, const struct tide_id *session, uint64_t epoch)
+static char *segment_path(const struct segments *of, uint64_t epoch)
 {
     char name[24];
 
     snprintf(name, sizeof name, "%llu", (unsigned long long)epoch);
-    return path_of(runtime, session, name);
+    return path_of(of, name);
 }
 
 static int unlink_path(const char *path)
@@ -109,11 +110,11 @@ static int map_file(const char *path, int flags, size_t length, void **ret, stru
     return r;
 }
 
-int segment_create(const char *runtime, const struct tide_id *session, uint64_t epoch,
-                   uint64_t size_bytes, uint64_t granularity_bytes, struct segment **ret,
-                   struct bitmap **bits, struct error *err)
+int segment_create(const struct segments *of, uint64_t epoch, uint64_t size_bytes,
+                   uint64_t granularity_bytes, struct segment **ret, struct bitmap **bits,
+                   struct error *err)
 {
-    CLEANUP(memory_freep) char *path = segment_path(runtime, session, epoch);
+    CLEANUP(memory_freep) char *path = segment_path(of, epoch);
     const size_t length = segment_bytes(size_bytes, granularity_bytes);
     uint8_t boot[BOOT_ID_BYTES];
     void *map;
@@ -121,6 +122,7 @@ int segment_create(const char *runtime, const struct tide_id *session, uint64_t 
     int r = io_boot_id(boot);
     if (r < 0)
         return error_set_errno(err, -r, "Could not read this boot's id");
+    unlink_path(path); /* of a program that was killed before it could name it */
     r = map_file(path, O_CREAT | O_EXCL, length, &map, err);
     if (r == 0) {
         uint64_t *words = (uint64_t *)((uint8_t *)map + HEADER_BYTES);
@@ -134,7 +136,7 @@ int segment_create(const char *runtime, const struct tide_id *session, uint64_t 
         io_unlink(path);
         return r;
     }
-    put_header(map, session, epoch, size_bytes, granularity_bytes, boot);
+    put_header(map, &of->session, epoch, size_bytes, granularity_bytes, boot);
     struct segment *s = xnew(struct segment);
     *s = (struct segment){steal(path), map, length};
     *ret = s;
@@ -180,9 +182,9 @@ void segment_remove(struct segment *s)
     segment_close(s);
 }
 
-bool segment_unlink(const char *runtime, const struct tide_id *session, uint64_t epoch)
+bool segment_unlink(const struct segments *of, uint64_t epoch)
 {
-    CLEANUP(memory_freep) char *path = segment_path(runtime, session, epoch);
+    CLEANUP(memory_freep) char *path = segment_path(of, epoch);
 
     return unlink_path(path) != -ENOENT;
 }
@@ -201,10 +203,9 @@ static int check_header(const uint8_t *at, const struct tide_id *session, uint64
     return memcmp(at, want, HEADER_USED) ? -EBADMSG : 0;
 }
 
-int segment_read(const char *runtime, const struct tide_id *session, uint64_t epoch,
-                 struct bitmap *bits, struct error *err)
+int segment_read(const struct segments *of, uint64_t epoch, struct bitmap *bits, struct error *err)
 {
-    CLEANUP(memory_freep) char *path = segment_path(runtime, session, epoch);
+    CLEANUP(memory_freep) char *path = segment_path(of, epoch);
     const uint64_t granularity = bitmap_granularity(bits);
     struct stat st;
 
@@ -222,7 +223,7 @@ int segment_read(const char *runtime, const struct tide_id *session, uint64_t ep
         r = io_pread_full(fd, copy, length, 0);
     io_close(fd);
     if (r == 0)
-        r = check_header(copy, session, epoch, granularity);
+        r = check_header(copy, &of->session, epoch, granularity);
     /* So many granules has it words for. */
     uint64_t room = r == 0 ? (length - HEADER_BYTES) / 8 * 64 * granularity : 0;
     if (r == 0 && room < bitmap_size(bits))
@@ -240,27 +241,21 @@ int segment_read(const char *runtime, const struct tide_id *session, uint64_t ep
 
 /* ---- the stamp ---- */
 
-int stamp_create(const char *runtime, const struct tide_id *session, struct stamp **ret,
-                 struct error *err)
+int stamp_create(const struct segments *of, struct stamp **ret, struct error *err)
 {
-    CLEANUP(memory_freep) char *path = path_of(runtime, session, "stamp");
+    CLEANUP(memory_freep) char *path = path_of(of, "stamp");
     void *map;
 
+    unlink_path(path);
     int r = map_file(path, O_CREAT | O_EXCL, HEADER_BYTES, &map, err);
     if (r < 0)
         return r;
     struct stamp *s = xnew(struct stamp);
     s->map = map;
     s->map->last_write_ns = clock_wall_us() * 1000;
+    memcpy(&s->map->session, &of->session, sizeof of->session);
     *ret = s;
     return 0;
-}
-
-void stamp_unlink(const char *runtime, const struct tide_id *session)
-{
-    CLEANUP(memory_freep) char *path = path_of(runtime, session, "stamp");
-
-    unlink_path(path);
 }
 
 void stamp_close(struct stamp *s)
@@ -269,6 +264,13 @@ void stamp_close(struct stamp *s)
         return;
     io_unmap(s->map, HEADER_BYTES);
     free(s);
+}
+
+void stamp_unlink(const struct segments *of)
+{
+    CLEANUP(memory_freep) char *path = path_of(of, "stamp");
+
+    unlink_path(path);
 }
 
 void stamp_write_begun(struct stamp *s)
@@ -282,17 +284,19 @@ void stamp_write_done(struct stamp *s)
     s->map->in_flight--;
 }
 
-int stamp_find(const char *runtime, const struct tide_id *session, uint64_t *last_write_ns)
+int stamp_find(const struct segments *of, uint64_t *last_write_ns)
 {
-    CLEANUP(memory_freep) char *path = path_of(runtime, session, "stamp");
-    uint64_t words[2] = {0};
+    CLEANUP(memory_freep) char *path = path_of(of, "stamp");
+    struct stamped found;
 
     int fd = io_open(path, O_RDONLY, 0);
     if (fd < 0)
         return fd;
-    int r = io_pread_full(fd, words, sizeof words, 0);
+    int r = io_pread_full(fd, &found, sizeof found, 0);
     io_close(fd);
+    if (r == 0 && !tide_id_equal(&found.session, &of->session))
+        r = -ENOENT;
     if (r == 0)
-        *last_write_ns = words[1] ? UINT64_MAX : words[0];
+        *last_write_ns = found.in_flight ? UINT64_MAX : found.last_write_ns;
     return r;
 }

@@ -2,8 +2,11 @@
  * area, epoch), mapped: its words are the lowest level of a struct bitmap. It decides nothing:
  * superblocks say which epochs count.
  *
- *     RUNTIME/run-SESSION-EPOCH     4 KiB header (session, epoch, size, granularity, boot), then
- * words RUNTIME/run-SESSION-stamp     when the session last wrote to the disk
+ *     RUNTIME/run-UUID-EPOCH     4 KiB header (session, epoch, size, granularity, boot), then words
+ *     RUNTIME/run-UUID-stamp     when the session last wrote to the disk
+ *
+ * UUID is the tide file's, so that what a killed program has left is found; only what says the
+ * session of the superblock counts.
  *
  * Reserved in full when made, so that a full tmpfs is an error there and never a SIGBUS later;
  * 0600. RUNTIME is $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/tidemark or /run/tidemark (daemon/
@@ -18,35 +21,40 @@
 
 struct segment; /* one mapped file */
 
+/* Whose segments. */
+struct segments {
+    const char *runtime;
+    struct tide_id uuid, session;
+};
+
 /* Makes the directory, if need be, and sees that it is ours alone. */
 int segments_directory(const char *runtime, struct error *err) MUST_CHECK;
 
-/* All clean. *BITS are over its words: freed before the segment. */
-int segment_create(const char *runtime, const struct tide_id *session, uint64_t epoch,
-                   uint64_t size_bytes, uint64_t granularity_bytes, struct segment **ret,
-                   struct bitmap **bits, struct error *err) MUST_CHECK;
+/* All clean, in place of one that an earlier session may have left. *BITS are over its words: freed
+ * before the segment. */
+int segment_create(const struct segments *of, uint64_t epoch, uint64_t size_bytes,
+                   uint64_t granularity_bytes, struct segment **ret, struct bitmap **bits,
+                   struct error *err) MUST_CHECK;
 /* One that an earlier process has left, for reading. -ENOENT: there is none (another boot, or
  * removed). -EBADMSG: not whole, or of another size or granularity. BITS |= its words. */
-int segment_read(const char *runtime, const struct tide_id *session, uint64_t epoch,
-                 struct bitmap *bits, struct error *err) MUST_CHECK;
+int segment_read(const struct segments *of, uint64_t epoch, struct bitmap *bits,
+                 struct error *err) MUST_CHECK;
 /* The disk is to have another size: room for it is reserved, then bitmap_resize cannot fail. */
 int segment_grow(struct segment *s, struct bitmap *bits, uint64_t size_bytes,
                  struct error *err) MUST_CHECK;
 void segment_close(struct segment *s);  /* the file stays */
 void segment_remove(struct segment *s); /* closes, and the file goes */
-/* One of another session, or one that nobody has open; false: it was not there. */
-bool segment_unlink(const char *runtime, const struct tide_id *session, uint64_t epoch);
+/* One of any session that nobody has open; false: it was not there. */
+bool segment_unlink(const struct segments *of, uint64_t epoch);
 
 /* The moment (wall clock, ns) of our last write to the disk, kept in a file of the session beside
  * the segments: for witness_compare_crash(). A store to mapped memory, for the write path. */
 struct stamp;
-int stamp_create(const char *runtime, const struct tide_id *session, struct stamp **ret,
-                 struct error *err) MUST_CHECK;
+int stamp_create(const struct segments *of, struct stamp **ret, struct error *err) MUST_CHECK;
 void stamp_close(struct stamp *s);
-void stamp_unlink(const char *runtime, const struct tide_id *session);
+void stamp_unlink(const struct segments *of);
 void stamp_write_begun(struct stamp *s);
 void stamp_write_done(struct stamp *s);
 /* What an earlier process left: the latest moment at which a write of it can have reached the file;
  * UINT64_MAX if writes were in flight. -ENOENT. */
-int stamp_find(const char *runtime, const struct tide_id *session,
-               uint64_t *last_write_ns) MUST_CHECK;
+int stamp_find(const struct segments *of, uint64_t *last_write_ns) MUST_CHECK;

@@ -57,7 +57,6 @@ int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
     int fd = keeper_descriptor(k), r = 0;
 
     c->begins = true;
-    c->old_session = s->session;
     id_make(&s->session);
     if (k->epoch == 0)
         k->epoch = s->next_epoch ? s->next_epoch : 1;
@@ -68,28 +67,53 @@ int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
         return error_set_errno(err, -r, "Could not look at the image of node '%s'",
                                node_name(k->node));
     use_runtime(k);
-    if (k->options.runtime)
-        r = stamp_create(k->options.runtime, &s->session, &k->stamp, err);
-    return r;
+    return 0;
 }
 
-/* The segments of a session that no superblock names any more. */
-void keeper_drop_session(struct keeper *k, const struct tide_id *session, const struct super *old)
+struct segments keeper_segments(const struct keeper *k, const struct super *s)
 {
-    if (!k->options.runtime || tide_id_none(session))
+    return (struct segments){k->options.runtime, s->uuid, s->session};
+}
+
+static void unlink_unless_used(const struct keeper *k, const struct segments *of, uint64_t epoch)
+{
+    const struct kept_set *s;
+
+    LIST_FOREACH (s, &k->sets, link)
+        if (k->in_use && s->epoch == epoch)
+            return;
+    segment_unlink(of, epoch);
+}
+
+/* The segments that OLD names, and those that a program has left which was killed before it could
+ * name them, or before it had taken away what it named no more. */
+void keeper_drop_segments(struct keeper *k, const struct super *old)
+{
+    const struct segments of = keeper_segments(k, old);
+
+    if (!of.runtime || tide_id_none(&of.session))
         return;
     for (size_t i = 0; i < old->table.n; i++) {
-        segment_unlink(k->options.runtime, session, old->table.items[i].current.epoch);
+        unlink_unless_used(k, &of, old->table.items[i].current.epoch);
         if (old->table.items[i].successor.epoch)
-            segment_unlink(k->options.runtime, session, old->table.items[i].successor.epoch);
+            unlink_unless_used(k, &of, old->table.items[i].successor.epoch);
     }
-    stamp_unlink(k->options.runtime, session);
+    uint64_t last = old->next_epoch + 8,
+             first = last > 3 * EPOCHS_AHEAD ? last - 3 * EPOCHS_AHEAD : 1;
+    for (uint64_t epoch = first; old->in_use && epoch < last; epoch++)
+        unlink_unless_used(k, &of, epoch);
 }
 
 void keeper_session_begun(struct keeper *k)
 {
     const struct super *s = tide_super(k->tide);
 
+    struct error err = ERROR_INIT;
+
+    /* Only now: the old one tells of the old session as long as that holds. */
+    const struct segments of = keeper_segments(k, s);
+    if (of.runtime && stamp_create(&of, &k->stamp, &err) < 0)
+        log_warning("Node '%s': %s", node_name(k->node), err.text);
     k->in_use = true;
     k->stale = false;
     k->ring_next = s->ring_sequence;
@@ -113,6 +137,7 @@ int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **
     mutex_init(&k->ring_lock);
     scope_init(&k->tasks);
     LIST_INIT(&k->sets);
+    LIST_INSERT_HEAD(k->options.peers, k, in_peers);
     int r = keeper_recover(k, err);
     if (r < 0) {
         keeper_free(k);
@@ -127,8 +152,9 @@ void keeper_free(struct keeper *k)
 {
     struct kept_set *s;
 
-    if (k->hot)
-        hot_free(k->hot);
+    LIST_REMOVE(k, in_peers);
+    hot_free(k->hot);
+    keeper_forget_doubt(k);
     scope_fini(&k->tasks);
     while ((s = LIST_FIRST(&k->sets)))
         keeper_set_free(s);
@@ -180,6 +206,19 @@ static int close_session(struct keeper *k, struct error *err)
     return tide_write_super(k->tide, &s, err);
 }
 
+/* Of a session that has ended well: its sets' are closed with them. */
+static void drop_all_segments(struct keeper *k, const struct super *old)
+{
+    const struct segments of = keeper_segments(k, old);
+    struct kept_set *s;
+
+    if (!of.runtime)
+        return;
+    LIST_FOREACH (s, &k->sets, link)
+        segment_unlink(&of, s->epoch);
+    stamp_unlink(&of);
+}
+
 /* Ends the session, if there is one, and tells what went wrong: then it is as after a kill. */
 static void end_session(struct keeper *k)
 {
@@ -196,14 +235,15 @@ static void end_session(struct keeper *k)
     if (r == 0 && tide_failed(k->tide))
         r = -EIO;
     if (r == 0)
-        r = old.table.n == 0 ? tide_remove(steal(k->tide), &err) : close_session(k, &err);
+        r = old.table.n == 0 && old.n_records == 0 ? tide_remove(steal(k->tide), &err)
+                                                   : close_session(k, &err);
+    k->in_use = false;
     if (r == 0)
-        keeper_drop_session(k, &old.session, &old);
+        drop_all_segments(k, &old);
     else
         log_warning("Node '%s': %s: its bitmaps are recovered when it is next opened",
                     node_name(k->node), err.text);
     stamp_close(steal(k->stamp));
-    k->in_use = false;
 }
 
 void keeper_close(struct keeper *k)

@@ -97,21 +97,22 @@ void change_fini(struct change *c)
     free(c->successor);
 }
 
-static int make_segment(struct keeper *k, struct kept_set *s, const struct tide_id *session,
+static int make_segment(struct keeper *k, struct kept_set *s, const struct segments *of,
                         struct error *err)
 {
     struct bitmap *old = s->bits, *bits;
     struct segment *segment;
 
-    if (!k->options.runtime || (s->segment && !s->segment_ended))
+    if (!of->runtime || (s->segment && !s->segment_ended))
         return 0;
-    int r = segment_create(k->options.runtime, session, s->epoch, bitmap_size(old),
-                           bitmap_granularity(old), &segment, &bits, err);
+    int r = segment_create(of, s->epoch, bitmap_size(old), bitmap_granularity(old), &segment, &bits,
+                           err);
     if (r < 0)
         return r;
     /* No write marks OLD meanwhile: it is new and guests wait, or no write has passed us yet. */
     bitmap_merge(bits, old);
-    bitmap_swap(bits, old); /* whoever holds the set, a transaction's undo, too, holds it still */
+    /* The set stays the one it is: a transaction's undo may hold it, too. */
+    bitmap_swap(old, bits);
     bitmap_free(bits);
     segment_close(s->segment);
     s->segment = segment;
@@ -121,24 +122,24 @@ static int make_segment(struct keeper *k, struct kept_set *s, const struct tide_
 
 /* Where BITS of BM are, in *RET; a new set gets a place. */
 static int place(struct keeper *k, struct change *c, struct tide_bitmap *entry,
-                 struct dirty_bitmap *bm, struct bitmap **bits, struct tide_area *ret,
+                 struct dirty_bitmap *bm, struct bitmap *bits, struct tide_area *ret,
                  struct error *err)
 {
-    struct kept_set *s = keeper_set_of(k, *bits);
+    struct kept_set *s = keeper_set_of(k, bits);
     bool is_new = !s;
 
     if (is_new) {
-        s = set_new(k, bm, *bits);
+        s = set_new(k, bm, bits);
         s->extent = free_extent(k, s, entry->name);
         s->epoch = k->epoch++;
     }
-    int r = make_segment(k, s, &c->next.session, err);
+    const struct segments of = keeper_segments(k, &c->next);
+    int r = make_segment(k, s, &of, err);
     if (r < 0) {
         if (is_new)
             keeper_set_free(s);
         return r;
     }
-    *bits = s->bits;
     *ret = (struct tide_area){s->extent, s->epoch};
     return 0;
 }
@@ -186,9 +187,9 @@ static int add_entry(struct keeper *k, struct change *c, struct dirty_bitmap *bm
         .last_job = st.job ? xstrdup(st.job) : NULL,
     };
     size_t i = c->next.table.n++;
-    int r = place(k, c, entry, bm, &st.current, &entry->current, err);
+    int r = place(k, c, entry, bm, st.current, &entry->current, err);
     if (r == 0 && st.successor)
-        r = place(k, c, entry, bm, &st.successor, &entry->successor, err);
+        r = place(k, c, entry, bm, st.successor, &entry->successor, err);
     if (r == 0)
         r = allocate(k, c, entry, keeper_set_of(k, st.current)->of, err);
     c->current[i] = st.current;

@@ -121,6 +121,35 @@ void super_fini(struct super *s)
     *s = (struct super){0};
 }
 
+static void record_copy(struct tide_record *to, const struct tide_record *from)
+{
+    *to = *from;
+    to->members = from->n ? xcalloc(from->n, sizeof *to->members) : NULL;
+    for (size_t i = 0; i < from->n; i++)
+        member_copy(&to->members[i], &from->members[i]);
+}
+
+void super_add_record(struct super *s, const struct tide_record *record)
+{
+    struct tide_record *all = xcalloc(s->n_records + 1, sizeof *all);
+    if (s->n_records)
+        memcpy(all, s->records, s->n_records * sizeof *all);
+    free(s->records);
+    s->records = all;
+    record_copy(&s->records[s->n_records++], record);
+}
+
+void super_drop_record(struct super *s, const struct tide_id *group)
+{
+    for (size_t i = 0; i < s->n_records; i++) {
+        if (!tide_id_equal(&s->records[i].group, group))
+            continue;
+        record_fini(&s->records[i]);
+        s->records[i] = s->records[--s->n_records];
+        return;
+    }
+}
+
 void super_copy(struct super *to, const struct super *from)
 {
     *to = *from;
@@ -128,13 +157,8 @@ void super_copy(struct super *to, const struct super *from)
     tide_table_copy(&to->next, &from->next);
     member_copy(&to->coordinator, &from->coordinator);
     to->records = from->n_records ? xcalloc(from->n_records, sizeof *to->records) : NULL;
-    for (size_t i = 0; i < from->n_records; i++) {
-        const struct tide_record *r = &from->records[i];
-        to->records[i] = *r;
-        to->records[i].members = r->n ? xcalloc(r->n, sizeof *r->members) : NULL;
-        for (size_t k = 0; k < r->n; k++)
-            member_copy(&to->records[i].members[k], &r->members[k]);
-    }
+    for (size_t i = 0; i < from->n_records; i++)
+        record_copy(&to->records[i], &from->records[i]);
 }
 
 /* ---- what must hold ---- */

@@ -104,6 +104,8 @@ void super_copy(struct super *to, const struct super *from);
 struct tide_bitmap *tide_table_find(struct tide_table *t, const char *name); /* NULL: none */
 void tide_table_fini(struct tide_table *t);
 void tide_table_copy(struct tide_table *to, const struct tide_table *from);
+void super_add_record(struct super *s, const struct tide_record *record); /* a copy of it */
+void super_drop_record(struct super *s, const struct tide_id *group);
 bool tide_id_equal(const struct tide_id *a, const struct tide_id *b);
 bool tide_id_none(const struct tide_id *id);
 

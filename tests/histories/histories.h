@@ -5,7 +5,8 @@
  *     disk     a disk in memory: slow, failing, with a cache that a flush makes durable (disk.c)
  *     guest    writes at random, and knows what it should read (guests.c)
  *     model    what each bitmap must say, by the tables of ARCHITECTURE.md (model.c)
- *     client   starts, disturbs and ends jobs; keeps its backups or throws them away (client.c)
+ *     client   starts, disturbs and ends jobs; keeps its backups or throws them away (client.c);
+ *              its transactions (changes.c); its chains of real images (images.c)
  *
  * The model is told of a write by the disk itself, below everything that is tested. For each bitmap
  * it has two sets of sectors: those that MUST be dirty, and those that MAY be. They differ only

@@ -348,6 +348,64 @@ JOB_TEST(an_error_stops_the_job_until_it_is_resumed)
     close_disks();
 }
 
+static int write_once(void *arg)
+{
+    struct guest *gu = arg;
+    uint8_t buf[512];
+    memset(buf, 0x77, sizeof buf);
+    CHECK(edge_write(gu->edge, range_make(65536 * 3, sizeof buf), buf, 0) == 0);
+    gu->done++;
+    return 0;
+}
+
+/* A target that does not answer for an hour. Cancelling does not wait for it, and the guest whose
+ * old data was to be saved there writes. */
+JOB_TEST(a_target_that_hangs_is_given_up)
+{
+    static const char *const modes[] = {"on-success", "always", "never"};
+    for (int m = 0; m < 3; m++) {
+        struct guest gu;
+        struct node *over = NULL;
+        struct error err = ERROR_INIT;
+        SCOPE(writer);
+        s = disk(g, "s", SIZE, 0);
+        t = disk(g, "t", SIZE, 0);
+        CLEANUP(json_putp)
+        struct json_object *slow =
+            parse("{'driver':'blkdebug','node-name':'over','image':'t','x-tidemark-delay':"
+                  "[{'event':'none','iotype':'write','delay-ns':3600000000000}]}");
+        int r = graph_open(g, slow, &over, &err);
+        CHECK_OK(r, err);
+        memset(mem_of(s)->bytes, 0x42, SIZE);
+        command_ok(g, "block-dirty-bitmap-add",
+                   parse("{'node':'s','name':'b','granularity':65536}"));
+        struct dirty_bitmap *bm = dirty_find(s, "b");
+        guest_on(&gu, s, 1);
+        CHECK(edge_write(gu.edge, range_make(65536 * 5, 65536), mem_of(s)->bytes, 0) == 0);
+        CHECK(edge_write(gu.edge, range_make(65536 * 3, 65536), mem_of(s)->bytes, 0) == 0);
+        command_ok(g, "blockdev-backup",
+                   parse("{'device':'s','target':'over','job-id':'j','sync':'bitmap','bitmap':'b',"
+                         "'bitmap-mode':'%s','on-target-error':'stop'}",
+                         modes[m]));
+        turns(20);
+        scope_spawn(&writer, write_once, &gu);
+        turns(20);
+        CHECK(over->inside && !gu.done);
+        verb_ok("j", JOB_VERB_CANCEL);
+        wait_for("j", "null");
+        CHECK(strstr(events, "j:aborting j:CANCELLED j:concluded") && !strstr(events, "ERROR"));
+        CHECK(scope_join(&writer) == 0);
+        CHECK(gu.done == 1 && !gu.failed && mem_of(s)->bytes[65536 * 3] == 0x77);
+        CHECK(!over->inside && !over->cancelled);
+        CHECK(bitmap_count(dirty_bits(bm)) == 2 * 65536); /* nothing was achieved */
+        edge_detach(gu.edge);
+        node_unref(over);
+        node_unref(steal(s));
+        node_unref(steal(t));
+        events[0] = '\0';
+    }
+}
+
 JOB_TEST(a_guests_write_that_could_not_be_saved_is_not_in_the_backup)
 {
     struct guest gu;
@@ -453,6 +511,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(of_forty_combinations_twelve_are_accepted),
     cmocka_unit_test(a_backup_keeps_others_away_from_its_nodes),
     cmocka_unit_test(queries_show_the_three_sets),
+    cmocka_unit_test(a_target_that_hangs_is_given_up),
     cmocka_unit_test(an_error_stops_the_job_until_it_is_resumed),
     cmocka_unit_test(a_guests_write_that_could_not_be_saved_is_not_in_the_backup),
     cmocka_unit_test(two_backups_of_one_node_have_their_own_instants),

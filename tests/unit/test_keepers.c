@@ -1,0 +1,375 @@
+/* Bitmaps of several raw disks through kills: each life is a process of its own, which ends for
+ * good at the N-th operation that has an effect, for every N. After each, what the clients of the
+ * disks must find: all of a group or nothing, no write forgotten, and nothing left over. */
+#include "blockutil.h"
+
+#include "dirty/dirty.h"
+#include "job/transaction.h"
+#include "persist/persist.h"
+#include "rt/world.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <sys/wait.h>
+
+enum { DISKS = 3, KILLED = 77, WRITE_AT = 1 << 20 };
+#define DISK_BYTES (4 * MiB)
+
+static char dir[64];
+
+/* ---- a life ---- */
+
+struct life {
+    struct world world, *real;
+    unsigned left;   /* operations until it ends; 0: it lives on */
+    bool after;      /* it ends when the operation has been done */
+    unsigned hidden; /* bits: disks whose tide file this life does not see */
+    void (*body)(struct life *l);
+    struct graph *g;
+    struct jobs *js;
+    struct node *n[DISKS];
+    struct edge *e[DISKS];
+    struct test_user user[DISKS];
+};
+
+static uint64_t now(struct world *w)
+{
+    struct life *l = container_of(w, struct life, world);
+    return l->real->now_ns(l->real);
+}
+
+static uint64_t wall(struct world *w)
+{
+    struct life *l = container_of(w, struct life, world);
+    return l->real->wall_us(l->real);
+}
+
+static void dice(struct world *w, void *buf, size_t n)
+{
+    struct life *l = container_of(w, struct life, world);
+    l->real->random(l->real, buf, n);
+}
+
+static bool turn(struct world *w, uint64_t deadline_ns)
+{
+    struct life *l = container_of(w, struct life, world);
+    return l->real->turn(l->real, deadline_ns);
+}
+
+static bool has_effect(const struct io_op *op)
+{
+    return op->kind == IO_WRITE || op->kind == IO_UNLINK || op->kind == IO_RENAME ||
+           op->kind == IO_TRUNCATE || (op->kind == IO_OPEN && op->flags & O_CREAT);
+}
+
+static int64_t perform(struct world *w, struct io_op *op)
+{
+    struct life *l = container_of(w, struct life, world);
+
+    if (!l->left || !has_effect(op) || --l->left)
+        return l->real->perform(l->real, op);
+    if (l->after)
+        l->real->perform(l->real, op);
+    _exit(KILLED);
+}
+
+static void open_disk(struct life *l, unsigned i)
+{
+    char json[512];
+
+    snprintf(json, sizeof json,
+             "{'driver':'raw','node-name':'d%u','file':{'driver':'file','filename':'%s/%u'}}", i,
+             dir, i);
+    l->n[i] = open_ok(l->g, json);
+    l->e[i] = attach(&l->user[i], l->n[i], PERM_ALL, PERM_ALL);
+}
+
+static int live(void *arg)
+{
+    struct life *l = arg;
+
+    l->g = graph_new();
+    dirty_init(l->g);
+    persist_init(l->g);
+    persist_set_runtime(l->g, dir);
+    l->js = jobs_new(l->g);
+    for (unsigned i = 0; i < DISKS; i++)
+        if (!(l->hidden & 1u << i))
+            open_disk(l, i);
+    l->body(l);
+    for (unsigned i = 0; i < DISKS; i++)
+        if (l->n[i]) {
+            edge_detach(l->e[i]);
+            node_unref(l->n[i]);
+        }
+    jobs_free(l->js);
+    graph_free(l->g);
+    return 0;
+}
+
+/* True: it was killed; the N-th operation with an effect (from 1) was its last. */
+static bool run_life(void (*body)(struct life *), unsigned n, bool after, unsigned hidden)
+{
+    pid_t child = fork();
+    int status;
+
+    if (child == 0) {
+        struct life l = {.left = n, .after = after, .hidden = hidden, .body = body};
+        int error;
+        l.real = world_threads_open(&error);
+        l.world = (struct world){"killing", now, wall, dice, perform, turn};
+        int r = l.real ? loop_run_in(&l.world, live, &l) : error;
+        _exit(r == 0 ? 0 : 1);
+    }
+    assert_true(child > 0);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    if (!WIFEXITED(status) || (WEXITSTATUS(status) != 0 && WEXITSTATUS(status) != KILLED))
+        fail_msg("killed %s operation %u: the life ended with status 0x%x",
+                 after ? "after" : "before", n, status);
+    return WEXITSTATUS(status) == KILLED;
+}
+
+/* ---- what lives do ---- */
+
+static void transact(struct life *l, const char *action, ...)
+{
+    CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
+    struct error err = ERROR_INIT;
+
+    for (unsigned i = 0; i < DISKS; i++) {
+        char text[256], *p;
+        snprintf(text, sizeof text,
+                 "{'type':'block-dirty-bitmap-%s','data':{'node':'d%u','name':'b'%s}}", action, i,
+                 strcmp(action, "add") ? "" : ",'persistent':true");
+        while ((p = strchr(text, '\'')))
+            *p = '"';
+        json_object_array_add(actions, json_tokener_parse(text));
+    }
+    int r = transaction_run(l->g, l->js, actions, NULL, &err);
+    CHECK_OK(r, err);
+}
+
+static void write_at(struct life *l, unsigned i, uint64_t at)
+{
+    uint8_t buf[4096];
+
+    memset(buf, 1, sizeof buf);
+    CHECK(edge_write(l->e[i], range_make(at, sizeof buf), buf, 0) == 0);
+}
+
+static void begin(struct life *l)
+{
+    transact(l, "add");
+    for (unsigned i = 0; i < DISKS; i++)
+        write_at(l, i, 0);
+}
+
+static struct dirty_bitmap *bitmap_of(struct life *l, unsigned i)
+{
+    struct dirty_bitmap *bm = dirty_find(l->n[i], "b");
+
+    CHECK(bm && !dirty_inconsistent(bm) && dirty_recording(bm));
+    return bm;
+}
+
+static uint64_t generation_of(struct life *l, unsigned i)
+{
+    struct dirty_state st;
+
+    dirty_get_state(bitmap_of(l, i), &st);
+    return st.generation;
+}
+
+/* Told by the file `said`: the client's belief between lives. */
+static void say(const char *what)
+{
+    char path[80];
+
+    snprintf(path, sizeof path, "%s/said", dir);
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    CHECK(fd >= 0 && write(fd, what, strlen(what)) == (ssize_t)strlen(what));
+    close(fd);
+}
+
+static void clear_all(struct life *l)
+{
+    for (unsigned i = 0; i < DISKS; i++)
+        write_at(l, i, WRITE_AT);
+    transact(l, "clear");
+    say("cleared");
+    for (unsigned i = 0; i < DISKS; i++)
+        write_at(l, i, 2 * WRITE_AT);
+}
+
+static bool was_said(const char *what)
+{
+    char path[80], text[32] = "";
+
+    snprintf(path, sizeof path, "%s/said", dir);
+    int fd = open(path, O_RDONLY);
+    if (fd >= 0) {
+        CHECK(read(fd, text, sizeof text - 1) >= 0);
+        close(fd);
+    }
+    return strcmp(text, what) == 0;
+}
+
+/* One disk alone: its bitmap has whatever it must have, whether it is busy (in doubt) or not. */
+static void look_at_one(struct life *l)
+{
+    for (unsigned i = 0; i < DISKS; i++) {
+        if (!l->n[i])
+            continue;
+        struct dirty_bitmap *bm = bitmap_of(l, i);
+        if (dirty_busy(bm))
+            CHECK(bitmap_get(dirty_bits(bm), 0) && generation_of(l, i) == 1);
+        write_at(l, i, 3 * WRITE_AT);
+        CHECK(bitmap_get(dirty_bits(bm), 3 * WRITE_AT));
+    }
+}
+
+static void look(struct life *l)
+{
+    uint64_t generation = generation_of(l, 0);
+
+    CHECK(generation == 1 || generation == 2);
+    CHECK(generation == 2 || !was_said("cleared"));
+    for (unsigned i = 0; i < DISKS; i++) {
+        struct dirty_bitmap *bm = bitmap_of(l, i);
+        struct bitmap *bits = dirty_bits(bm);
+        uint8_t at_two[1];
+
+        CHECK(!dirty_busy(bm));
+        CHECK(generation_of(l, i) == generation);
+        if (generation == 1)
+            CHECK(bitmap_get(bits, 0));
+        CHECK(edge_read(l->e[i], range_make(2 * WRITE_AT, 1), at_two, 0) == 0);
+        if (at_two[0])
+            CHECK(bitmap_get(bits, 2 * WRITE_AT));
+        /* And whatever comes now is marked, and is there in the next life. */
+        write_at(l, i, 3 * WRITE_AT);
+        CHECK(bitmap_get(dirty_bits(bm), 3 * WRITE_AT));
+    }
+}
+
+static void look_again(struct life *l)
+{
+    look(l);
+    transact(l, "remove");
+}
+
+/* ---- files ---- */
+
+static unsigned files(bool remove)
+{
+    unsigned n = 0;
+    DIR *d = opendir(dir);
+    struct dirent *e;
+
+    assert_non_null(d);
+    while ((e = readdir(d))) {
+        if (e->d_name[0] == '.')
+            continue;
+        if (!remove) {
+            if (strstr(e->d_name, "run-") || strstr(e->d_name, ".tide"))
+                print_message("left: %s\n", e->d_name);
+            n += strstr(e->d_name, "run-") || strstr(e->d_name, ".tide");
+            continue;
+        }
+        assert_int_equal(unlinkat(dirfd(d), e->d_name, 0), 0);
+    }
+    closedir(d);
+    return n;
+}
+
+static void make_disks(void)
+{
+    for (unsigned i = 0; i < DISKS; i++) {
+        char path[80];
+        snprintf(path, sizeof path, "%s/%u", dir, i);
+        int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+        assert_true(fd >= 0);
+        assert_int_equal(ftruncate(fd, DISK_BYTES), 0);
+        close(fd);
+    }
+}
+
+static void lose_segments(void)
+{
+    DIR *d = opendir(dir);
+    struct dirent *e;
+
+    while ((e = readdir(d)))
+        if (strncmp(e->d_name, "run-", 4) == 0)
+            assert_int_equal(unlinkat(dirfd(d), e->d_name, 0), 0);
+    closedir(d);
+}
+
+static bool move(const char *from, const char *to)
+{
+    char a[96], b[96];
+
+    snprintf(a, sizeof a, "%s/%s", dir, from);
+    snprintf(b, sizeof b, "%s/%s", dir, to);
+    return rename(a, b) == 0;
+}
+
+enum between { NOTHING, SEGMENTS_LOST, FIRST_ABSENT, OTHERS_FIRST };
+
+static void kill_at_every_operation(enum between between)
+{
+    snprintf(dir, sizeof dir, "/tmp/keepers-XXXXXX");
+    assert_non_null(mkdtemp(dir));
+    for (unsigned after = 0; after < (between == NOTHING ? 2 : 1); after++) {
+        for (unsigned n = 1;; n++) {
+            files(true);
+            make_disks();
+            assert_false(run_life(begin, 0, false, 0));
+            bool killed = run_life(clear_all, n, after, 0);
+            if (between == SEGMENTS_LOST)
+                lose_segments();
+            if (between == FIRST_ABSENT && move("0.tide", "away"))
+                run_life(look_at_one, 0, false, 1);
+            if (between == FIRST_ABSENT)
+                move("away", "0.tide");
+            if (between == OTHERS_FIRST)
+                for (unsigned i = DISKS; i-- > 0;)
+                    run_life(look_at_one, 0, false, ~(1u << i));
+            assert_false(run_life(look, 0, false, 0));
+            assert_false(run_life(look_again, 0, false, 0));
+            assert_int_equal(files(false), 0);
+            if (!killed)
+                break;
+        }
+    }
+    files(true);
+    rmdir(dir);
+}
+
+static void a_group_is_all_or_nothing(void **state)
+{
+    kill_at_every_operation(NOTHING);
+}
+
+static void also_without_run_segments(void **state)
+{
+    kill_at_every_operation(SEGMENTS_LOST);
+}
+
+static void also_when_one_is_opened_alone(void **state)
+{
+    kill_at_every_operation(OTHERS_FIRST);
+}
+
+static void also_when_the_first_cannot_be_asked(void **state)
+{
+    kill_at_every_operation(FIRST_ABSENT);
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(a_group_is_all_or_nothing),
+    cmocka_unit_test(also_without_run_segments),
+    cmocka_unit_test(also_when_one_is_opened_alone),
+    cmocka_unit_test(also_when_the_first_cannot_be_asked),
+};
+UNIT_MAIN(tests)
