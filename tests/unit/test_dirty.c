@@ -622,8 +622,8 @@ static int store_remove(struct dirty_store *s, struct node *n, const char *name,
 
 static int the_store_is_asked_and_told(void *arg)
 {
+    struct test_store s = {{store_can_add, store_remove}}; /* outlives the world */
     WORLD(w, 1 * MiB, 0);
-    struct test_store s = {{store_can_add, store_remove}};
 
     dirty_set_store(w.g, &s.store);
     must_fail(dirty_add(w.n, "p", 512, DIRTY_PERSISTENT, NULL, &err), "too fine");
