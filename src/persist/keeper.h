@@ -78,3 +78,5 @@ int keeper_grow(struct keeper *k, struct bitmap *bits, uint64_t to) MUST_CHECK;
 void keeper_bits_gone(struct keeper *k, struct bitmap *bits);
 /* x-tidemark-recovery of query-named-block-nodes; NULL: it has no bitmaps to recover. */
 struct json_object *keeper_info(struct keeper *k);
+/* x-tidemark-hot-regions; NULL: none are in use. */
+struct json_object *keeper_hot_info(const struct keeper *k);

@@ -287,3 +287,8 @@ struct json_object *persist_info(struct node *n)
 {
     return keeper_of(n) ? keeper_info(keeper_of(n)) : NULL;
 }
+
+struct json_object *persist_hot_info(struct node *n)
+{
+    return keeper_of(n) ? keeper_hot_info(keeper_of(n)) : NULL;
+}

@@ -19,3 +19,5 @@ void persist_init(struct graph *g);
 void persist_set_runtime(struct graph *g, const char *directory);
 /* x-tidemark-recovery of query-named-block-nodes; NULL: nothing is kept for this node. */
 struct json_object *persist_info(struct node *n);
+/* x-tidemark-hot-regions: what keeping the bitmaps costs; NULL: nothing so far. */
+struct json_object *persist_hot_info(struct node *n);

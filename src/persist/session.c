@@ -340,3 +340,23 @@ struct json_object *keeper_info(struct keeper *k)
         json_add_string(info, "witness", k->recovery.witness);
     return info;
 }
+
+struct json_object *keeper_hot_info(const struct keeper *k)
+{
+    struct hot_stats now;
+
+    if (!k->hot)
+        return NULL;
+    hot_stats(k->hot, &now);
+    struct json_object *info = json_object_new_object();
+    json_add_uint(info, "region-size", 1ull << k->options.region_bits);
+    json_add_uint(info, "slots", k->options.slots);
+    json_add_uint(info, "hot", now.hot);
+    json_add_uint(info, "clean", now.clean);
+    json_add_uint(info, "waiting", now.waiting);
+    json_add_uint(info, "commits", now.commits);
+    json_add_uint(info, "entered", now.entered);
+    json_add_uint(info, "cleanings", now.cleanings);
+    json_add_uint(info, "cleaned", now.cleaned);
+    return info;
+}

@@ -103,6 +103,9 @@ static struct json_object *device_info(struct node *n, bool flat, struct error *
     struct json_object *recovery = info ? persist_info(n) : NULL;
     if (recovery)
         json_add(info, "x-tidemark-recovery", recovery);
+    struct json_object *hot = info ? persist_hot_info(n) : NULL;
+    if (hot)
+        json_add(info, "x-tidemark-hot-regions", hot);
     return info;
 }
 

@@ -53,6 +53,10 @@ SCHEMA_ENUM(XTidemarkRecoveryState, VALUE("new"), VALUE("clean"), VALUE("exact")
 static SCHEMA_OBJECT(XTidemarkRecovery, REQ("state", XTidemarkRecoveryState), OPT("reason", str),
                      REQ("bytes-added", int), OPT("witness", str));
 
+static SCHEMA_OBJECT(XTidemarkHotRegions, REQ("region-size", int), REQ("slots", int),
+                     REQ("hot", int), REQ("clean", int), REQ("waiting", int), REQ("commits", int),
+                     REQ("entered", int), REQ("cleanings", int), REQ("cleaned", int));
+
 static SCHEMA_OBJECT(BlockDeviceInfo, REQ("file", str), OPT("node-name", str), REQ("ro", bool),
                      REQ("drv", str), OPT("backing_file", str), REQ("backing_file_depth", int),
                      REQ("encrypted", bool), REQ("detect_zeroes", BlockdevDetectZeroesOptions),
@@ -65,7 +69,8 @@ static SCHEMA_OBJECT(BlockDeviceInfo, REQ("file", str), OPT("node-name", str), R
                      OPT("iops_rd_max_length", int), OPT("iops_wr_max_length", int),
                      OPT("iops_size", int), OPT("group", str), REQ("cache", BlockdevCacheInfo),
                      REQ("write_threshold", int), OPT("dirty-bitmaps", BlockDirtyInfoList),
-                     OPT("x-tidemark-recovery", XTidemarkRecovery));
+                     OPT("x-tidemark-recovery", XTidemarkRecovery),
+                     OPT("x-tidemark-hot-regions", XTidemarkHotRegions));
 
 SCHEMA_ENUM(BlockDeviceIoStatus, VALUE("ok"), VALUE("failed"), VALUE("nospace"));
 
