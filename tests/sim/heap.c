@@ -99,7 +99,9 @@ static void discard_mappings(void)
 
 /* ---- a set of what is allocated ---- */
 
-#include <sanitizer/allocator_interface.h>
+/* gcc 12 has it in its runtime and in no header. */
+int __sanitizer_install_malloc_and_free_hooks(void (*malloc_hook)(const volatile void *, size_t),
+                                              void (*free_hook)(const volatile void *));
 
 static const void **set;
 static size_t set_size, set_used; /* used counts the deleted */

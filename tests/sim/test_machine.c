@@ -53,7 +53,7 @@ static const char *now(const char *path)
  * loss of power: sorted, once each. */
 static const char *all(const char *path, task_fn *main, uint64_t kill_at, bool power)
 {
-    static char text[1024];
+    static char text[64 * 65];
     char seen[64][64];
     size_t n = 0;
     struct choices c = {.exhaustive = true};
