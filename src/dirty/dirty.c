@@ -165,8 +165,10 @@ static void follow_size(struct dirty_bitmap *bm, uint64_t from, uint64_t to)
     }
     if (to > from)
         bitmap_mark(bm->bits, range_between(from, min_u64(to, bm->peak_bytes)));
+    if (to > from && bm->before) /* which may have to be the bitmap again */
+        bitmap_mark(bm->before, range_between(from, min_u64(to, bm->peak_before)));
     bm->peak_bytes = max_u64(bm->peak_bytes, to);
-    bm->peak_before = 0;
+    bm->peak_before = bm->before ? max_u64(bm->peak_before, to) : 0;
 }
 
 static void observer_resized(struct write_observer *o, uint64_t from, uint64_t to)
@@ -768,20 +770,24 @@ int dirty_restart(struct dirty_bitmap *bm, struct error *err)
         return no_memory(n, bm->name, dirty_granularity(bm), err);
     }
     bitmap_merge(all, bm->bits);
-    struct bitmap *old_bits = bm->bits, *old_successor = s->bits;
+    /* In two steps: the store has room for one new set beside the two that it has. */
+    struct bitmap *old = bm->bits;
     bm->bits = all;
-    s->bits = clean;
     int r = dirty_commit(&n, 1, err);
     if (r < 0) {
-        free_bits(bm, bm->bits);
-        free_bits(s, s->bits);
-        bm->bits = old_bits;
-        s->bits = old_successor;
+        bm->bits = old;
+        free_bits(bm, all);
+        bitmap_free(clean);
         return r;
     }
-    free_bits(bm, old_bits);
-    free_bits(s, old_successor);
-    return 0;
+    free_bits(bm, old);
+    old = s->bits;
+    s->bits = clean;
+    r = dirty_commit(&n, 1, err);
+    if (r < 0)
+        s->bits = old;
+    free_bits(s, r < 0 ? clean : old);
+    return r;
 }
 
 void dirty_unstart(struct dirty_bitmap *bm)
@@ -909,21 +915,8 @@ static void settled(struct dirty_bitmap *bm)
     dirty_set_generation(bm, bm->generation + 1, NULL);
 }
 
-int dirty_begin(struct node *const *nodes, size_t n, struct error *err)
+static int commit(struct node *const *nodes, size_t n, bool ending, struct error *err)
 {
-    int r = 0;
-
-    for (size_t i = 0; r == 0 && i < n; i++) {
-        struct dirty_store *s = store_of(nodes[i]);
-        if (s && s->begin)
-            r = s->begin(s, nodes[i], err);
-    }
-    return r;
-}
-
-int dirty_commit(struct node *const *nodes, size_t n, struct error *err)
-{
-    const bool ending = something_ends(nodes, n);
     int r = 0;
 
     for (size_t i = 0; r == 0 && i < n; i++) {
@@ -952,6 +945,34 @@ int dirty_commit(struct node *const *nodes, size_t n, struct error *err)
     return r;
 }
 
+int dirty_commit(struct node *const *nodes, size_t n, struct error *err)
+{
+    return commit(nodes, n, something_ends(nodes, n), err);
+}
+
+/* A clear waits for its dirty_settle: what was before it, and what has been marked since, are two
+ * sets already, and another clear would have no place for the second. */
+static bool some_clear_is_pending(struct node *const *nodes, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
+            if (bm->kept && bm->before)
+                return true;
+    return false;
+}
+
+int dirty_begin(struct node *const *nodes, size_t n, struct error *err)
+{
+    int r = 0;
+
+    for (size_t i = 0; r == 0 && i < n; i++) {
+        struct dirty_store *s = store_of(nodes[i]);
+        if (s && s->begin)
+            r = s->begin(s, nodes[i], err);
+    }
+    return r == 0 && some_clear_is_pending(nodes, n) ? commit(nodes, n, true, err) : r;
+}
+
 /* The disk cannot be made durable: nothing that was cleared may stay so, nothing be trusted that
  * has no base. */
 static void unsettle(struct node *const *nodes, size_t n)
@@ -962,6 +983,7 @@ static void unsettle(struct node *const *nodes, size_t n)
                 continue;
             if (bm->before) {
                 bm->unsettled = steal(bm->before);
+                bm->peak_bytes = max_u64(bm->peak_bytes, bm->peak_before);
                 bitmap_merge(bm->successor ? bm->successor->bits : bm->bits, bm->unsettled);
             } else {
                 dirty_set_inconsistent(bm);

@@ -119,7 +119,7 @@ int dirty_start_rebuild(struct dirty_bitmap *bm, uint64_t base_bytes, struct err
 /* The start never happened (its transaction was not committed): bitmap OR successor, not busy. */
 void dirty_unstart(struct dirty_bitmap *bm);
 /* Quiesced: the successor forgets what it has recorded, because the job has that, too; should the
- * job fail yet, the bitmap has it. On error nothing has changed. */
+ * job fail yet, the bitmap has it. On error the bitmap says no less than before. */
 int dirty_restart(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
 
 /* How a job leaves a bitmap. */

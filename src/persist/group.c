@@ -96,17 +96,19 @@ static int drop_record(struct keeper *k, const struct tide_id *group, struct err
 }
 
 /* All are prepared and the group is committed: a member that cannot follow in its tide file gets a
- * new one, as after any failure. */
-static void follow(struct member *m)
+ * new one, as after any failure. False: nor can it have that, and still asks. */
+static bool follow(struct member *m)
 {
     struct error err = ERROR_INIT;
 
     if (flip(m, NULL, &err) == 0)
-        return;
+        return true;
     log_warning("Node '%s': %s", node_name(m->keeper->node), err.text);
     error_clear(&err);
-    if (keeper_change_state(m->keeper, &err) < 0)
-        log_error("Node '%s': %s", node_name(m->keeper->node), err.text);
+    if (keeper_change_state(m->keeper, &err) == 0)
+        return true;
+    log_error("Node '%s': %s", node_name(m->keeper->node), err.text);
+    return false;
 }
 
 static int commit_members(struct member *ms, size_t n, struct error *err)
@@ -120,6 +122,8 @@ static int commit_members(struct member *ms, size_t n, struct error *err)
     for (size_t i = 0; r == 0 && i < n; i++)
         if (!ms[i].keeper->tide)
             r = keeper_make_tide(ms[i].keeper, err);
+        else if (tide_failed(ms[i].keeper->tide))
+            r = keeper_renew(ms[i].keeper, err);
     if (r < 0)
         return r;
     const struct tide_id uuid = tide_super(first->tide)->uuid;
@@ -138,13 +142,20 @@ static int commit_members(struct member *ms, size_t n, struct error *err)
         follow(&ms[i]);
     if (r == 0 && !BROKEN(group_record_first))
         r = flip(&ms[0], &record, err);
+    if (r < 0 && first->tide && tide_failed(first->tide)) {
+        /* It may have the record. Before anybody hears of a failure it must not. */
+        struct error why = ERROR_INIT;
+        if (keeper_renew(first, &why) < 0)
+            log_error("Node '%s': %s", node_name(first->node), why.text);
+    }
+    bool all = true;
     if (r == 0) {
         if (BROKEN(group_record_dropped_early))
             r = drop_record(first, &group, err);
         for (size_t i = 1; i < n && !BROKEN(group_followed_first); i++)
-            follow(&ms[i]);
+            all &= follow(&ms[i]);
         struct error why = ERROR_INIT;
-        if (!BROKEN(group_record_dropped_early) && drop_record(first, &group, &why) < 0)
+        if (all && !BROKEN(group_record_dropped_early) && drop_record(first, &group, &why) < 0)
             log_warning("Node '%s': %s", node_name(first->node), why.text);
     }
     for (size_t i = 0; i < n; i++)
@@ -157,21 +168,23 @@ int keepers_commit(struct keeper *const *ks, size_t n, struct error *err)
 {
     CLEANUP(memory_freep) struct member *ms = xcalloc(n + 1, sizeof *ms);
     size_t count = 0;
+    int r = 0;
 
+    if (n == 1)
+        return keeper_commit(ks[0], err);
+    /* Only one group is under way at a time: its caller has the graph. */
+    for (size_t i = 0; i < n; i++)
+        mutex_lock_shielded(&ks[i]->lock);
     for (size_t i = 0; i < n; i++)
         if (keeper_has_to_commit(ks[i]))
             ms[count++].keeper = ks[i];
-    if (count == 0)
-        return 0;
     if (count == 1)
-        return keeper_commit(ms[0].keeper, err);
-
-    /* Only one group is under way at a time: its caller has the graph. */
-    for (size_t i = 0; i < count; i++)
-        mutex_lock_shielded(&ms[i].keeper->lock);
-    int r = commit_members(ms, count, err);
+        r = keeper_change_state(ms[0].keeper, err);
+    else if (count > 1)
+        r = commit_members(ms, count, err);
+    for (size_t i = 0; i < n; i++)
+        mutex_unlock(&ks[i]->lock);
     for (size_t i = 0; i < count; i++) {
-        mutex_unlock(&ms[i].keeper->lock);
         change_fini(&ms[i].change);
         super_fini(&ms[i].old);
     }

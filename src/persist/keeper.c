@@ -179,6 +179,8 @@ static bool outgrown(const struct keeper *k, const struct super *next)
 /* What must be on disk before a superblock with C's table may be. */
 int keeper_write_before(struct keeper *k, struct change *c, struct error *err)
 {
+    if (tide_failed(k->tide))
+        return error_set(err, EIO, "tide file '%s' has failed before", k->options.path);
     int r = reserve_epochs(k, err);
     set_next_epoch(k, &c->next);
     LOCKED(&k->area_lock);
@@ -256,12 +258,46 @@ int keeper_change_state(struct keeper *k, struct error *err)
     return 0;
 }
 
+static const struct bitmap *bits_at(const struct keeper *k, struct tide_area area, bool *all)
+{
+    const struct kept_set *s = keeper_set_at(k, area.epoch);
+
+    *all &= s || !area.epoch;
+    return s ? s->bits : NULL;
+}
+
+/* Not what dirty/ says, which may be half of a transaction that fails yet. */
+int keeper_renew(struct keeper *k, struct error *err)
+{
+    CLEANUP(change_fini) struct change c = {0};
+    bool all = true;
+
+    super_copy(&c.next, tide_super(k->tide));
+    keeper_carry_groups(k, &c.next);
+    c.current = xcalloc(c.next.table.n + 1, sizeof *c.current);
+    c.successor = xcalloc(c.next.table.n + 1, sizeof *c.successor);
+    for (size_t i = 0; i < c.next.table.n; i++) {
+        c.current[i] = bits_at(k, c.next.table.items[i].current, &all);
+        c.successor[i] = bits_at(k, c.next.table.items[i].successor, &all);
+    }
+    if (!all)
+        return keeper_change_state(k, err);
+    int r = replace_tide(k, &c, err);
+    if (r < 0)
+        keeper_give_up(k, err);
+    return r;
+}
+
 /* Is the durable superblock what dirty/ says already? */
 static bool is_unchanged(const struct keeper *k)
 {
-    const struct tide_table *t = &tide_super(k->tide)->table;
+    const struct super *s = tide_super(k->tide);
+    const struct tide_table *t = &s->table;
     size_t n = 0;
 
+    /* Nobody knows what it is, or it is prepared for what will not be. */
+    if (tide_failed(k->tide) || (!tide_id_none(&s->group) && tide_id_none(&k->doubt.group)))
+        return false;
     for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm)) {
         struct dirty_state st;
         if (!keeper_keeps(bm))
@@ -287,15 +323,13 @@ bool keeper_has_to_commit(const struct keeper *k)
 
     for (struct dirty_bitmap *bm = dirty_first(k->node); bm && !any; bm = dirty_next(bm))
         any = keeper_keeps(bm);
-    return any && !k->lost && !(k->tide && is_unchanged(k));
+    return any && !k->lost && !k->node->read_only && !(k->tide && is_unchanged(k));
 }
 
 int keeper_commit(struct keeper *k, struct error *err)
 {
-    if (!keeper_has_to_commit(k))
-        return 0;
-    LOCKED(&k->lock);
-    return keeper_change_state(k, err);
+    LOCKED(&k->lock); /* a change may be under way that is of a moment ago */
+    return keeper_has_to_commit(k) ? keeper_change_state(k, err) : 0;
 }
 
 int keeper_begin(struct keeper *k, struct error *err)
@@ -317,6 +351,8 @@ int keeper_resizing(struct keeper *k, uint64_t to, struct error *err)
     int r = keeper_change_state(k, err);
     if (r < 0)
         k->resizing_bytes = 0;
+    else if (k->stamp)
+        stamp_write_begun(k->stamp);
     return r;
 }
 
@@ -328,6 +364,8 @@ void keeper_resized(struct keeper *k)
         return;
     LOCKED(&k->lock);
     k->resizing_bytes = 0;
+    if (k->stamp)
+        stamp_write_done(k->stamp);
     /* The areas are as large as the disk was. */
     struct kept_set *s;
     LIST_FOREACH (s, &k->sets, link)

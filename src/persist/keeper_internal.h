@@ -55,7 +55,8 @@ struct keeper {
     bool stale;      /* recovery has found what is to be written anew */
     bool lost;       /* no tide file can be had: bitmaps are inconsistent after the next crash */
     bool refusing;   /* nor can the old one be taken away: writes are refused */
-    uint64_t epoch;  /* the next one */
+    struct tide_id next_session; /* that is about to begin; none: nobody has tried yet */
+    uint64_t epoch;              /* the next one */
     uint64_t ring_next;
     uint64_t resizing_bytes; /* equal to the disk's size: it is not being resized */
 
@@ -107,6 +108,9 @@ int keeper_write_unannounced(struct keeper *k, struct change *c, struct error *e
 
 /* Under k->lock: one change, whatever it takes; a tide file that fails is replaced. */
 int keeper_change_state(struct keeper *k, struct error *err) MUST_CHECK;
+/* Under k->lock: a new tide file that says what the one that has failed is known to say. ERR is not
+ * NULL. */
+int keeper_renew(struct keeper *k, struct error *err) MUST_CHECK;
 void keeper_give_up(struct keeper *k, const struct error *why);
 /* The steps of a change, for groups. */
 bool keeper_has_to_commit(const struct keeper *k);

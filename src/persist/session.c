@@ -57,7 +57,10 @@ int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
     int fd = keeper_descriptor(k), r = 0;
 
     c->begins = true;
-    id_make(&s->session);
+    /* The same until it has begun: segments of an attempt that failed say it. */
+    if (tide_id_none(&k->next_session))
+        id_make(&k->next_session);
+    s->session = k->next_session;
     if (k->epoch == 0)
         k->epoch = s->next_epoch ? s->next_epoch : 1;
     if (tide_id_none(&s->uuid))
@@ -114,6 +117,7 @@ void keeper_session_begun(struct keeper *k)
     const struct segments of = keeper_segments(k, s);
     if (of.runtime && stamp_create(&of, &k->stamp, &err) < 0)
         log_warning("Node '%s': %s", node_name(k->node), err.text);
+    k->next_session = (struct tide_id){{0}};
     k->in_use = true;
     k->stale = false;
     k->ring_next = s->ring_sequence;
@@ -259,30 +263,42 @@ void keeper_set_readonly(struct keeper *k, bool readonly)
             dirty_set_readonly(bm, readonly);
 }
 
-/* Nobody of ours can have written the tide file if it says the same as before. */
-static int open_again(struct keeper *k, struct error *err)
+/* Opens the tide file for writing. One that was read has had no lock: is it what was read? */
+static int open_again(struct keeper *k, bool *same, struct error *err)
 {
-    CLEANUP(tide_closep) struct tide *t = NULL;
-    char why[160] = "its tide file has been written meanwhile";
-    bool same;
+    struct tide *t;
 
+    *same = true;
+    if (!tide_read_only(k->tide))
+        return 0;
     const struct super *was = tide_super(k->tide);
     int r = tide_open(k->options.path, false, &t, err);
     if (r < 0)
         return r;
     const struct super *is = tide_super(t);
-    same = tide_id_equal(&was->uuid, &is->uuid) && was->sequence == is->sequence;
+    *same = tide_id_equal(&was->uuid, &is->uuid) && was->sequence == is->sequence;
+    tide_close(k->tide);
+    k->tide = t;
+    return 0;
+}
+
+/* Is the image as the bitmaps of memory are? */
+static int go_on(struct keeper *k, struct error *err)
+{
+    char why[160] = "its tide file has been written meanwhile";
+    bool same;
+
+    int r = open_again(k, &same, err);
+    if (r < 0)
+        return r;
     if (same) {
-        enum witness_verdict v = keeper_ask_witness(k, is, why, sizeof why);
-        same = v == WITNESS_SAME ||
-               (v == WITNESS_UNKNOWN && k->options.no_witness == NO_WITNESS_BELIEVE);
+        enum witness_verdict v = keeper_ask_witness(k, tide_super(k->tide), why, sizeof why);
+        if (v == WITNESS_SAME ||
+            (v == WITNESS_UNKNOWN && k->options.no_witness == NO_WITNESS_BELIEVE))
+            return 0;
         if (v == WITNESS_UNKNOWN)
             snprintf(why, sizeof why, "nothing tells whether others have written the image");
     }
-    tide_close(k->tide);
-    k->tide = steal(t);
-    if (same)
-        return 0;
     log_warning("Node '%s': its bitmaps are inconsistent: %s", node_name(k->node), why);
     for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
         if (keeper_keeps(bm))
@@ -298,7 +314,7 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
 
     if (!to_read_only) {
         if (k->tide)
-            r = open_again(k, err);
+            r = go_on(k, err);
         if (r == 0)
             keeper_set_readonly(k, false);
         return r;
@@ -320,6 +336,8 @@ int keeper_can_add(struct keeper *k, const char *name, uint64_t granularity_byte
 {
     if (k->refusing || k->lost)
         return error_set(err, EIO, "The tide file '%s' cannot be written", k->options.path);
+    if (k->node->read_only)
+        return error_set(err, EACCES, "Node '%s' is read-only", node_name(k->node));
     if (strlen(name) > TIDE_NAME_MAX)
         return error_set(err, EINVAL, "Bitmap name is too long: %zu bytes", strlen(name));
     return 0;

@@ -149,7 +149,8 @@ bool keeper_keeps(const struct dirty_bitmap *bm)
     return dirty_persistent(bm) && dirty_name(bm);
 }
 
-/* Room in the tide file for what the entry names. A new file makes its own. */
+/* Room in the tide file for what the entry names. A new file makes its own, and so does the one
+ * that takes the place of a file that has failed. */
 static int allocate(struct keeper *k, struct change *c, struct tide_bitmap *entry,
                     struct kept_bitmap *of, struct error *err)
 {
@@ -159,14 +160,19 @@ static int allocate(struct keeper *k, struct change *c, struct tide_bitmap *entr
     memcpy(entry->extent, of->extent, sizeof entry->extent);
     if (!k->tide || k->options.level == TIDE_PROCESS)
         return 0;
-    for (unsigned i = 0; r == 0 && i < ARRAY_SIZE(used); i++) {
+    struct error why = ERROR_INIT;
+    for (unsigned i = 0; !tide_failed(k->tide) && r == 0 && i < ARRAY_SIZE(used); i++) {
         if (entry->extent[used[i]] || (i == 1 && !entry->successor.epoch))
             continue;
         r = tide_allocate(k->tide, &c->next,
                           tide_extent_bytes(max_u64(c->next.size_bytes, c->next.resizing_bytes),
                                             entry->granularity_bits),
-                          &entry->extent[used[i]], err);
+                          &entry->extent[used[i]], &why);
     }
+    if (tide_failed(k->tide))
+        r = 0;
+    else if (r < 0 && err)
+        *err = why;
     memcpy(of->extent, entry->extent, sizeof of->extent);
     return r;
 }
@@ -202,6 +208,8 @@ int keeper_build_table(struct keeper *k, struct change *c, struct error *err)
     size_t n = 0;
     int r = 0;
 
+    if (k->tide)
+        keeper_collect(k); /* what the last change has dropped has no place any more */
     for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
         n += keeper_keeps(bm);
     tide_table_fini(&c->next.table);
@@ -232,11 +240,22 @@ int keeper_write_area(struct keeper *k, const struct tide_bitmap *entry, struct 
     return tide_write_area(k->tide, entry->extent[area.extent], area.epoch, bits, ranges, n);
 }
 
+/* Does the bitmap stop to record? After a power loss it is not given hot regions any more. */
+static bool ends(const struct keeper *k, const struct tide_bitmap *e)
+{
+    const struct tide_bitmap *was =
+        tide_table_find((struct tide_table *)&tide_super(k->tide)->table, e->name);
+
+    return was && was->enabled && !e->enabled;
+}
+
 /* Bits that were not announced: all of a set that is new (a merge, a recovery), and what has been
- * folded into one that is known. */
+ * folded into one that is known. And those that nothing will announce any more: of a bitmap that is
+ * disabled, and of a session that did not end well when another begins. */
 int keeper_write_unannounced(struct keeper *k, struct change *c, struct error *err)
 {
     const struct range all = range_make(0, node_size(k->node));
+    const bool from_crash = c->begins && tide_super(k->tide)->in_use;
     bool written = false;
     int r = 0;
 
@@ -247,6 +266,7 @@ int keeper_write_unannounced(struct keeper *k, struct change *c, struct error *e
         struct dirty_bitmap *bm = dirty_find(k->node, e->name);
         struct dirty_state st;
         dirty_get_state(bm, &st);
+        const bool all_of_it = from_crash || ends(k, e);
         bool folded_here = st.folded && !e->successor.epoch,
              folded_there = st.folded && !folded_here;
         const struct {
@@ -257,7 +277,7 @@ int keeper_write_unannounced(struct keeper *k, struct change *c, struct error *e
                     {e->successor, c->successor[i], folded_there}};
         for (unsigned j = 0; j < ARRAY_SIZE(sets) && r == 0; j++) {
             if (!sets[j].bits || bitmap_count(sets[j].bits) == 0 ||
-                (keeper_names(k, sets[j].area.epoch) && !sets[j].folded))
+                (keeper_names(k, sets[j].area.epoch) && !sets[j].folded && !all_of_it))
                 continue;
             r = keeper_write_area(k, e, sets[j].area, sets[j].bits, &all, 1);
             written = true;

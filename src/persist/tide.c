@@ -42,6 +42,11 @@ bool tide_failed(const struct tide *t)
     return t->failed;
 }
 
+bool tide_read_only(const struct tide *t)
+{
+    return t->read_only;
+}
+
 const struct super *tide_super(const struct tide *t)
 {
     return &t->super;

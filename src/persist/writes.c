@@ -66,7 +66,7 @@ static int make_anew(void *arg)
 
     SHIELD();
     LOCKED(&k->lock);
-    if (!k->lost && k->tide && tide_failed(k->tide) && keeper_change_state(k, &err) < 0)
+    if (!k->lost && k->tide && tide_failed(k->tide) && keeper_renew(k, &err) < 0)
         log_error("Node '%s': %s", node_name(k->node), err.text);
     if (k->hot && !k->lost)
         hot_retry(k->hot);
@@ -114,9 +114,12 @@ static int write_through(struct keeper *k, struct range r)
         dirty_get_state(bm, &st);
         bitmap_mark(st.successor ? st.successor : st.current, r);
     }
-    if (sync_marks(k, r) < 0)
+    int result = sync_marks(k, r);
+    if (result < 0) {
         make_anew(k); /* and the new file has them */
-    return k->refusing ? -EIO : 0;
+        result = k->lost ? 0 : sync_marks(k, r);
+    }
+    return k->refusing ? -EIO : result;
 }
 
 static int begin_use(struct keeper *k)
@@ -128,6 +131,15 @@ static int begin_use(struct keeper *k)
         return 0;
     if (keeper_change_state(k, &err) == 0)
         return 0;
+    if (!k->lost && k->options.runtime) {
+        /* A full tmpfs is no reason to lose them. */
+        log_warning("Node '%s': %s: after a kill its bitmaps will be as after a power loss",
+                    node_name(k->node), err.text);
+        free((char *)steal(k->options.runtime));
+        error_clear(&err);
+        if (keeper_change_state(k, &err) == 0)
+            return 0;
+    }
     log_error("Node '%s': %s: its bitmaps do not survive a crash", node_name(k->node), err.text);
     if (!k->lost)
         keeper_give_up(k, &err);
@@ -151,7 +163,7 @@ int keeper_before_write(struct keeper *k, struct range r)
         int result = hot_take(k->hot, r);
         if (result == -E2BIG)
             result = write_through(k, r);
-        if (result < 0)
+        if (result < 0 && (!k->lost || k->refusing)) /* else there is nothing left to lose */
             return result;
     }
     if (k->stamp)

@@ -1,0 +1,536 @@
+/* What a review tried to break: histories of bitmaps of raw disks in which a write could be
+ * forgotten, a group half advanced, a bitmap lost for nothing. Each life is a process that ends
+ * when its body does, as if it was killed. */
+#include "blockutil.h"
+
+#include "dirty/dirty.h"
+#include "job/transaction.h"
+#include "persist/persist.h"
+#include "rt/world.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <sys/wait.h>
+
+enum { DISKS = 3, KILLED = 77, FDS = 256, AT = 1 << 20 };
+#define DISK_BYTES (4 * MiB)
+
+static char dir[64];
+
+/* ---- a life ---- */
+
+enum fault { NO_FAULT, FAILS, FAILS_THOUGH_DONE, FULL };
+
+struct life {
+    struct world world, *real;
+    enum fault fault;
+    unsigned arm;  /* so many as LEFT when the body says */
+    unsigned left; /* operations on tide files and segments until one fails; 0: none does */
+    bool no_statx;
+    bool ours[FDS];
+    bool read_only;
+    void (*body)(struct life *l);
+    struct graph *g;
+    struct jobs *js;
+    struct node *n[DISKS];
+    struct edge *e[DISKS];
+    struct test_user user[DISKS];
+};
+
+static uint64_t now(struct world *w)
+{
+    struct life *l = container_of(w, struct life, world);
+    return l->real->now_ns(l->real);
+}
+
+static uint64_t wall(struct world *w)
+{
+    struct life *l = container_of(w, struct life, world);
+    return l->real->wall_us(l->real);
+}
+
+static void dice(struct world *w, void *buf, size_t n)
+{
+    struct life *l = container_of(w, struct life, world);
+    l->real->random(l->real, buf, n);
+}
+
+static bool turn(struct world *w, uint64_t deadline_ns)
+{
+    struct life *l = container_of(w, struct life, world);
+    return l->real->turn(l->real, deadline_ns);
+}
+
+static bool is_ours(const char *path)
+{
+    return path && (strstr(path, ".tide") || strstr(path, "/run-"));
+}
+
+static bool has_effect(const struct life *l, const struct io_op *op)
+{
+    switch (op->kind) {
+    case IO_WRITE:
+    case IO_DATASYNC:
+    case IO_SYNC:
+    case IO_FALLOCATE:
+    case IO_TRUNCATE:
+        return op->fd >= 0 && op->fd < FDS && l->ours[op->fd];
+    case IO_OPEN:
+        return (op->flags & O_CREAT) && is_ours(op->path);
+    case IO_UNLINK:
+        return strstr(op->path, ".tide");
+    case IO_RENAME:
+        return is_ours(op->path);
+    default:
+        return false;
+    }
+}
+
+static int64_t perform(struct world *w, struct io_op *op)
+{
+    struct life *l = container_of(w, struct life, world);
+
+    if (l->no_statx && op->kind == IO_STATX)
+        return -EIO;
+    bool fails = l->left && has_effect(l, op) && --l->left == 0;
+    if (fails && l->fault != FAILS_THOUGH_DONE)
+        return l->fault == FULL ? -ENOSPC : -EIO;
+    int64_t r = l->real->perform(l->real, op);
+    if (op->kind == IO_OPEN && r >= 0 && r < FDS)
+        l->ours[r] = is_ours(op->path);
+    return fails && op->kind != IO_OPEN ? -EIO : r;
+}
+
+static int live(void *arg)
+{
+    struct life *l = arg;
+
+    l->g = graph_new();
+    dirty_init(l->g);
+    persist_init(l->g);
+    persist_set_runtime(l->g, dir);
+    l->js = jobs_new(l->g);
+    for (unsigned i = 0; i < DISKS; i++) {
+        char json[512];
+        snprintf(json, sizeof json,
+                 "{'driver':'raw','node-name':'d%u','read-only':%s,"
+                 "'file':{'driver':'file','filename':'%s/%u'}}",
+                 i, l->read_only ? "true" : "false", dir, i);
+        l->n[i] = open_ok(l->g, json);
+        l->e[i] =
+            attach(&l->user[i], l->n[i], l->read_only ? PERM_CONSISTENT_READ : PERM_ALL, PERM_ALL);
+    }
+    l->body(l);
+    _exit(KILLED);
+}
+
+static void run_life_with(struct life l)
+{
+    pid_t child = fork();
+    int status;
+
+    if (child == 0) {
+        int error;
+        l.real = world_threads_open(&error);
+        l.world = (struct world){"faulty", now, wall, dice, perform, turn};
+        (void)loop_run_in(&l.world, live, &l);
+        _exit(1);
+    }
+    assert_true(child > 0);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != KILLED)
+        fail_msg("fault %d at operation %u: the life ended with status 0x%x", l.fault, l.arm,
+                 status);
+}
+
+static void run_life(void (*body)(struct life *))
+{
+    run_life_with((struct life){.body = body});
+}
+
+/* ---- what lives do ---- */
+
+static int act(struct life *l, unsigned disks, const char *action, const char *more)
+{
+    CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
+    struct error err = ERROR_INIT;
+
+    for (unsigned i = 0; i < disks; i++) {
+        char text[256], *p;
+        snprintf(text, sizeof text,
+                 "{'type':'block-dirty-bitmap-%s','data':{'node':'d%u','name':'b'%s}}", action, i,
+                 more);
+        while ((p = strchr(text, '\'')))
+            *p = '"';
+        json_object_array_add(actions, json_tokener_parse(text));
+    }
+    int r = transaction_run(l->g, l->js, actions, NULL, &err);
+    if (r < 0 && getenv("TELL"))
+        fprintf(stderr, "%s: %s\n", action, err.text);
+    return r;
+}
+
+static int write_at(struct life *l, unsigned i, uint64_t at)
+{
+    uint8_t buf[4096];
+
+    memset(buf, 1, sizeof buf);
+    return edge_write(l->e[i], range_make(at, sizeof buf), buf, 0);
+}
+
+static struct dirty_bitmap *bitmap_of(struct life *l, unsigned i)
+{
+    struct dirty_bitmap *bm = dirty_find(l->n[i], "b");
+
+    CHECK(bm && !dirty_inconsistent(bm));
+    return bm;
+}
+
+static bool is_dirty(struct life *l, unsigned i, uint64_t at)
+{
+    return bitmap_get(dirty_bits(bitmap_of(l, i)), at);
+}
+
+static uint64_t generation_of(struct life *l, unsigned i)
+{
+    struct dirty_state st;
+
+    dirty_get_state(bitmap_of(l, i), &st);
+    return st.generation;
+}
+
+static void add(struct life *l)
+{
+    CHECK(act(l, 1, "add", ",'persistent':true") == 0);
+}
+
+/* ---- files ---- */
+
+static void each_file(const char *with, bool remove_them)
+{
+    DIR *d = opendir(dir);
+    struct dirent *e;
+
+    assert_non_null(d);
+    while ((e = readdir(d)))
+        if (e->d_name[0] != '.' && strstr(e->d_name, with) && remove_them)
+            assert_int_equal(unlinkat(dirfd(d), e->d_name, 0), 0);
+    closedir(d);
+}
+
+static void lose_segments(void)
+{
+    each_file("run-", true);
+}
+
+static void make_disks(void)
+{
+    for (unsigned i = 0; i < DISKS; i++) {
+        char path[80];
+        snprintf(path, sizeof path, "%s/%u", dir, i);
+        int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+        assert_true(fd >= 0);
+        assert_int_equal(ftruncate(fd, DISK_BYTES), 0);
+        close(fd);
+    }
+}
+
+static int setup(void **state)
+{
+    snprintf(dir, sizeof dir, "/tmp/breaks-XXXXXX");
+    assert_non_null(mkdtemp(dir));
+    make_disks();
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    each_file("", true);
+    return rmdir(dir);
+}
+
+/* ---- histories ---- */
+
+static void write_and_disable(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    CHECK(act(l, 1, "disable", "") == 0);
+}
+
+static void has_first(struct life *l)
+{
+    CHECK(is_dirty(l, 0, 0));
+}
+
+/* Of a disabled bitmap no hot regions are told after a power loss: so its bits are in the area. */
+static void what_was_marked_before_a_disable_is_durable(void **state)
+{
+    run_life(write_and_disable);
+    lose_segments();
+    run_life(has_first);
+}
+
+static void restart(struct life *l)
+{
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    struct dirty_bitmap *bm = bitmap_of(l, 0);
+    graph_quiesce_begin(l->g, l->n, 1);
+    CHECK_OK(dirty_start(bm, &err), err);
+    CHECK_OK(dirty_commit(l->n, 1, &err), err);
+    graph_quiesce_end(l->g, l->n, 1);
+    CHECK(write_at(l, 0, AT) == 0);
+    graph_quiesce_begin(l->g, l->n, 1);
+    CHECK_OK(dirty_restart(bm, &err), err);
+    graph_quiesce_end(l->g, l->n, 1);
+    CHECK(write_at(l, 0, 2 * AT) == 0);
+}
+
+static void has_all_three(struct life *l)
+{
+    for (unsigned i = 0; i < 3; i++)
+        CHECK(is_dirty(l, 0, i * AT));
+}
+
+/* Old bits, old successor, new bits, new successor: four sets at once. */
+static void a_mirror_restarts_its_successor(void **state)
+{
+    run_life(restart);
+    lose_segments();
+    run_life(has_all_three);
+}
+
+static void write_and_die(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+}
+
+static void add_on_read_only(struct life *l)
+{
+    (void)act(l, 1, "add", ",'persistent':true");
+    CHECK(act(l, 1, "enable", "") <= 0);
+    CHECK(is_dirty(l, 0, 0));
+}
+
+static void a_recovered_disk_may_be_read_only(void **state)
+{
+    run_life(write_and_die);
+    run_life_with((struct life){.body = add_on_read_only, .read_only = true});
+    run_life(has_first);
+}
+
+static void resize(struct life *l)
+{
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    CHECK(sleep_until(clock_after_ns(NSEC_PER_SEC / 5)) == 0);
+    CHECK_OK(edge_truncate(l->e[0], 2 * DISK_BYTES, true, &err), err);
+}
+
+static void a_resize_is_ours(void **state)
+{
+    run_life(resize);
+    run_life(has_first);
+}
+
+static void clear_without_settling(struct life *l)
+{
+    struct error err = ERROR_INIT;
+    struct dirty_bitmap *bm = bitmap_of(l, 0);
+
+    graph_quiesce_begin(l->g, l->n, 1);
+    CHECK_OK(dirty_begin(l->n, 1, &err), err);
+    struct bitmap *old = dirty_clear(bm);
+    CHECK_OK(dirty_commit(l->n, 1, &err), err);
+    dirty_forget(bm, old);
+    graph_quiesce_end(l->g, l->n, 1);
+}
+
+/* Two monitors: the second clears while the disk is flushed for the first. */
+static void clear_twice(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    clear_without_settling(l);
+    CHECK(write_at(l, 0, AT) == 0);
+    clear_without_settling(l);
+    CHECK(write_at(l, 0, 2 * AT) == 0);
+}
+
+static void has_all_since_the_first_clear(struct life *l)
+{
+    CHECK(is_dirty(l, 0, 0) || generation_of(l, 0) == 2);
+    CHECK(is_dirty(l, 0, AT) && is_dirty(l, 0, 2 * AT));
+}
+
+static void a_second_clear_while_the_first_is_pending(void **state)
+{
+    run_life(clear_twice);
+    run_life(has_all_since_the_first_clear);
+}
+
+static void reopen(struct life *l, bool read_only)
+{
+    struct error err = ERROR_INIT;
+    char text[300];
+
+    snprintf(text, sizeof text,
+             "[{\"driver\":\"raw\",\"node-name\":\"d0\",\"read-only\":%s,\"file\":\"%s\"}]",
+             read_only ? "true" : "false", node_name(node_primary(l->n[0])->node));
+    CLEANUP(json_putp) struct json_object *options = json_tokener_parse(text);
+    CHECK_OK(graph_reopen(l->g, options, &err), err);
+}
+
+static void reopen_twice(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    edge_detach(l->e[0]);
+    reopen(l, true);
+    reopen(l, false);
+    CHECK(!dirty_readonly(bitmap_of(l, 0)));
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+    CHECK(write_at(l, 0, AT) == 0);
+    CHECK(write_at(l, 0, 2 * AT) == 0);
+}
+
+static void a_disk_is_reopened(void **state)
+{
+    run_life(reopen_twice);
+    lose_segments();
+    run_life(has_all_three);
+}
+
+/* The session does not end well, and the next one begins in the same program. */
+static void reopen_badly(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    edge_detach(l->e[0]);
+    l->no_statx = true;
+    reopen(l, true);
+    l->no_statx = false;
+    reopen(l, false);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+    CHECK(write_at(l, 0, AT) == 0);
+    CHECK(write_at(l, 0, 2 * AT) == 0);
+}
+
+static void a_session_that_could_not_end(void **state)
+{
+    run_life(reopen_badly);
+    lose_segments();
+    run_life(has_all_three);
+}
+
+/* ---- every operation fails once ---- */
+
+static void say(const char *what)
+{
+    char path[80];
+
+    snprintf(path, sizeof path, "%s/said", dir);
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    CHECK(fd >= 0 && write(fd, what, strlen(what)) == (ssize_t)strlen(what));
+    close(fd);
+}
+
+static bool was_said(const char *what)
+{
+    char path[80], text[32] = "";
+
+    snprintf(path, sizeof path, "%s/said", dir);
+    int fd = open(path, O_RDONLY);
+    if (fd >= 0) {
+        CHECK(read(fd, text, sizeof text - 1) >= 0);
+        close(fd);
+    }
+    return strcmp(text, what) == 0;
+}
+
+static void begin_all(struct life *l)
+{
+    CHECK(act(l, DISKS, "add", ",'persistent':true") == 0);
+    for (unsigned i = 0; i < DISKS; i++)
+        CHECK(write_at(l, i, 0) == 0);
+}
+
+static void clear_all(struct life *l)
+{
+    l->left = l->arm;
+    for (unsigned i = 0; i < DISKS; i++)
+        CHECK(write_at(l, i, AT) == 0);
+    say(act(l, DISKS, "clear", "") == 0 ? "cleared" : "failed");
+    for (unsigned i = 0; i < DISKS; i++)
+        CHECK(write_at(l, i, 2 * AT) == 0);
+    if (l->left)
+        say("whole");
+}
+
+static void look_all(struct life *l)
+{
+    uint64_t generation = generation_of(l, 0);
+
+    CHECK(!was_said("cleared") || generation == 2);
+    CHECK(!was_said("failed") || generation == 1);
+    for (unsigned i = 0; i < DISKS; i++) {
+        CHECK(!dirty_busy(bitmap_of(l, i)));
+        CHECK(generation_of(l, i) == generation);
+        CHECK(is_dirty(l, i, 2 * AT));
+        if (generation == 1)
+            CHECK(is_dirty(l, i, 0) && is_dirty(l, i, AT));
+    }
+}
+
+static void every_operation_fails_once(enum fault fault, bool power_loss)
+{
+    for (unsigned n = 1;; n++) {
+        each_file("", true);
+        make_disks();
+        run_life(begin_all);
+        if (getenv("TELL"))
+            fprintf(stderr, "-- fault %d, operation %u\n", fault, n);
+        run_life_with((struct life){.body = clear_all, .fault = fault, .arm = n});
+        if (was_said("whole"))
+            break;
+        if (power_loss)
+            lose_segments();
+        run_life(look_all);
+    }
+}
+
+static void a_group_whose_writes_fail(void **state)
+{
+    every_operation_fails_once(FAILS, false);
+}
+
+static void a_group_whose_writes_fail_though_they_are_done(void **state)
+{
+    every_operation_fails_once(FAILS_THOUGH_DONE, true);
+}
+
+static void a_group_on_full_disks(void **state)
+{
+    every_operation_fails_once(FULL, false);
+}
+
+#define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+static const struct CMUnitTest tests[] = {
+    T(what_was_marked_before_a_disable_is_durable),
+    T(a_mirror_restarts_its_successor),
+    T(a_recovered_disk_may_be_read_only),
+    T(a_resize_is_ours),
+    T(a_second_clear_while_the_first_is_pending),
+    T(a_disk_is_reopened),
+    T(a_session_that_could_not_end),
+    T(a_group_whose_writes_fail),
+    T(a_group_whose_writes_fail_though_they_are_done),
+    T(a_group_on_full_disks),
+};
+UNIT_MAIN(tests)
