@@ -38,6 +38,7 @@ struct keeper_options {
     enum tide_level level;
     unsigned region_bits;
     unsigned slots;
+    unsigned slice; /* of the slots, that each transaction of the ring tells */
     enum no_witness no_witness;
 };
 

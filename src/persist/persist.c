@@ -19,6 +19,9 @@ struct persist {
     struct dirty_store store;
     char *runtime; /* NULL: none */
     struct keepers keepers;
+    struct { /* of tests; slots 0: as the options say */
+        unsigned region_bits, slots, slice;
+    } limits;
 };
 
 /* Of one node, from its opening to its closing. */
@@ -110,6 +113,12 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct node *
         return r;
     }
     o.path = place.tide;
+    o.slice = RING_SLICE;
+    if (p->limits.slots) {
+        o.region_bits = p->limits.region_bits;
+        o.slots = p->limits.slots;
+        o.slice = p->limits.slice;
+    }
     r = keeper_open(n, &o, &pn->keeper, err);
     if (r < 0)
         return r;
@@ -281,6 +290,16 @@ void persist_set_runtime(struct graph *g, const char *directory)
 
     free(p->runtime);
     p->runtime = directory ? xstrdup(directory) : NULL;
+}
+
+void persist_set_limits(struct graph *g, unsigned region_bits, unsigned slots, unsigned slice)
+{
+    struct persist *p = graph_get_data(g, graph_key);
+
+    assert(slots >= TIDE_SLOTS_MIN && slice && slice <= RING_SLICE);
+    p->limits.region_bits = region_bits;
+    p->limits.slots = slots;
+    p->limits.slice = slice;
 }
 
 struct json_object *persist_info(struct node *n)

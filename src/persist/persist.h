@@ -17,6 +17,9 @@ void persist_init(struct graph *g);
 
 /* Where run segments are: a directory on tmpfs, or NULL for none. Before nodes are opened. */
 void persist_set_runtime(struct graph *g, const char *directory);
+/* For tests, whose disks are small: regions of 1 << REGION_BITS bytes, SLOTS of them, and so many
+ * of those in each transaction of the ring. Before nodes are opened. */
+void persist_set_limits(struct graph *g, unsigned region_bits, unsigned slots, unsigned slice);
 /* x-tidemark-recovery of query-named-block-nodes; NULL: nothing is kept for this node. */
 struct json_object *persist_info(struct node *n);
 /* x-tidemark-hot-regions: what keeping the bitmaps costs; NULL: nothing so far. */

@@ -14,7 +14,7 @@ static int hot_op_commit(void *owner, struct ring_block *b, const uint32_t *tabl
         return -EIO;
     b->session = tide_super(k->tide)->session;
     b->sequence = k->ring_next;
-    ring_slice(b, table, k->options.slots, RING_SLICE);
+    ring_slice(b, table, k->options.slots, k->options.slice);
     int r = tide_write_ring(k->tide, b);
     if (r == 0)
         k->ring_next++;

@@ -109,6 +109,8 @@ static void guest_write(struct guest *gu)
     struct disk *d = gu->disk;
     uint64_t first, n;
     somewhere(&h->dice, h->mood.hot, d->model.n, &first, &n);
+    if (h->limits.slots && !one_in(&h->more_dice, 16)) /* up to three regions, mostly */
+        n = min_u64(n, (UINT64_C(2) << h->limits.region_bits) / MODEL_SECTOR);
     if (!model_has_room(&d->model, first, n))
         return;
     enum { DISCARD, ZEROES, WRITE } kind = WRITE;
@@ -448,6 +450,8 @@ static int life_main(void *arg)
     l->g = graph_new();
     dirty_init(l->g);
     persist_init(l->g);
+    if (h->limits.slots)
+        persist_set_limits(l->g, h->limits.region_bits, h->limits.slots, h->limits.slice);
     if (h->with_runtime)
         persist_set_runtime(l->g, "/run/tidemark");
     copy_register_drivers(l->g);
@@ -547,6 +551,14 @@ static void draw_disk(struct history *h, unsigned number)
         d->size -= 512 * dice_below(&h->dice, 100);
     if (d->qcow2 && d->cluster == 512 && one_in(&h->dice, 3)) /* many L2 tables */
         d->size += MiB;
+    if (settings.persist) { /* that is about tide files: raw, most of them */
+        struct dice *more = &h->more_dice;
+        d->qcow2 = one_in(more, 8);
+        if (!d->qcow2)
+            d->size = (16 + dice_below(more, 48)) * 4 * KiB;
+        if (one_in(more, 16)) /* bits of more than one sector */
+            d->size += 2 * MiB;
+    }
     snprintf(d->node, sizeof d->node, "disk%u", number);
     snprintf(d->path, sizeof d->path, "/d/disk%u.%s", number, d->qcow2 ? "qcow2" : "raw");
     model_init(&d->model, d->size / MODEL_SECTOR);
@@ -565,6 +577,17 @@ static void draw_mood(struct history *h)
     h->mood.flushes = one_of(&h->dice, 0, 5, 15, 30);
     h->mood.fua = one_of(&h->dice, 0, 5, 10, 50);
     h->mood.hot = one_of(&h->dice, 0, 30, 30, 80);
+}
+
+/* Regions of a few granules, and few of them, so that they come and go. */
+static void draw_limits(struct history *h)
+{
+    struct dice *more = &h->more_dice;
+    if (!settings.persist || one_in(more, 16))
+        return;
+    h->limits.region_bits = 10 + (unsigned)dice_below(more, 4);
+    h->limits.slots = 4 + (unsigned)dice_below(more, 5);
+    h->limits.slice = 1 + (unsigned)dice_below(more, h->limits.slots);
 }
 
 static struct faults draw_faults(struct history *h)
@@ -611,7 +634,7 @@ static void one_life(struct history *h, unsigned number)
 uint64_t history_run(uint64_t seed, struct history *totals)
 {
     struct history *h = xnew(struct history);
-    *h = (struct history){.seed = seed, .dice = {seed}};
+    *h = (struct history){.seed = seed, .dice = {seed}, .more_dice = {seed ^ 0x5ea5}};
     machine_init(&h->m, seed);
     h->m.tracing = settings.tracing;
     h->m.sync_failed = sync_failed;
@@ -624,6 +647,7 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     h->lives = 1 + (unsigned)dice_below(&h->dice, 5);
     h->m.slow = (unsigned)dice_below(&h->dice, 20000);
     draw_mood(h);
+    draw_limits(h);
     h->with_runtime = !one_in(&h->dice, 6);
     for (unsigned i = 0; i < h->n_disks; i++) {
         draw_disk(h, i);

@@ -68,7 +68,8 @@ struct disk {
 struct history {
     uint64_t seed;
     struct machine m;
-    struct dice dice; /* what guests and clients do, and how lives end */
+    struct dice dice;      /* what guests and clients do, and how lives end */
+    struct dice more_dice; /* of what only histories with tide files have */
     struct disk disks[MAX_DISKS];
     unsigned n_disks, n_guests, lives;
     struct {
@@ -83,6 +84,9 @@ struct history {
     struct { /* of guests: how they are in this history; of 100 each */
         unsigned discards, zeroes, flushes, fua, hot;
     } mood;
+    struct { /* of tide files; slots 0: as the options say */
+        unsigned region_bits, slots, slice;
+    } limits;
     struct life *life;       /* that runs; NULL: between */
     struct bitmaps_counted { /* persistent ones, by how the last life was left */
         uint64_t before, good;
