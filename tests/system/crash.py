@@ -3,7 +3,7 @@
 
     tests/system/crash.py --seed 257              # one history of eight lives
     tests/system/crash.py --rounds 200            # histories until there were so many crashes
-    tests/system/crash.py --place ext4 --rounds 50
+    tests/system/crash.py --place xfs-volatile --rounds 50    # losses of power, in a machine
 """
 
 import argparse
@@ -16,9 +16,11 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 from tidemark_testlib import find_tidemarkd, temp_dir  # noqa: E402
-from tidemark_testlib.crash import Found, History, HostPlace  # noqa: E402
+from tidemark_testlib.crash import MiB, Found, History, HostPlace  # noqa: E402
+from tidemark_testlib.guest import DRIVES, GuestPlace  # noqa: E402
 
-LIVES = 8
+PLACES = ("host", *(f"{fs}-{drive}" for fs in ("ext4", "xfs") for drive in DRIVES))
+LIVES = {"host": 8, "guest": 5}
 
 
 def command(args, seed):
@@ -28,12 +30,13 @@ def command(args, seed):
 
 def one(args, seed, found):
     """One history; True if nothing was wrong."""
+    host = args.place == "host"
     with temp_dir("tm-crash-") as tmp:
-        place = HostPlace(tmp)
-        history = History(place, seed, args.format, found=found,
+        place = HostPlace(tmp) if host else GuestPlace(tmp, *args.place.split("-"), seed)
+        history = History(place, seed, args.format, size=(256 if host else 128) * MiB, found=found,
                           say=lambda text: print("   ", text, flush=True) if args.verbose else None)
         try:
-            history.run(LIVES)
+            history.run(LIVES["host" if host else "guest"])
             return True
         except Exception:  # also what a broken daemon makes of the client
             print(traceback.format_exc() + place.said() + f"\nrepeat it with: {command(args, seed)}",
@@ -45,14 +48,16 @@ def one(args, seed, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--place", default="host", choices=("host",))
+    parser.add_argument("--place", default="host", choices=PLACES)
     parser.add_argument("--format", default="raw", choices=("raw", "qcow2"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1, help="go on with the next seeds until then")
+    parser.add_argument("--recovery-kills", type=int, default=0, help="at least so many")
     parser.add_argument("-v", "--verbose", action="store_true")
     args = parser.parse_args()
     found, seed, failures, began = Found(), args.seed, 0, time.monotonic()
-    while found.rounds < args.rounds and failures < 3:
+    while failures < 3 and (found.rounds < args.rounds or
+                            found.recovery_kills < args.recovery_kills):
         failures += not one(args, seed, found)
         seed += 1
     print(f"{args.place}, {args.format}, {time.monotonic() - began:.0f} s: {failures} failures\n"

@@ -58,10 +58,10 @@ class Client(threading.Thread):
     """Writes, trims, zeroes and flushes in its own stripes of the windows; knows which blocks must
     read as what. A block that is not in `now` may hold anything."""
 
-    def __init__(self, number, uri, seed, windows):
+    def __init__(self, number, uri, seed, windows, flushes):
         super().__init__(daemon=True)
         self.rng = random.Random(seed)
-        self.uri, self.number, self.windows = uri, number, windows
+        self.uri, self.number, self.windows, self.flushes = uri, number, windows, flushes
         self.ended = False       # asked to
         self.answered = self.written = 0
         self.now = {}            # block -> its bytes, by what was answered
@@ -87,8 +87,8 @@ class Client(threading.Thread):
             self.error = error
 
     def step(self, handle):
-        rng, kind = self.rng, self.rng.random()
-        if kind < 0.1:
+        rng = self.rng
+        if rng.random() < self.flushes:
             handle.flush()
             self.unflushed.clear()
             return
@@ -97,9 +97,10 @@ class Client(threading.Thread):
         blocks = range(at // BLOCK, (at + length) // BLOCK)
         for block in blocks:     # from now on either, until it is answered
             self.now.pop(block, None)
-        if kind < 0.2:
+        kind = rng.random()
+        if kind < 0.1:
             handle.trim(length, at)
-        elif kind < 0.3:
+        elif kind < 0.2:
             handle.zero(length, at)
             self.know(blocks, bytes(length))
         else:
@@ -115,8 +116,8 @@ class Client(threading.Thread):
 
 
 class Load:
-    def __init__(self, uri, seed, windows):
-        self.clients = [Client(n, uri, f"{seed}-{n}", windows) for n in range(CLIENTS)]
+    def __init__(self, uri, seed, windows, flushes):
+        self.clients = [Client(n, uri, f"{seed}-{n}", windows, flushes) for n in range(CLIENTS)]
         for client in self.clients:
             client.start()
 
@@ -178,10 +179,6 @@ class HostPlace:
                              env={"RUNTIME_DIRECTORY": self.runtime})
         self.qmp = self.daemon.qmp
 
-    def nbd_driver(self, export):
-        return {"driver": "nbd", "export": export,
-                "server": {"type": "unix", "path": str(self.tmp / "nbd.sock")}}
-
     def cut(self):
         """The end, from any thread."""
         self.daemon.process.send_signal(signal.SIGKILL)
@@ -198,12 +195,15 @@ class HostPlace:
     def stop(self):
         self.daemon.stop(timeout=120)
 
+    @contextlib.contextmanager
     def look(self, name):
         """The file NAME as a block driver of QEMU's tools here."""
-        return {"driver": "file", "filename": self.path(name)}
+        yield {"driver": "file", "filename": self.path(name)}
 
-    def end_look(self):
-        pass
+    @contextlib.contextmanager
+    def restored(self, chain):
+        """What a restore of CHAIN would give, as an image for QEMU's tools."""
+        yield self.path(chain[-1])
 
     def leftovers(self):
         return sorted(os.listdir(self.runtime))
@@ -301,9 +301,9 @@ class History:
             must("error" not in answer, f"opening the disk: {answer}")
 
     def windows(self):
-        """Four places of 3 to 6 MiB that this life's clients write to."""
+        """Three or four places of 3 to 6 MiB that this life's clients write to."""
         found = []
-        for region in self.rng.sample(range(self.size // REGION), 4):
+        for region in self.rng.sample(range(self.size // REGION), 4 if self.size > 128 * MiB else 3):
             size = self.rng.randint(3, 6) * MiB
             found.append((region * REGION + self.rng.randint(0, (REGION - size) // MiB) * MiB, size))
         return found
@@ -517,13 +517,9 @@ class History:
 
     def compare(self, chain):
         """qemu-img finds the disk and CHAIN equal."""
-        image = None
-        for name in chain:
-            image = {"driver": "qcow2", "file": self.place.look(name), "backing": image}
-        disk = {"driver": "raw", "file": self.place.nbd_driver("disk")}
-        done = run_tool("qemu-img", "compare", "-U", "json:" + json.dumps(image),
-                        "json:" + json.dumps(disk), check=False, timeout=300)
-        self.place.end_look()
+        with self.place.restored(chain) as image:
+            done = run_tool("qemu-img", "compare", "-U", image, self.place.uri("disk"), check=False,
+                            timeout=300)
         must(done.returncode == 0, f"chain {chain} against the disk: {done.stdout.decode()}"
              f"{done.stderr.decode()}")
         self.found.backups += 1
@@ -539,14 +535,12 @@ class History:
         self.compare(self.mark_chain)
         self.check_images(self.chain[-1:] + self.mark_chain[-1:])
 
-    def check_images(self, names, fmt="qcow2"):
+    def check_images(self, names):
         for name in names:
-            image = {"driver": fmt, "file": self.place.look(name)}
-            if fmt == "qcow2":
-                image["backing"] = None
-            done = run_tool("qemu-img", "check", "-U", "--output=json",
-                            "json:" + json.dumps(image), check=False)
-            self.place.end_look()
+            with self.place.look(name) as file:
+                image = {"driver": "qcow2", "file": file, "backing": None}
+                done = run_tool("qemu-img", "check", "-U", "--output=json",
+                                "json:" + json.dumps(image), check=False)
             must(done.returncode in (0, 3), f"qemu-img check {name}: {done.stdout.decode()}"
                  f"{done.stderr.decode()}")
             self.found.leaks += json.loads(done.stdout).get("leaks", 0)
@@ -587,7 +581,8 @@ class History:
 
     def live(self, recovery_kills=None):
         windows = self.windows()
-        self.load = Load(self.place.uri("disk"), self.rng.random(), windows)
+        flushes = self.rng.choice((0, 0.003, 0.1))      # of all requests
+        self.load = Load(self.place.uri("disk"), self.rng.random(), windows, flushes)
         self.load.wait_written(self.rng.randint(1, 60), self.place.patience * 3)
         self.regions = {start // REGION for start, size in windows}   # of this session
         if self.rng.random() < 0.1:
