@@ -41,6 +41,7 @@ void graph_close_all(struct graph *g);
 /* Who changes edges, names or drivers' options holds this; recursive for one task, waits
  * for other tasks, shielded. */
 void graph_lock(struct graph *g);
+bool graph_trylock(struct graph *g); /* false: somebody has it */
 void graph_unlock(struct graph *g);
 void graph_unlockp(struct graph **g);
 #define GRAPH_LOCKED(g)                                                                            \

@@ -115,6 +115,14 @@ void graph_lock(struct graph *g)
     g->lock_depth++;
 }
 
+bool graph_trylock(struct graph *g)
+{
+    if (!graph_lock_is_mine(g) && !mutex_trylock(&g->lock))
+        return false;
+    g->lock_depth++;
+    return true;
+}
+
 void graph_unlock(struct graph *g)
 {
     assert(graph_lock_is_mine(g));

@@ -1,15 +1,20 @@
 /* Persistent bitmaps of qcow2 nodes: when they are read, marked as in use, and saved.
  *
- *                        in the image        in memory
- *     read-only          as found            readonly: can be read, exported, backed up from
- *     read-write         in_use, durably     recording as `auto` says
- *     saved              in_use 0            until the node is gone, or read-only
+ *                        in the image            in memory
+ *     read-only          as found                readonly: can be read, exported, backed up from
+ *     read-write         as found                recording as `auto` says
+ *     first change       in_use, durably
+ *     saved              in_use 0
  *
- * in_use is made durable before the node is handed out (as QEMU does it), so no write can come
- * before it. Two ways lead to a writable node whose image does not say in_use: setting it failed
- * after a reopen to read-write, or a save failed so that nobody knows which directory the disk has.
- * Then writes are refused (-EPERM as QEMU while bitmaps are read-only; -EIO while the header cannot
- * be written) until that is put right.
+ * QEMU sets in_use when it opens an image; here it is set before the first change, of content that
+ * a bitmap records or of a bitmap: so an image that was only looked at is as it was, and one that
+ * has been saved while it is idle can be used by anybody after a crash. in_use is durable before
+ * the change that it speaks of is submitted.
+ *
+ * Two ways lead to a writable node whose image cannot say in_use: what is stored could not be
+ * looked at after a reopen to read-write, or a save failed so that nobody knows which directory the
+ * disk has. Then writes are refused (-EPERM as QEMU while bitmaps are read-only; -EIO while the
+ * header cannot be written) until that is put right.
  *
  * A bitmap that cannot be used is shown as inconsistent and stays in the image, in use, until
  * somebody removes it. What goes wrong while saving at a close is told in the log: nobody is there
@@ -20,13 +25,18 @@
 #include "block/driver.h"
 #include "block/qcow2/bitmaps.h"
 #include "dirty/dirty.h"
+#include "rt/clock.h"
+#include "rt/sync.h"
 
 #include <stdio.h>
 
 /* Of one qcow2 node, from its opening to its closing. */
 struct image {
     struct node *node;
-    struct write_observer observer;
+    struct qcow2_bitmap_list *list; /* while it is opened: as found */
+    bool in_use;                    /* the image says so, durably */
+    bool unsaved;                   /* it has not what memory has */
+    struct mutex using;
     bool heal;    /* the directory has entries that no program takes: written anew at the close */
     bool blocked; /* bitmaps may be read-only on a node that may be written */
     char **leaky; /* bitmaps whose clusters are not freed with them; sorted */
@@ -44,14 +54,8 @@ static bool is_stored(const struct dirty_bitmap *bm)
 
 /* ---- before writes and changes of size ---- */
 
-static void observer_mark(struct write_observer *o, struct range r)
+int image_before_write(struct image *im)
 {
-}
-
-static int observer_before_write(struct write_observer *o, struct range r)
-{
-    struct image *im = container_of(o, struct image, observer);
-
     if (im->blocked) {
         struct dirty_bitmap *bm = dirty_first(im->node);
         while (bm && !dirty_readonly(bm))
@@ -63,11 +67,8 @@ static int observer_before_write(struct write_observer *o, struct range r)
     return qcow2_bitmaps_settle(im->node) < 0 ? -EIO : 0;
 }
 
-static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t to,
-                             struct error *err)
+int image_resizing(struct image *im, uint64_t from, uint64_t to, struct error *err)
 {
-    struct image *im = container_of(o, struct image, observer);
-
     for (struct dirty_bitmap *bm = dirty_first(im->node); bm; bm = dirty_next(bm)) {
         if (!is_stored(bm))
             continue;
@@ -119,13 +120,15 @@ static void remember_leaky(struct image *im, const struct qcow2_bitmap_list *l)
 
 /* B becomes a dirty bitmap. An error only for one that could be used and is not to be lost because
  * memory is short now. */
-static int make_dirty(struct node *n, struct qcow2_bitmap *b, struct error *err)
+static int make_dirty(struct node *n, struct qcow2_bitmap *b, struct dirty_bitmap **ret,
+                      struct error *err)
 {
     const unsigned flags = DIRTY_PERSISTENT | DIRTY_LOADED | (b->automatic ? 0 : DIRTY_DISABLED);
     bool usable = !b->in_use && !b->quarantined;
     struct error why = ERROR_INIT;
     struct dirty_bitmap *bm;
 
+    *ret = NULL;
     int r = dirty_add(n, b->name, (uint64_t)1 << b->granularity_bits, flags, &bm, &why);
     if (r < 0 && !usable) {
         log_warning("Node '%s': stored bitmap '%s' is not shown: %s", node_name(n), b->name,
@@ -149,6 +152,10 @@ static int make_dirty(struct node *n, struct qcow2_bitmap *b, struct error *err)
     }
     if (!usable)
         dirty_set_inconsistent(bm);
+    /* QEMU's format has no place for it. Whoever has seen one before must not take this for the
+     * same, nor for the next. */
+    dirty_set_generation(bm, clock_wall_us(), NULL);
+    *ret = bm;
     return 0;
 }
 
@@ -171,32 +178,100 @@ static void set_readonly(struct node *n, bool readonly)
             dirty_set_readonly(bm, readonly);
 }
 
-static int load(struct image *im, struct error *err)
+static struct qcow2_bitmap *find(const struct image *im, const char *name)
+{
+    struct qcow2_bitmap *b = im->list ? qcow2_bitmap_find(im->list, name) : NULL;
+
+    return b && !b->unfit ? b : NULL;
+}
+
+bool image_names(const struct image *im, const char *name)
+{
+    return find(im, name);
+}
+
+bool image_has(const struct image *im, const char *name)
+{
+    const struct qcow2_bitmap *b = find(im, name);
+
+    return b && !b->in_use && !b->quarantined;
+}
+
+bool image_has_in_use(const struct image *im)
+{
+    for (size_t i = 0; im->list && i < im->list->n; i++)
+        if (im->list->items[i].in_use && !im->list->items[i].unfit)
+            return true;
+    return false;
+}
+
+int image_load(struct image *im, const char *name, struct dirty_bitmap **ret, struct error *err)
+{
+    return make_dirty(im->node, find(im, name), ret, err);
+}
+
+static int read_list(struct image *im, struct error *err)
 {
     struct node *n = im->node;
-    CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *l = NULL;
 
-    int r = qcow2_bitmaps_read(n, &l, err);
+    int r = qcow2_bitmaps_read(n, &im->list, err);
     if (r < 0)
         return r;
-    r = qcow2_bitmaps_check(n, l, BITS_MAX);
+    r = qcow2_bitmaps_check(n, im->list, BITS_MAX);
     if (r < 0)
         return error_set_errno(err, -r, "Failed to read bitmap directory");
-    report(n, l);
-    remember_leaky(im, l);
-    im->heal = l->broken[0] || im->n_leaky;
-    for (size_t i = 0; i < l->n; i++) {
-        if (l->items[i].unfit)
-            im->heal = true;
-        else if ((r = make_dirty(n, &l->items[i], err)) < 0)
-            return r;
+    report(n, im->list);
+    remember_leaky(im, im->list);
+    im->heal = im->list->broken[0] || im->n_leaky;
+    for (size_t i = 0; i < im->list->n; i++)
+        im->heal |= im->list->items[i].unfit;
+    return 0;
+}
+
+int image_load_rest(struct image *im, bool unsaved, struct error *err)
+{
+    CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *l = steal(im->list);
+    struct node *n = im->node;
+    int r = 0;
+
+    im->unsaved = unsaved;
+    for (size_t i = 0; r == 0 && i < l->n; i++) {
+        struct dirty_bitmap *bm;
+        if (!l->items[i].unfit && !dirty_find(n, l->items[i].name))
+            r = make_dirty(n, &l->items[i], &bm, err);
     }
-    if (n->read_only) {
+    if (r < 0)
+        return r;
+    if (n->read_only)
         set_readonly(n, true);
+    else if (l->misplaced)
+        /* What is written from now on could make such a directory look like a good one. */
+        r = qcow2_bitmaps_drop(n, err);
+    else
+        r = qcow2_bitmaps_set_in_use(n, l, true, err);
+    return r;
+}
+
+/* ---- in use ---- */
+
+bool image_in_use(const struct image *im)
+{
+    return im->in_use;
+}
+
+int image_use(struct image *im, struct error *err)
+{
+    CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *l = NULL;
+    LOCKED(&im->using);
+
+    if (im->in_use)
         return 0;
-    }
-    /* What is written from now on could make such a directory look like a good one. */
-    return l->misplaced ? qcow2_bitmaps_drop(n, err) : qcow2_bitmaps_set_in_use(n, l, err);
+    int r = qcow2_bitmaps_read(im->node, &l, err);
+    if (r == 0)
+        r = qcow2_bitmaps_set_in_use(im->node, l, false, err);
+    if (r == 0)
+        im->in_use = im->unsaved = true;
+    return r;
 }
 
 /* ---- saving ---- */
@@ -204,6 +279,24 @@ static int load(struct image *im, struct error *err)
 static bool has_to_be_saved(const struct dirty_bitmap *bm)
 {
     return is_stored(bm) && !dirty_inconsistent(bm) && !dirty_readonly(bm) && !dirty_busy(bm);
+}
+
+/* Does memory say all that is to be said of it? Not while a job has it, nor between a clear and the
+ * flush that makes it hold. */
+static bool is_settled(const struct dirty_bitmap *bm)
+{
+    struct dirty_state st;
+
+    dirty_get_state(bm, &st);
+    return !st.successor && !st.folded && st.based && !dirty_busy(bm);
+}
+
+static int check_settled(const struct image *im, struct error *err)
+{
+    for (struct dirty_bitmap *bm = dirty_first(im->node); bm; bm = dirty_next(bm))
+        if (is_stored(bm) && !dirty_inconsistent(bm) && !is_settled(bm))
+            return error_set(err, EBUSY, "Bitmap '%s' is in use", dirty_name(bm));
+    return 0;
 }
 
 /* Inconsistent ones, and what is read-only, stay in the image as they are there; so does one that
@@ -240,11 +333,25 @@ static int save(struct image *im, bool strict, struct error *err)
     return r;
 }
 
+int image_save(struct image *im, bool strict, struct error *err)
+{
+    LOCKED(&im->using);
+
+    if (im->node->read_only || (!im->unsaved && !im->heal))
+        return 0;
+    int r = strict ? check_settled(im, err) : 0;
+    if (r == 0)
+        r = save(im, strict, err);
+    if (r == 0)
+        im->in_use = im->unsaved = false;
+    return r;
+}
+
 /* ---- opening, closing ---- */
 
-static void forget(struct image *im)
+void image_close(struct image *im)
 {
-    node_unobserve(im->node, &im->observer);
+    qcow2_bitmap_list_free(im->list);
     forget_leaky(im);
     free(im);
 }
@@ -252,28 +359,15 @@ static void forget(struct image *im)
 int image_open(struct node *n, struct image **ret, struct error *err)
 {
     struct image *im = xnew(struct image);
-    im->node = n;
-    im->observer.mark = observer_mark;
-    im->observer.before_write = observer_before_write;
-    im->observer.resizing = observer_resizing;
-    node_observe(n, &im->observer);
 
-    int r = load(im, err);
+    im->node = n;
+    mutex_init(&im->using);
+    int r = read_list(im, err);
     if (r < 0)
-        forget(im);
+        image_close(im);
     else
         *ret = im;
     return r;
-}
-
-void image_close(struct image *im)
-{
-    struct error err = ERROR_INIT;
-
-    if (save(im, false, &err) < 0)
-        log_line(LOG_LEVEL_INFO, "Lost persistent bitmaps during inactivation of node '%s': %s",
-                 node_name(im->node), err.text);
-    forget(im);
 }
 
 static int save_for_reading(struct image *im, struct error *err)
@@ -283,21 +377,23 @@ static int save_for_reading(struct image *im, struct error *err)
         if (r < 0)
             return r;
     }
-    int r = save(im, true, err);
+    int r = image_save(im, true, err);
     if (r == 0)
         set_readonly(im->node, true);
     return r;
 }
 
 /* The stored ones must be as they were when they were read. (Those that were added since are not
- * stored and not read-only.) */
-static void compare(struct node *n, struct qcow2_bitmap_list *l)
+ * stored and not read-only. Those that came from elsewhere have their own witness.) */
+static void compare(struct image *im, struct qcow2_bitmap_list *l, bool trust)
 {
+    struct node *n = im->node;
+
     for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm)) {
         if (!is_stored(bm) || !dirty_readonly(bm) || dirty_inconsistent(bm))
             continue;
         const struct qcow2_bitmap *b = qcow2_bitmap_find(l, dirty_name(bm));
-        if (b && !b->in_use)
+        if ((b && !b->in_use) || (im->unsaved && trust))
             continue;
         log_warning("Node '%s': bitmap '%s' is inconsistent: it %s in the image meanwhile",
                     node_name(n), dirty_name(bm), b ? "has come into use" : "has gone");
@@ -305,7 +401,7 @@ static void compare(struct node *n, struct qcow2_bitmap_list *l)
     }
 }
 
-static int make_writable(struct image *im, struct error *err)
+static int make_writable(struct image *im, bool trust, struct error *err)
 {
     struct node *n = im->node;
     CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *l = NULL;
@@ -313,20 +409,20 @@ static int make_writable(struct image *im, struct error *err)
     int r = qcow2_bitmaps_read(n, &l, err);
     if (r < 0)
         return r;
-    compare(n, l);
-    r = l->misplaced ? qcow2_bitmaps_drop(n, err) : qcow2_bitmaps_set_in_use(n, l, err);
+    compare(im, l, trust);
+    r = l->misplaced ? qcow2_bitmaps_drop(n, err) : 0;
     if (r == 0)
         set_readonly(n, false);
     return r;
 }
 
-int image_reopen(struct image *im, bool to_read_only, struct error *err)
+int image_reopen(struct image *im, bool to_read_only, bool trust, struct error *err)
 {
     struct error why = ERROR_INIT;
 
     if (to_read_only)
         return save_for_reading(im, err);
-    int r = make_writable(im, &why);
+    int r = make_writable(im, trust, &why);
     im->blocked = r < 0;
     if (r < 0) {
         log_line(LOG_LEVEL_INFO, "%s: Failed to make dirty bitmaps writable: %s",

@@ -11,12 +11,15 @@
  *     superblock -> segments that it dropped go     or a kill finds nothing for what is still named
  *     superblock says in use -> data                or a foreign writer looks like us
  *     image flushed -> witness -> superblock clean  or the witness is of a time before our writes
+ *
+ * and where the disk is a qcow2 image: guarded.c.
  */
 #include "persist/keeper.h"
 
 #include "base/log.h"
 #include "block/driver.h"
 #include "block/file.h"
+#include "block/qcow2/guard.h"
 #include "persist/keeper_internal.h"
 #include "rt/clock.h"
 
@@ -101,10 +104,19 @@ void keeper_give_up(struct keeper *k, const struct error *why)
     log_error("Node '%s': %s: its bitmaps do not survive from now on", node_name(k->node),
               why->text);
     k->lost = true;
-    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
-        if (keeper_keeps(bm))
-            dirty_set_inconsistent(bm);
-    if (k->tide && tide_remove(steal(k->tide), &err) < 0) {
+    int r = 0;
+    if (k->options.image) {
+        /* Memory has them all, and a clean end saves them in the image. */
+        r = qcow2_guard_void(k->node, &err);
+        k->guarded = false;
+    } else {
+        for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
+            if (keeper_keeps(bm))
+                dirty_set_inconsistent(bm);
+        if (k->tide)
+            r = tide_remove(steal(k->tide), &err);
+    }
+    if (r < 0) {
         log_error("Node '%s': %s: writes are refused", node_name(k->node), err.text);
         k->refusing = true;
     }
@@ -189,7 +201,7 @@ int keeper_write_before(struct keeper *k, struct change *c, struct error *err)
 
 static int write_change(struct keeper *k, struct change *c, struct error *err)
 {
-    if (tide_failed(k->tide) || outgrown(k, &c->next))
+    if (tide_failed(k->tide) || k->void_tide || outgrown(k, &c->next))
         return replace_tide(k, c, err);
     int r = keeper_write_before(k, c, err);
     return r < 0 ? r : tide_write_super(k->tide, &c->next, err);
@@ -317,24 +329,36 @@ static bool is_unchanged(const struct keeper *k)
     return n == t->n;
 }
 
+bool keeper_has_bitmaps(const struct keeper *k)
+{
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
+        if (keeper_keeps(bm))
+            return true;
+    return false;
+}
+
 bool keeper_has_to_commit(const struct keeper *k)
 {
-    bool any = k->tide;
-
-    for (struct dirty_bitmap *bm = dirty_first(k->node); bm && !any; bm = dirty_next(bm))
-        any = keeper_keeps(bm);
-    return any && !k->lost && !k->node->read_only && !(k->tide && is_unchanged(k));
+    return (k->tide || keeper_has_bitmaps(k)) && !k->lost && !k->node->read_only &&
+           !(k->tide && is_unchanged(k));
 }
 
 int keeper_commit(struct keeper *k, struct error *err)
 {
     LOCKED(&k->lock); /* a change may be under way that is of a moment ago */
-    return keeper_has_to_commit(k) ? keeper_change_state(k, err) : 0;
+    int r = keeper_has_to_commit(k) ? keeper_change_state(k, err) : 0;
+    return r == 0 && keeper_has_bitmaps(k) && !k->node->read_only ? keeper_engage(k, err) : r;
 }
 
 int keeper_begin(struct keeper *k, struct error *err)
 {
-    if (!k->stale || !k->tide || k->lost || k->node->read_only)
+    if (k->node->read_only)
+        return 0;
+    if (k->options.image) {
+        LOCKED(&k->lock);
+        return keeper_has_bitmaps(k) ? keeper_engage(k, err) : 0;
+    }
+    if (!k->stale || !k->tide || k->lost)
         return 0;
     LOCKED(&k->lock);
     return k->stale ? keeper_change_state(k, err) : 0;
@@ -344,11 +368,14 @@ int keeper_begin(struct keeper *k, struct error *err)
 
 int keeper_resizing(struct keeper *k, uint64_t to, struct error *err)
 {
-    if ((!k->tide && !k->recording) || k->lost)
+    if (!k->tide && !k->recording && !(k->options.image && keeper_has_bitmaps(k)))
         return 0;
     LOCKED(&k->lock);
+    int r = keeper_engage(k, err);
+    if (r < 0 || k->lost)
+        return r;
     k->resizing_bytes = to;
-    int r = keeper_change_state(k, err);
+    r = keeper_change_state(k, err);
     if (r < 0)
         k->resizing_bytes = 0;
     else if (k->stamp)

@@ -21,6 +21,7 @@
 #include "dirty/dirty.h"
 #include "persist/super.h"
 
+struct image;
 struct keeper;
 LIST_HEAD(keepers, keeper); /* of one graph: they find each other when a group is recovered */
 
@@ -33,6 +34,8 @@ enum no_witness {
 
 struct keeper_options {
     struct keepers *peers;
+    struct image *image; /* of a qcow2 node, which says by itself whether others have written it and
+                            whose copies are exact while they are not in use; NULL: of another */
     char *path;          /* of the tide file; owned by who fills it in */
     const char *runtime; /* directory for segments; NULL: none, a kill is like a power loss */
     enum tide_level level;
@@ -45,8 +48,11 @@ struct keeper_options {
 /* What open has found, for queries. */
 enum recovery { RECOVERY_NEW, RECOVERY_CLEAN, RECOVERY_EXACT, RECOVERY_SUPERSET, RECOVERY_NONE };
 
-/* N is being opened and nobody writes to it yet. If there is a tide file, its bitmaps become N's.
- * An error only if the disk must not be opened: the file is locked, or there is no memory. */
+bool keeper_keeps(const struct dirty_bitmap *bm); /* persistent ones that have a name */
+
+/* N is being opened and nobody writes to it yet. If there is a tide file, its bitmaps become N's,
+ * and so do those that its image has stored. An error only if the disk must not be opened: the file
+ * is locked, or there is no memory. */
 int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **ret,
                 struct error *err) MUST_CHECK;
 /* The node closes: nobody writes. What cannot be saved is told in the log. */
@@ -63,7 +69,8 @@ int keeper_commit(struct keeper *k, struct error *err) MUST_CHECK;
 
 /* The same for several disks: durably all or none. */
 int keepers_commit(struct keeper *const *ks, size_t n, struct error *err) MUST_CHECK;
-/* Before a transaction changes anything in memory: what recovery has found is written anew. */
+/* Before a transaction changes anything in memory: what recovery has found is written anew; the
+ * image says that its copies are in use. */
 int keeper_begin(struct keeper *k, struct error *err) MUST_CHECK;
 
 /* Around a write, see struct write_observer. */
@@ -75,6 +82,11 @@ void keeper_written(struct keeper *k, struct range r);
 int keeper_resizing(struct keeper *k, uint64_t to, struct error *err) MUST_CHECK;
 void keeper_resized(struct keeper *k);
 int keeper_grow(struct keeper *k, struct bitmap *bits, uint64_t to) MUST_CHECK;
+
+/* The disk has been idle: its image gets the bitmaps, which are in use there no more until the next
+ * change. Guests wait meanwhile. Nothing happens when a job has one of them, or the graph is being
+ * changed; what else goes wrong is told in the log. A task of its own. */
+void keeper_save_idle(struct keeper *k);
 
 void keeper_bits_gone(struct keeper *k, struct bitmap *bits);
 /* x-tidemark-recovery of query-named-block-nodes; NULL: it has no bitmaps to recover. */

@@ -4,6 +4,7 @@
  *     sets.c       the sets of bits and their places
  *     session.c    from the first change to the close
  *     writes.c     the write path
+ *     guarded.c    a qcow2 image beside the tide file
  *     group.c      changes of several disks at once
  *     recover.c    open
  */
@@ -55,7 +56,13 @@ struct keeper {
     bool stale;      /* recovery has found what is to be written anew */
     bool lost;       /* no tide file can be had: bitmaps are inconsistent after the next crash */
     bool refusing;   /* nor can the old one be taken away: writes are refused */
+    bool
+        void_tide; /* the image does not vouch for the tide file: its uuid must not be used again */
+    bool guarded;  /* the image vouches for the tide file, durably */
+    bool foreign;  /* it does not even name it */
+    bool from_tide;              /* recovery has found bitmaps there that the image has not */
     struct tide_id next_session; /* that is about to begin; none: nobody has tried yet */
+    struct tide_id next_uuid;    /* of the tide file that it makes */
     uint64_t epoch;              /* the next one */
     uint64_t ring_next;
     uint64_t resizing_bytes; /* equal to the disk's size: it is not being resized */
@@ -85,7 +92,6 @@ struct change {
 
 /* ---- sets.c ---- */
 
-bool keeper_keeps(const struct dirty_bitmap *bm);
 struct kept_set *keeper_set_of(const struct keeper *k, const struct bitmap *bits);
 /* The set under EPOCH, which is one of the superblock's; NULL: none, or gone from memory. */
 struct kept_set *keeper_set_at(const struct keeper *k, uint64_t epoch);
@@ -114,6 +120,7 @@ int keeper_renew(struct keeper *k, struct error *err) MUST_CHECK;
 void keeper_give_up(struct keeper *k, const struct error *why);
 /* The steps of a change, for groups. */
 bool keeper_has_to_commit(const struct keeper *k);
+bool keeper_has_bitmaps(const struct keeper *k);
 int keeper_build(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
 /* The first tide file of a disk, which says nothing yet; its session has begun. */
 int keeper_make_tide(struct keeper *k, struct error *err) MUST_CHECK;
@@ -130,11 +137,31 @@ void keeper_describe(struct keeper *k, struct super *s);
 void keeper_session_begun(struct keeper *k);
 /* The segments that OLD named go, and what a killed program has left. */
 void keeper_drop_segments(struct keeper *k, const struct super *old);
+/* Of a session that has ended well: its sets' are closed with them. */
+void keeper_drop_all_segments(struct keeper *k, const struct super *old);
 struct segments keeper_segments(const struct keeper *k, const struct super *s);
 /* The descriptor that carries the image's data; -1: none that we know. */
 int keeper_descriptor(const struct keeper *k);
 void keeper_set_readonly(struct keeper *k, bool readonly);
 void keeper_free(struct keeper *k);
+
+/* ---- guarded.c ---- */
+
+/* Does the image vouch for the tide file that says S? */
+enum witness_verdict keeper_ask_guard(struct keeper *k, const struct super *s, char *why,
+                                      size_t why_bytes);
+/* The rest of recovery: what the image has stored. A guard that vouches for something else goes. */
+int keeper_recover_image(struct keeper *k, struct error *err) MUST_CHECK;
+/* What is true of the guard after the image has become writable. */
+int keeper_recheck_guard(struct keeper *k, struct error *err) MUST_CHECK;
+/* Under k->lock: a session is open (or the bitmaps are lost) and the image says that its copies are
+ * in use, before the first change. An error: it cannot be made to say so. */
+int keeper_engage(struct keeper *k, struct error *err) MUST_CHECK;
+bool keeper_is_engaged(const struct keeper *k);
+/* The image has everything: the tide file goes, then its guard. */
+void keeper_end_guarded(struct keeper *k);
+/* Under k->lock: opens the session, and gives up what it must. */
+void keeper_begin_use(struct keeper *k);
 
 /* ---- writes.c ---- */
 
@@ -154,5 +181,7 @@ void keeper_forget_doubt(struct keeper *k);
 /* Has anybody else written the image since the tide file was written? WHY says what tells so. */
 enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s, char *why,
                                         size_t why_bytes);
+void keeper_decide(struct keeper *k, enum recovery verdict, const char *reason);
+bool keeper_has_segments(struct keeper *k, const struct super *s);
 /* Reads the tide file and makes its bitmaps the node's. */
 int keeper_recover(struct keeper *k, struct error *err) MUST_CHECK;

@@ -236,7 +236,7 @@ int persist_options_read(const struct node *n, struct keeper_options *o, struct 
         r = read_no_witness(json_get_string(options, "no-witness", "believe"), o, err);
     if (r == 0)
         r = find_place(n, options, o, ret, err);
-    if (r == 0 && ret->off)
+    if (r == 0 && ret->off && !o->image) /* which takes back what it says of its tide file */
         r = check_off(n, ret, err);
     o->runtime = json_get_string(options, "runtime-directory", o->runtime);
     return r;

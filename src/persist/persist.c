@@ -1,13 +1,16 @@
 /* Which node keeps its bitmaps where, and the room's place in the graph.
  *
- *     qcow2          in the image (image.c)
+ *     qcow2          in the image (image.c), and between two saves in a tide file, too (guarded.c);
+ *                    version 2, which has no place for them, as raw
  *     raw, file      in a tide file (keeper.c) beside the image
  *     other nodes    nowhere
  */
 #include "persist/persist.h"
 
+#include "base/log.h"
 #include "block/driver.h"
 #include "block/qcow2/bitmaps.h"
+#include "block/qcow2/guard.h"
 #include "dirty/dirty.h"
 #include "persist/image.h"
 #include "persist/keeper.h"
@@ -26,8 +29,9 @@ struct persist {
 
 /* Of one node, from its opening to its closing. */
 struct persist_node {
+    struct node *node;
     struct write_observer observer;
-    struct image *image;   /* NULL: not qcow2 */
+    struct image *image;   /* NULL: not qcow2, or version 2 */
     struct keeper *keeper; /* NULL: no tide file */
     char *why_none;        /* there is no place for one; NULL: there is, or none is wanted */
 };
@@ -48,42 +52,69 @@ static struct keeper *keeper_of(const struct node *n)
 
 /* ---- writes and sizes ---- */
 
-static struct keeper *observed(struct write_observer *o)
+static struct persist_node *observed(struct write_observer *o)
 {
-    return container_of(o, struct persist_node, observer)->keeper;
+    return container_of(o, struct persist_node, observer);
+}
+
+/* A node whose bitmaps are saved at the end alone. */
+static int use_image(struct node *n, struct image *im, struct error *err)
+{
+    bool records = false;
+
+    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm))
+        records |= keeper_keeps(bm) && dirty_recording(bm);
+    return records ? image_use(im, err) : 0;
 }
 
 static int observer_before_write(struct write_observer *o, struct range r)
 {
-    return keeper_before_write(observed(o), r);
+    struct persist_node *pn = observed(o);
+    int result = pn->image ? image_before_write(pn->image) : 0;
+
+    if (result < 0)
+        return result;
+    if (pn->keeper)
+        return keeper_before_write(pn->keeper, r);
+    if (!image_in_use(pn->image) && use_image(pn->node, pn->image, NULL) < 0)
+        return -EIO;
+    return 0;
 }
 
 static void observer_mark(struct write_observer *o, struct range r)
 {
-    keeper_mark(observed(o), r);
+    if (observed(o)->keeper)
+        keeper_mark(observed(o)->keeper, r);
 }
 
 static void observer_written(struct write_observer *o, struct range r, int result)
 {
-    keeper_written(observed(o), r);
+    if (observed(o)->keeper)
+        keeper_written(observed(o)->keeper, r);
 }
 
 static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t to,
                              struct error *err)
 {
-    return keeper_resizing(observed(o), to, err);
+    struct persist_node *pn = observed(o);
+    int r = pn->image ? image_resizing(pn->image, from, to, err) : 0;
+
+    if (r < 0)
+        return r;
+    return pn->keeper ? keeper_resizing(pn->keeper, to, err) : use_image(pn->node, pn->image, err);
 }
 
 static void observer_resized(struct write_observer *o, uint64_t from, uint64_t to)
 {
-    keeper_resized(observed(o));
+    if (observed(o)->keeper)
+        keeper_resized(observed(o)->keeper);
 }
 
 /* ---- opening and closing ---- */
 
 static bool is_kept(const struct node *n)
 {
-    static const char *const drivers[] = {"raw", "file", "host_device"};
+    static const char *const drivers[] = {"raw", "file", "host_device", "qcow2"};
 
     for (size_t i = 0; i < ARRAY_SIZE(drivers); i++)
         if (!strcmp(node_driver_name(n), drivers[i]))
@@ -101,11 +132,11 @@ static int check_not_kept(const struct node *n, struct error *err)
                      node_name(n), node_driver_name(n));
 }
 
-static int open_keeper(struct persist *p, struct persist_node *pn, struct node *n,
-                       struct error *err)
+static int open_keeper(struct persist *p, struct persist_node *pn, struct error *err)
 {
+    struct node *n = pn->node;
     CLEANUP(place_fini) struct place place = {0};
-    struct keeper_options o = {.peers = &p->keepers, .runtime = p->runtime};
+    struct keeper_options o = {.peers = &p->keepers, .image = pn->image, .runtime = p->runtime};
 
     int r = is_kept(n) ? persist_options_read(n, &o, &place, err) : check_not_kept(n, err);
     if (r < 0 || place.off || !place.tide) {
@@ -119,24 +150,45 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct node *
         o.slots = p->limits.slots;
         o.slice = p->limits.slice;
     }
-    r = keeper_open(n, &o, &pn->keeper, err);
-    if (r < 0)
-        return r;
-    pn->observer = (struct write_observer){
-        .before_write = observer_before_write,
-        .mark = observer_mark,
-        .written = observer_written,
-        .resizing = observer_resizing,
-        .resized = observer_resized,
-    };
-    node_observe(n, &pn->observer);
-    return 0;
+    return keeper_open(n, &o, &pn->keeper, err);
 }
 
-static void free_node(struct persist_node *pn)
+/* No tide file, whatever an earlier life had: what a guard vouches for ends now, before anybody
+ * writes. */
+static int open_image_alone(struct persist_node *pn, struct error *err)
 {
+    int r = pn->node->read_only ? 0 : qcow2_guard_void(pn->node, err);
+
+    return r < 0 ? r : image_load_rest(pn->image, false, err);
+}
+
+static void close_node(struct persist_node *pn)
+{
+    struct error err = ERROR_INIT;
+
+    if (pn->keeper)
+        keeper_close(pn->keeper);
+    else if (pn->image && image_save(pn->image, false, &err) < 0)
+        log_line(LOG_LEVEL_INFO, "Lost persistent bitmaps during inactivation of node '%s': %s",
+                 node_name(pn->node), err.text);
+    if (pn->image)
+        image_close(pn->image);
     free(pn->why_none);
     free(pn);
+}
+
+static int open_node(struct persist *p, struct persist_node *pn, struct error *err)
+{
+    struct node *n = pn->node;
+    int r = 0;
+
+    if (node_is_qcow2(n) && qcow2_can_guard(n))
+        r = image_open(n, &pn->image, err);
+    if (r == 0)
+        r = open_keeper(p, pn, err);
+    if (r == 0 && pn->image && !pn->keeper)
+        r = open_image_alone(pn, err);
+    return r;
 }
 
 static int hook_opened(struct graph_hook *h, struct node *n, struct error *err)
@@ -144,17 +196,23 @@ static int hook_opened(struct graph_hook *h, struct node *n, struct error *err)
     struct persist *p = container_of(h, struct persist, hook);
     struct persist_node *pn = xnew(struct persist_node);
 
-    int r;
-    if (node_is_qcow2(n)) {
-        r = check_not_kept(n, err);
-        if (r == 0)
-            r = image_open(n, &pn->image, err);
-    } else {
-        r = open_keeper(p, pn, n, err);
-    }
+    pn->node = n;
+    int r = open_node(p, pn, err);
     if (r < 0 || (!pn->image && !pn->keeper && !pn->why_none)) {
-        free_node(pn);
+        if (pn->image)
+            image_close(steal(pn->image)); /* nothing is saved that was not loaded */
+        close_node(pn);
         return r;
+    }
+    if (pn->image || pn->keeper) {
+        pn->observer = (struct write_observer){
+            .before_write = observer_before_write,
+            .mark = observer_mark,
+            .written = observer_written,
+            .resizing = observer_resizing,
+            .resized = observer_resized,
+        };
+        node_observe(n, &pn->observer);
     }
     node_set_data(n, node_key, pn);
     return 0;
@@ -166,14 +224,10 @@ static void hook_closing(struct graph_hook *h, struct node *n)
 
     if (!pn)
         return;
-    if (pn->image)
-        image_close(pn->image);
-    if (pn->keeper) {
+    if (pn->image || pn->keeper)
         node_unobserve(n, &pn->observer);
-        keeper_close(pn->keeper);
-    }
+    close_node(pn);
     node_set_data(n, node_key, NULL);
-    free_node(pn);
 }
 
 static int hook_reopening(struct graph_hook *h, struct node *n, bool to_read_only,
@@ -181,11 +235,12 @@ static int hook_reopening(struct graph_hook *h, struct node *n, bool to_read_onl
 {
     struct persist_node *pn = node_of(n);
 
-    if (pn && pn->image)
-        return image_reopen(pn->image, to_read_only, err);
     if (pn && pn->keeper)
         return keeper_reopen(pn->keeper, to_read_only, err);
-    return 0;
+    if (!pn || !pn->image)
+        return 0;
+    int r = to_read_only ? 0 : qcow2_guard_void(n, err);
+    return r < 0 ? r : image_reopen(pn->image, to_read_only, true, err);
 }
 
 static void hook_gone(struct graph_hook *h)
@@ -205,6 +260,8 @@ static int store_can_add(struct dirty_store *s, struct node *n, const char *name
 
     if (pn && pn->image)
         return image_can_add(pn->image, name, granularity_bytes, err);
+    if (node_is_qcow2(n) && !keeper_of(n)) /* version 2: QEMU's text */
+        return qcow2_bitmap_check_new(n, name, granularity_bytes, 0, 0, err);
     if (pn && pn->why_none)
         return error_set(err, ENOTSUP, "Can't store persistent bitmaps to %s: %s", node_name(n),
                          pn->why_none);
@@ -220,9 +277,25 @@ static int store_remove(struct dirty_store *s, struct node *n, const char *name,
     return pn && pn->image ? image_remove(pn->image, name, err) : 0;
 }
 
+/* Any stored bitmap may be what changes. */
+static int use_image_for_change(struct persist_node *pn, struct error *err)
+{
+    for (struct dirty_bitmap *bm = pn->image ? dirty_first(pn->node) : NULL; bm;
+         bm = dirty_next(bm))
+        if (keeper_keeps(bm))
+            return image_use(pn->image, err);
+    return 0;
+}
+
 static int store_begin(struct dirty_store *s, struct node *n, struct error *err)
 {
-    return keeper_of(n) ? keeper_begin(keeper_of(n), err) : 0;
+    struct persist_node *pn = node_of(n);
+
+    if (!pn || n->read_only)
+        return 0;
+    if (pn->keeper)
+        return keeper_begin(pn->keeper, err);
+    return use_image_for_change(pn, err);
 }
 
 static int store_commit(struct dirty_store *s, struct node *const *nodes, size_t n,
@@ -233,6 +306,10 @@ static int store_commit(struct dirty_store *s, struct node *const *nodes, size_t
 
     for (size_t i = 0; i < n; i++) {
         struct keeper *k = keeper_of(nodes[i]);
+        struct persist_node *pn = node_of(nodes[i]);
+        int r = !k && pn && !nodes[i]->read_only ? use_image_for_change(pn, err) : 0;
+        if (r < 0)
+            return r;
         for (size_t j = 0; k && j < count; j++)
             if (ks[j] == k)
                 k = NULL;
@@ -282,6 +359,7 @@ void persist_init(struct graph *g)
     graph_set_data(g, graph_key, p);
     graph_add_hook(g, &p->hook);
     dirty_set_store(g, &p->store);
+    qcow2_claim_guards(g);
 }
 
 void persist_set_runtime(struct graph *g, const char *directory)
@@ -300,6 +378,12 @@ void persist_set_limits(struct graph *g, unsigned region_bits, unsigned slots, u
     p->limits.region_bits = region_bits;
     p->limits.slots = slots;
     p->limits.slice = slice;
+}
+
+void persist_save_idle(struct node *n)
+{
+    if (keeper_of(n))
+        keeper_save_idle(keeper_of(n));
 }
 
 struct json_object *persist_info(struct node *n)

@@ -1,11 +1,14 @@
-/* Bitmaps that survive the program. So far: those with `persistent: true` on qcow2 nodes, kept in
- * the image's own bitmaps extension (block/qcow2/bitmaps.h), interchangeably with QEMU.
+/* Bitmaps that survive the program: those with `persistent: true`, of every node that has a place
+ * for them. What is promised: where content differs from a bitmap's base, its bit is set, or the
+ * bitmap says that it cannot be trusted.
  *
- *     node opens        each stored bitmap becomes a dirty bitmap; if the node may be written, all
- * are marked `in_use` in the image, durably, before it can be used node closes, or   each is stored
- * anew, `in_use` is taken back, durably goes read-only killed            `in_use` is found at the
- * next open: the bitmap is inconsistent; it can be looked at and removed, and never keeps the image
- * from being opened
+ *     ended well     as they were
+ *     killed         as they were
+ *     power lost     at level `power` a superset, larger by the hot regions at most
+ *     else           inconsistent: the image was changed by others, or nothing tells
+ *
+ * Between two changes of a qcow2 image its own copies tell, in QEMU's format (image.c); otherwise a
+ * tide file beside the image does, and run segments in the runtime directory (keeper.h).
  *
  * All of it hangs on the graph as a hook and as the store of dirty/: nobody calls it. */
 #pragma once
@@ -20,6 +23,8 @@ void persist_set_runtime(struct graph *g, const char *directory);
 /* For tests, whose disks are small: regions of 1 << REGION_BITS bytes, SLOTS of them, and so many
  * of those in each transaction of the ring. Before nodes are opened. */
 void persist_set_limits(struct graph *g, unsigned region_bits, unsigned slots, unsigned slice);
+/* For tests: as if N had been idle for long. */
+void persist_save_idle(struct node *n);
 /* x-tidemark-recovery of query-named-block-nodes; NULL: nothing is kept for this node. */
 struct json_object *persist_info(struct node *n);
 /* x-tidemark-hot-regions: what keeping the bitmaps costs; NULL: nothing so far. */

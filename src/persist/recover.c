@@ -12,6 +12,9 @@
  *     in use, level power      ours            gone                 holes     inconsistent
  *     in use, level process    ours            gone                 -         inconsistent
  *
+ * Of a qcow2 image the guard is the witness (guarded.c), and what it has stored and is not in use
+ * is exact, whatever the tide file says.
+ *
  * and, bitmap by bitmap: what was inconsistent, or has no durable base, stays so. A bitmap that a
  * job held is its current OR its successor: as if the job had failed.
  *
@@ -19,6 +22,7 @@
  * closed (keeper.c: a session begins); until then the next open finds no less. */
 #include "base/log.h"
 #include "block/driver.h"
+#include "persist/image.h"
 #include "persist/keeper_internal.h"
 #include "rt/io.h"
 
@@ -40,6 +44,8 @@ enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s,
     int fd = keeper_descriptor(k);
 
     *why = '\0';
+    if (k->options.image)
+        return keeper_ask_guard(k, s, why, why_bytes);
     if (fd < 0)
         return s->witness.kind == WITNESS_NONE ? WITNESS_UNKNOWN : WITNESS_CHANGED;
     if (witness_take(fd, &now) < 0 || io_boot_us(&boot_us) < 0) {
@@ -54,7 +60,7 @@ enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s,
     return witness_compare_crash(&s->witness, &now, last_write_ns, boot_us * 1000, why, why_bytes);
 }
 
-static void decide(struct keeper *k, enum recovery verdict, const char *reason)
+void keeper_decide(struct keeper *k, enum recovery verdict, const char *reason)
 {
     k->recovery.verdict = verdict;
     free(k->recovery.reason);
@@ -82,19 +88,24 @@ static bool have_segments(struct keeper *k, const struct super *s, const struct 
     return true;
 }
 
+bool keeper_has_segments(struct keeper *k, const struct super *s)
+{
+    return have_segments(k, s, &s->table);
+}
+
 static int weigh(struct keeper *k, struct found *f, struct error *err)
 {
     const struct super *s = tide_super(k->tide);
     char why[160];
 
     if (s->size_bytes != node_size(k->node) && s->resizing_bytes != node_size(k->node)) {
-        decide(k, RECOVERY_NONE, "the disk has another size");
+        keeper_decide(k, RECOVERY_NONE, "the disk has another size");
         return 0;
     }
     enum witness_verdict v = keeper_ask_witness(k, s, why, sizeof why);
     k->recovery.witness = v == WITNESS_SAME ? "same" : v == WITNESS_UNKNOWN ? "none" : "changed";
     if (v == WITNESS_CHANGED) {
-        decide(k, RECOVERY_NONE, why);
+        keeper_decide(k, RECOVERY_NONE, why);
         return 0;
     }
     if (v == WITNESS_UNKNOWN && s->table.n && k->options.no_witness == NO_WITNESS_REFUSE)
@@ -104,30 +115,31 @@ static int weigh(struct keeper *k, struct found *f, struct error *err)
                          "bitmaps",
                          node_name(k->node), k->options.path);
     if (v == WITNESS_UNKNOWN && k->options.no_witness == NO_WITNESS_DISTRUST) {
-        decide(k, RECOVERY_NONE,
-               "nothing tells whether others have written the image ('no-witness' is 'distrust')");
+        keeper_decide(
+            k, RECOVERY_NONE,
+            "nothing tells whether others have written the image ('no-witness' is 'distrust')");
         return 0;
     }
     if (!s->in_use) {
-        decide(k, RECOVERY_CLEAN, "");
+        keeper_decide(k, RECOVERY_CLEAN, "");
         return 0;
     }
     if (have_segments(k, s, f->sets)) {
         f->segments = true;
-        decide(k, RECOVERY_EXACT, "the last program was killed");
+        keeper_decide(k, RECOVERY_EXACT, "the last program was killed");
         return 0;
     }
     if (s->level == TIDE_PROCESS) {
-        decide(k, RECOVERY_NONE, "the run segment is gone, and the level is 'process'");
+        keeper_decide(k, RECOVERY_NONE, "the run segment is gone, and the level is 'process'");
         return 0;
     }
     struct error bad = ERROR_INIT;
     f->table = xcalloc(s->slots, sizeof *f->table);
     if (tide_read_ring(k->tide, f->table, &k->ring_next, &bad) < 0) {
-        decide(k, RECOVERY_NONE, bad.text);
+        keeper_decide(k, RECOVERY_NONE, bad.text);
         return 0;
     }
-    decide(k, RECOVERY_SUPERSET, "the power failed, or the run segment is gone");
+    keeper_decide(k, RECOVERY_SUPERSET, "the power failed, or the run segment is gone");
     return 0;
 }
 
@@ -181,9 +193,22 @@ static int make_dirty(struct keeper *k, const struct found *f, const struct tide
     const struct super *s = tide_super(k->tide);
     const unsigned flags = DIRTY_PERSISTENT | DIRTY_LOADED | (b->enabled ? 0 : DIRTY_DISABLED);
     bool usable = f->verdict != RECOVERY_NONE && !b->inconsistent && (b->based || !s->in_use);
+    struct image *image = k->options.image;
     struct dirty_bitmap *bm;
+    int r;
 
-    int r = dirty_add(k->node, b->name, 1ull << b->granularity_bits, flags, &bm, err);
+    if (image && image_has(image, b->name)) {
+        r = image_load(image, b->name, &bm, err);
+        if (r == 0 && bm)
+            dirty_set_generation(bm, b->generation, b->last_job);
+        return r;
+    }
+    /* Then it says inconsistent, too, and knows how its clusters are to be freed. And a tide file
+     * that the image does not name knows nothing of it. */
+    if (image && f->verdict == RECOVERY_NONE && (image_names(image, b->name) || k->foreign))
+        return 0;
+    k->from_tide = true;
+    r = dirty_add(k->node, b->name, 1ull << b->granularity_bits, flags, &bm, err);
     if (r < 0)
         return r;
     dirty_set_generation(bm, b->generation, b->last_job);
@@ -269,7 +294,7 @@ static void tell(const struct keeper *k)
     }
 }
 
-int keeper_recover(struct keeper *k, struct error *err)
+static int recover(struct keeper *k, struct error *err)
 {
     struct error why = ERROR_INIT;
     struct found f = {0};
@@ -281,7 +306,7 @@ int keeper_recover(struct keeper *k, struct error *err)
     }
     if (r == -EBADMSG) {
         log_warning("Node '%s': %s: its bitmaps are lost", node_name(k->node), why.text);
-        decide(k, RECOVERY_NONE, why.text);
+        keeper_decide(k, RECOVERY_NONE, why.text);
         return 0;
     }
     if (r < 0) {
@@ -298,6 +323,10 @@ int keeper_recover(struct keeper *k, struct error *err)
     k->ring_next = s->ring_sequence;
     bool doubt;
     f.sets = keeper_resolve(k, s, &doubt);
+    if (k->options.image && !s->in_use && s->table.n == 0) {
+        k->recovery.verdict = RECOVERY_NEW; /* it has records of groups, and no bitmaps */
+        return 0;
+    }
     r = weigh(k, &f, err);
     f.verdict = k->recovery.verdict;
     if (f.verdict == RECOVERY_NONE)
@@ -311,8 +340,18 @@ int keeper_recover(struct keeper *k, struct error *err)
     if (r < 0)
         return r;
     k->stale = f.verdict != RECOVERY_CLEAN || !tide_id_none(&s->group);
-    if (k->node->read_only)
-        keeper_set_readonly(k, true);
     tell(k);
     return 0;
+}
+
+int keeper_recover(struct keeper *k, struct error *err)
+{
+    struct image *image = k->options.image;
+
+    int r = recover(k, err);
+    if (r == 0 && image)
+        r = keeper_recover_image(k, err);
+    if (r == 0 && k->node->read_only)
+        keeper_set_readonly(k, true);
+    return r;
 }

@@ -1,7 +1,9 @@
 /* Sessions of a kept disk: from its first change to its close. See keeper.h. */
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "block/file.h"
+#include "persist/image.h"
 #include "persist/keeper_internal.h"
 #include "rt/clock.h"
 #include "rt/io.h"
@@ -54,7 +56,7 @@ static void use_runtime(struct keeper *k)
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
 {
     struct super *s = &c->next;
-    int fd = keeper_descriptor(k), r = 0;
+    int fd = k->options.image ? -1 : keeper_descriptor(k), r = 0;
 
     c->begins = true;
     /* The same until it has begun: segments of an attempt that failed say it. */
@@ -63,8 +65,11 @@ int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
     s->session = k->next_session;
     if (k->epoch == 0)
         k->epoch = s->next_epoch ? s->next_epoch : 1;
-    if (tide_id_none(&s->uuid))
-        id_make(&s->uuid);
+    if ((k->void_tide && !BROKEN(guard_same_uuid)) || tide_id_none(&s->uuid)) {
+        if (tide_id_none(&k->next_uuid))
+            id_make(&k->next_uuid);
+        s->uuid = k->next_uuid;
+    }
     s->ring_sequence = k->ring_next ? k->ring_next : 1;
     if (fd >= 0 && (r = witness_take(fd, &s->witness)) < 0)
         return error_set_errno(err, -r, "Could not look at the image of node '%s'",
@@ -117,9 +122,9 @@ void keeper_session_begun(struct keeper *k)
     const struct segments of = keeper_segments(k, s);
     if (of.runtime && stamp_create(&of, &k->stamp, &err) < 0)
         log_warning("Node '%s': %s", node_name(k->node), err.text);
-    k->next_session = (struct tide_id){{0}};
+    k->next_session = k->next_uuid = (struct tide_id){{0}};
     k->in_use = true;
-    k->stale = false;
+    k->stale = k->void_tide = false;
     k->ring_next = s->ring_sequence;
     if (k->options.level == TIDE_POWER)
         k->hot = hot_new(&(struct hot_options){s->region_bits, s->slots}, &keeper_hot_ops, k);
@@ -211,7 +216,7 @@ static int close_session(struct keeper *k, struct error *err)
 }
 
 /* Of a session that has ended well: its sets' are closed with them. */
-static void drop_all_segments(struct keeper *k, const struct super *old)
+void keeper_drop_all_segments(struct keeper *k, const struct super *old)
 {
     const struct segments of = keeper_segments(k, old);
     struct kept_set *s;
@@ -230,6 +235,10 @@ static void end_session(struct keeper *k)
     CLEANUP(super_fini) struct super old = {0};
     int r = 0;
 
+    if (k->options.image) {
+        keeper_end_guarded(k);
+        return;
+    }
     if (k->stale && !k->node->read_only && k->tide)
         r = keeper_commit(k, &err); /* what recovery has found is not found twice */
     hot_free(steal(k->hot));
@@ -243,7 +252,7 @@ static void end_session(struct keeper *k)
                                                    : close_session(k, &err);
     k->in_use = false;
     if (r == 0)
-        drop_all_segments(k, &old);
+        keeper_drop_all_segments(k, &old);
     else
         log_warning("Node '%s': %s: its bitmaps are recovered when it is next opened",
                     node_name(k->node), err.text);
@@ -300,10 +309,12 @@ static int go_on(struct keeper *k, struct error *err)
             snprintf(why, sizeof why, "nothing tells whether others have written the image");
     }
     log_warning("Node '%s': its bitmaps are inconsistent: %s", node_name(k->node), why);
-    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm && !k->options.image;
+         bm = dirty_next(bm))
         if (keeper_keeps(bm))
             dirty_set_inconsistent(bm);
     k->stale = true;
+    k->void_tide = k->options.image; /* which knows for itself what it still has */
     return 0;
 }
 
@@ -315,6 +326,10 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
     if (!to_read_only) {
         if (k->tide)
             r = go_on(k, err);
+        if (r == 0 && k->options.image)
+            r = image_reopen(k->options.image, false, !k->void_tide, err);
+        if (r == 0)
+            r = keeper_recheck_guard(k, err);
         if (r == 0)
             keeper_set_readonly(k, false);
         return r;
@@ -322,6 +337,8 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
     for (struct dirty_bitmap *bm = dirty_first(k->node); r == 0 && bm; bm = dirty_next(bm))
         if (keeper_keeps(bm))
             r = dirty_check(bm, DIRTY_CHECK_BUSY, err);
+    if (r == 0 && k->options.image)
+        r = image_reopen(k->options.image, true, true, err);
     if (r < 0)
         return r;
     end_session(k);
@@ -334,7 +351,7 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
 int keeper_can_add(struct keeper *k, const char *name, uint64_t granularity_bytes,
                    struct error *err)
 {
-    if (k->refusing || k->lost)
+    if (k->refusing || (k->lost && !k->options.image))
         return error_set(err, EIO, "The tide file '%s' cannot be written", k->options.path);
     if (k->node->read_only)
         return error_set(err, EACCES, "Node '%s' is read-only", node_name(k->node));

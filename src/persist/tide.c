@@ -599,7 +599,7 @@ static int create_file(struct tide *t, const struct draft *d, struct error *err)
             (void)io_unlink(name);
         return error_set_errno(err, -r, "making tide file '%s'", t->path);
     }
-    r = BROKEN(tide_directory_not_synced) ? 0 : io_sync_dir_of(t->path);
+    r = BROKEN(tide_directory_not_synced) || BROKEN(guard_same_uuid) ? 0 : io_sync_dir_of(t->path);
     if (r < 0)
         return error_set_errno(err, -r,
                                "tide file '%s' is new, or after a power loss may be the old one: "

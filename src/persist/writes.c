@@ -1,4 +1,5 @@
 /* The write path of a kept disk: regions become hot, their bits durable. See hot.h. */
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "persist/keeper_internal.h"
@@ -122,15 +123,12 @@ static int write_through(struct keeper *k, struct range r)
     return k->refusing ? -EIO : result;
 }
 
-static int begin_use(struct keeper *k)
+void keeper_begin_use(struct keeper *k)
 {
     struct error err = ERROR_INIT;
-    LOCKED(&k->lock);
 
-    if (k->in_use || k->lost)
-        return 0;
     if (keeper_change_state(k, &err) == 0)
-        return 0;
+        return;
     if (!k->lost && k->options.runtime) {
         /* A full tmpfs is no reason to lose them. */
         log_warning("Node '%s': %s: after a kill its bitmaps will be as after a power loss",
@@ -138,29 +136,47 @@ static int begin_use(struct keeper *k)
         free((char *)steal(k->options.runtime));
         error_clear(&err);
         if (keeper_change_state(k, &err) == 0)
-            return 0;
+            return;
     }
     log_error("Node '%s': %s: its bitmaps do not survive a crash", node_name(k->node), err.text);
     if (!k->lost)
         keeper_give_up(k, &err);
-    return 0;
+}
+
+static int begin_use(struct keeper *k)
+{
+    struct error err = ERROR_INIT;
+    LOCKED(&k->lock);
+
+    if (!k->in_use && !k->lost)
+        keeper_begin_use(k);
+    if (keeper_engage(k, &err) == 0)
+        return 0;
+    log_warning("Node '%s': %s: a write is refused", node_name(k->node), err.text);
+    return -EIO;
+}
+
+/* Is this write the first change since the open, or since the image has been saved? */
+static bool is_first(const struct keeper *k)
+{
+    if (k->options.image && !(BROKEN(guard_hot_passes) && k->in_use))
+        return k->recording && !keeper_is_engaged(k);
+    return !k->in_use && !k->lost && (k->tide || k->recording);
 }
 
 int keeper_before_write(struct keeper *k, struct range r)
 {
-    if (!k->in_use && !k->lost) {
-        if (!k->tide && !k->recording)
-            return 0;
-        int result = begin_use(k);
-        if (result < 0)
-            return result;
-    }
+    /* Asked before "is it hot?": a write to a hot region is a first change, too. */
+    int result = is_first(k) ? begin_use(k) : 0;
+
+    if (result < 0)
+        return result;
     if (k->refusing)
         return -EIO;
     if (k->lost)
         return 0;
     if (k->hot && k->recording) {
-        int result = hot_take(k->hot, r);
+        result = hot_take(k->hot, r);
         if (result == -E2BIG)
             result = write_through(k, r);
         if (result < 0 && (!k->lost || k->refusing)) /* else there is nothing left to lose */

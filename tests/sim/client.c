@@ -10,6 +10,7 @@
 
 #include "dirty/dirty.h"
 #include "job/transaction.h"
+#include "persist/persist.h"
 #include "rt/io.h"
 
 #include <errno.h>
@@ -21,7 +22,8 @@ struct backup {
     bool full, keeps; /* keeps: success moves the bitmap's base */
     bool always;      /* what a failed one has achieved counts */
     char job[24], node[24], path[SIM_PATH];
-    uint64_t from; /* of the instant; that itself is known when the command has returned */
+    uint64_t generation; /* of the bitmap, before it */
+    uint64_t from;       /* of the instant; that itself is known when the command has returned */
     struct instant instant;
 };
 
@@ -307,6 +309,8 @@ static void await_job(struct client *c, struct life *l)
         machine_note(&c->h->m, "%s was cancelled", b->job);
 }
 
+static uint64_t generation(struct client *c);
+
 static void back_up(struct client *c, struct life *l, const char *bitmap_action)
 {
     static const char *const modes[] = {"on-success", "always", "never"};
@@ -325,6 +329,7 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
         CLEANUP(json_putp)
         struct json_object *list = actions(c, bitmap_action, b->full ? "full" : "bitmap", mode);
         b->from = model_hold(&c->d->model);
+        b->generation = generation(c);
         b->running = true;
         r = transaction_run(l->g, l->js, list, NULL, &err);
         HEAP_OF_THE_MACHINE();
@@ -374,6 +379,8 @@ static void run(void *self, struct life *l)
         history_nap(l, 20000);
         if (l->stopping)
             return;
+        if (one_in(&c->h->more_dice, 4))
+            persist_save_idle(c->d->n);
         if (bm && (dirty_inconsistent(bm) || one_in(&c->h->dice, 12)))
             remove_bitmap(c, l);
         else if (!bm || !c->has_chain)
@@ -405,25 +412,44 @@ static void made(void *self, struct life *l)
         violation(c->h, "a bitmap cannot be removed: %s", err.text);
 }
 
-/* Nobody was told of the end of the job that ran: has it moved the bitmap on? Asks the bitmap for
- * its last job. -1: it does not say. */
-static int last_job_is(struct client *c, const char *job)
+/* What the bitmap says of itself. */
+static struct json_object *info_of(struct client *c, struct json_object *all)
 {
-    CLEANUP(json_putp) struct json_object *all = dirty_info(c->d->n);
     for (size_t i = 0; all && i < json_object_array_length(all); i++) {
         struct json_object *one = json_object_array_get_idx(all, i);
-        if (!strcmp(json_get_string(one, "name", ""), c->bitmap) &&
-            json_has(one, "x-tidemark-generation"))
-            return !strcmp(json_get_string(one, "x-tidemark-last-job", ""), job);
+        if (!strcmp(json_get_string(one, "name", ""), c->bitmap))
+            return one;
     }
-    return -1;
+    return NULL;
+}
+
+static uint64_t generation(struct client *c)
+{
+    CLEANUP(json_putp) struct json_object *all = dirty_info(c->d->n);
+    return json_get_uint(info_of(c, all), "x-tidemark-generation", UINT64_MAX);
+}
+
+/* Nobody was told of the end of the job that ran: has it moved the bitmap on? -1: it cannot say. */
+static int has_moved(struct client *c, const struct backup *b)
+{
+    CLEANUP(json_putp) struct json_object *all = dirty_info(c->d->n);
+    struct json_object *one = info_of(c, all);
+    uint64_t now = json_get_uint(one, "x-tidemark-generation", UINT64_MAX);
+    if (now == b->generation)
+        return 0;
+    return now == b->generation + 1 &&
+                   !strcmp(json_get_string(one, "x-tidemark-last-job", ""), b->job)
+               ? 1
+               : -1;
 }
 
 static void quiet(void *self, struct life *l)
 {
     struct client *c = self;
     struct dirty_bitmap *bm = bitmap(c);
-    judge_bitmap(c, "at rest", !c->superset && c->h->m.n_faults == l->faults_before);
+    if (!c->backup.running) /* else it has not asked yet what became of it */
+        judge_bitmap(c, "at rest",
+                     !c->superset && !history_absent(l, c) && c->h->m.n_faults == l->faults_before);
     c->had_bitmap = bm && dirty_persistent(bm) && !dirty_inconsistent(bm) &&
                     c->h->m.n_faults == l->faults_before;
 }
@@ -438,6 +464,15 @@ static void ended(void *self, enum life_end end, bool power)
     else if (c->left == LEFT_CLEAN && end == END_KILLED)
         c->left = LEFT_KILLED;
     c->clean = end == END_CLEAN;
+}
+
+/* What another program leaves is good or not; what is good must be right. */
+static void absent(void *self, bool foreign)
+{
+    struct client *c = self;
+    c->expects = c->expects && !foreign;
+    c->had_bitmap = false;
+    c->superset |= foreign;
 }
 
 /* The backup reported last is as it was. */
@@ -466,7 +501,7 @@ static void count_bitmaps(struct client *c, struct dirty_bitmap *bm)
     if (c->expects) {
         n->before++;
         n->good += good;
-        if (settings.strict && c->left != LEFT_POWERLESS && !good && !c->d->qcow2)
+        if (settings.strict && c->left != LEFT_POWERLESS && !good)
             violation(c->h, "'%s' of %s is %s after %s", c->bitmap, c->d->path,
                       bm ? "inconsistent" : "gone",
                       c->left == LEFT_KILLED ? "a kill" : "a clean close");
@@ -494,12 +529,13 @@ static void opened(void *self, struct life *l)
         c->has_chain = c->has_chain && !b->always; /* its target has not been kept */
         end_backup(c);
     } else if (b->running) {
-        int moved = b->keeps ? last_job_is(c, b->job) : 0;
+        int moved = b->keeps ? has_moved(c, b) : 0;
         struct node *n = NULL;
         if (moved > 0 && open_target(c, l, b->path, &n) < 0)
             violation(c->h, "the backup %s moved its bitmap on, and is lost", b->path);
-        b->succeeded = moved > 0;
-        if (b->succeeded)
+        /* In mode always it is told of what a failed one has achieved, too. */
+        b->succeeded = moved > 0 && !b->always;
+        if (moved > 0)
             conclude(c, n);
         else /* who cannot know, or has not kept what mode always counts, starts anew */
             c->has_chain = c->has_chain && !moved && !b->always && !b->full;
@@ -526,6 +562,7 @@ const struct client_ops backup_client = {
     .run = run,
     .quiet = quiet,
     .event = event,
+    .absent = absent,
     .ended = ended,
     .finish = finish,
 };

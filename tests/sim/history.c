@@ -358,8 +358,9 @@ static void open_disk(struct life *l, struct disk *d)
     char json[600];
     snprintf(json, sizeof json,
              "{'driver':'%s','node-name':'%s','discard':'unmap','cache':{'direct':%s},"
-             "'file':{'driver':'file','filename':'%s'}%s}",
-             d->qcow2 ? "qcow2" : "raw", d->node, d->direct ? "true" : "false", d->path, d->extra);
+             "'file':{'driver':'file','filename':'%s'}%s%s}",
+             d->qcow2 ? "qcow2" : "raw", d->node, d->direct ? "true" : "false", d->path,
+             l->foreign ? ",'x-tidemark-persist':{'level':'off'}" : "", d->extra);
     int r = history_open(l, json, &d->n, &err);
     if (r < 0)
         violation(l->h, "%s cannot be opened: %s", d->path, err.text);
@@ -390,7 +391,20 @@ static int client_task(void *arg)
 #define ALL_CLIENTS(h, function, ...)                                                              \
     for (unsigned k = 0; k < (h)->n_clients; k++)                                                  \
         if ((h)->clients[k].ops->function)                                                         \
-    (h)->clients[k].ops->function((h)->clients[k].self, __VA_ARGS__)
+    (h)->clients[k].ops->function((h)->clients[k].self __VA_OPT__(, ) __VA_ARGS__)
+
+#define PRESENT_CLIENTS(l, function, ...)                                                          \
+    for (unsigned k = 0; k < (l)->h->n_clients; k++)                                               \
+        if ((l)->h->clients[k].ops->function && !((l)->absent >> k & 1))                           \
+    (l)->h->clients[k].ops->function((l)->h->clients[k].self, __VA_ARGS__)
+
+bool history_absent(const struct life *l, const void *client)
+{
+    for (unsigned k = 0; k < l->h->n_clients; k++)
+        if (l->h->clients[k].self == client)
+            return l->absent >> k & 1;
+    return false;
+}
 
 static void on_event(void *opaque, const char *name, struct json_object *data)
 {
@@ -400,7 +414,7 @@ static void on_event(void *opaque, const char *name, struct json_object *data)
     machine_note(&h->m, "event %s %s %s", name,
                  json_get_string(data, "device", json_get_string(data, "id", "")), what);
     HEAP_OF_THE_MACHINE();
-    ALL_CLIENTS(h, event, l, name, data);
+    PRESENT_CLIENTS(l, event, l, name, data);
 }
 
 static void enough_room(struct history *h)
@@ -430,7 +444,7 @@ static void live(struct life *l)
             }
             for (unsigned i = 0; i < h->n_clients; i++) {
                 calls[i] = (struct client_call){l, i};
-                if (h->clients[i].ops->run)
+                if (h->clients[i].ops->run && !(l->absent >> i & 1))
                     scope_spawn(&tasks, client_task, &calls[i]);
             }
             (void)!scope_join(&guest_tasks);
@@ -441,6 +455,13 @@ static void live(struct life *l)
     enough_room(h);
     h->m.faults = (struct faults){.path = ""};
     ALL_CLIENTS(h, quiet, l);
+    /* Idle, and then it dies. */
+    if (settings.persist && one_in(&h->more_dice, 6)) {
+        for (unsigned i = 0; i < h->n_disks; i++)
+            persist_save_idle(h->disks[i].n);
+        if (l->number <= h->lives && one_in(&h->more_dice, 2))
+            h->m.kill_at = h->m.events + 1;
+    }
 }
 
 static int life_main(void *arg)
@@ -472,7 +493,7 @@ static int life_main(void *arg)
                 h->disks[i].made = true;
         ALL_CLIENTS(h, made, l);
     } else {
-        ALL_CLIENTS(h, opened, l);
+        PRESENT_CLIENTS(l, opened, l);
         live(l);
     }
     machine_note(&h->m, "closing");
@@ -551,9 +572,9 @@ static void draw_disk(struct history *h, unsigned number)
         d->size -= 512 * dice_below(&h->dice, 100);
     if (d->qcow2 && d->cluster == 512 && one_in(&h->dice, 3)) /* many L2 tables */
         d->size += MiB;
-    if (settings.persist) { /* that is about tide files: raw, most of them */
+    if (settings.persist) { /* that is about tide files: as many raw ones */
         struct dice *more = &h->more_dice;
-        d->qcow2 = one_in(more, 8);
+        d->qcow2 = one_in(more, 2);
         if (!d->qcow2)
             d->size = (16 + dice_below(more, 48)) * 4 * KiB;
         if (one_in(more, 16)) /* bits of more than one sector */
@@ -611,19 +632,40 @@ static uint64_t draw_kill(struct history *h)
     return 1 + dice_below(&h->dice, (uint64_t)16 << dice_below(&h->dice, 8));
 }
 
+/* A program that writes qcow2 images as QEMU does: it keeps their bitmaps until its own end, and
+ * takes away what it does not know. */
+static bool is_foreign(struct history *h, unsigned number)
+{
+    for (unsigned i = 0; i < h->n_disks; i++)
+        if (!h->disks[i].qcow2)
+            return false;
+    return settings.persist && number > 1 && one_in(&h->more_dice, 3);
+}
+
 static void one_life(struct history *h, unsigned number)
 {
     struct life l = {.h = h, .number = number, .faults_before = h->m.n_faults};
     uint64_t kill_at = number ? draw_kill(h) : 0;
+    l.foreign = is_foreign(h, number);
+    /* Who has not seen what another program did cannot know it from what comes after. */
+    for (unsigned k = 0; k < h->n_clients && settings.persist && number; k++)
+        if (l.foreign || one_in(&h->more_dice, h->after_foreign ? 2 : 8))
+            l.absent |= 1u << k;
+    if ((l.foreign || h->after_foreign) && one_in(&h->more_dice, 2))
+        kill_at = 1 + dice_below(&h->more_dice, 128);
+    h->after_foreign = l.foreign;
+    for (unsigned k = 0; k < h->n_clients; k++)
+        if (l.absent >> k & 1)
+            h->clients[k].ops->absent(h->clients[k].self, l.foreign);
     if (number == 1 && settings.kill_at)
         kill_at = settings.kill_at;
     l.faults = number ? draw_faults(h) : (struct faults){.path = ""};
     l.free_blocks = -1;
     if (h->with_faults && number && one_in(&h->dice, 4))
         l.free_blocks = (int64_t)dice_below(&h->dice, 200);
-    machine_note(&h->m, "life %u, killed at %llu; faults %u %u %u %u", number,
-                 (unsigned long long)kill_at, l.faults.read, l.faults.write, l.faults.sync,
-                 l.faults.space);
+    machine_note(&h->m, "%slife %u, killed at %llu; faults %u %u %u %u",
+                 l.foreign ? "foreign " : "", number, (unsigned long long)kill_at, l.faults.read,
+                 l.faults.write, l.faults.sync, l.faults.space);
     int r = machine_live(&h->m, kill_at, life_main, &l);
     if (r < 0 && r != -EOWNERDEAD)
         violation(h, "the program ended with %s", strerror(-r));

@@ -41,6 +41,8 @@ struct client_ops {
     void (*quiet)(void *c, struct life *l);
     /* An event of a job; must not wait. May be NULL. */
     void (*event)(void *c, struct life *l, const char *name, struct json_object *data);
+    /* The client does not look at this life; FOREIGN: which is another program's. */
+    void (*absent)(void *c, bool foreign);
     /* The life is over. POWER: and the power is gone, too. May be NULL. */
     void (*ended)(void *c, enum life_end end, bool power);
     void (*finish)(void *c);
@@ -78,8 +80,9 @@ struct history {
         struct disk *disk;
     } clients[MAX_CLIENTS];
     unsigned n_clients;
-    bool with_faults;  /* I/O errors may have made anything fail */
-    bool with_runtime; /* there is a directory for run segments */
+    bool with_faults;   /* I/O errors may have made anything fail */
+    bool after_foreign; /* the last life was another program's */
+    bool with_runtime;  /* there is a directory for run segments */
     uint32_t next_stamp;
     struct { /* of guests: how they are in this history; of 100 each */
         unsigned discards, zeroes, flushes, fua, hot;
@@ -102,6 +105,8 @@ struct life {
     struct jobs *js;
     unsigned guests_running;
     bool stopping;          /* clients end */
+    unsigned absent;        /* 1 << number: clients that do not look */
+    bool foreign;           /* another program's, which knows nothing of tide files or clients */
     struct faults faults;   /* once all is open and judged */
     int64_t free_blocks;    /* so are they; negative: enough */
     uint64_t faults_before; /* m.n_faults, when it began */
@@ -126,6 +131,8 @@ _Noreturn void violation_at(const char *file, int line, struct history *h, const
     PRINTF(4, 5);
 
 /* ---- for clients ---- */
+
+bool history_absent(const struct life *l, const void *client);
 
 /* JSON text, single quotes for double ones. Of the heap in use. */
 struct json_object *history_json(const char *fmt, ...) PRINTF(1, 2);

@@ -68,7 +68,11 @@ static inline struct dirty_bitmap *add(struct world *w, const char *name, uint64
     struct graph *g = w->g;
     GRAPH_LOCKED(g);
     graph_quiesce_begin(g, &w->n, 1);
-    int r = dirty_add(w->n, name, granularity, flags, &bm, &err);
+    int r = dirty_begin(&w->n, 1, &err);
+    if (r == 0)
+        r = dirty_add(w->n, name, granularity, flags, &bm, &err);
+    if (r == 0)
+        r = dirty_commit(&w->n, 1, &err);
     graph_quiesce_end(g, &w->n, 1);
     CHECK_OK(r, err);
     return bm;
@@ -80,7 +84,9 @@ static inline void remove_bitmap(struct world *w, const char *name)
     GRAPH_LOCKED(w->g);
     struct dirty_bitmap *bm = dirty_find(w->n, name);
     CHECK(bm);
-    int r = dirty_remove(bm, &err);
+    int r = dirty_begin(&w->n, 1, &err);
+    CHECK_OK(r, err);
+    r = dirty_remove(bm, &err);
     CHECK_OK(r, err);
 }
 

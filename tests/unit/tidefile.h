@@ -17,6 +17,7 @@
 enum { OPS = 4096 };
 
 struct spy {
+    uint64_t read_bytes; /* asked for */
     struct world world, *real;
     struct io_op ops[OPS]; /* what was asked for and has an effect; paths are not kept */
     size_t n;
@@ -66,6 +67,8 @@ static inline int64_t spy_perform(struct world *w, struct io_op *op)
         CHECK(s->n < OPS);
         s->ops[s->n++] = *op;
     }
+    if (op->kind == IO_READ)
+        s->read_bytes += op->length;
     if (s->no_direct && op->kind == IO_OPEN && op->flags & O_DIRECT)
         return -EINVAL;
     if (s->slow && op->kind == IO_WRITE)

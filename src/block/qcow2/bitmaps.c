@@ -9,6 +9,7 @@
  * quarantined, and its clusters are never freed. */
 #include "block/qcow2/bitmaps.h"
 
+#include "base/broken.h"
 #include "block/qcow2/bitmaps_internal.h"
 #include "block/qcow2/qcow2.h"
 
@@ -347,21 +348,20 @@ int qcow2_bitmap_load(struct node *n, const struct qcow2_bitmap *b, struct bitma
 
 /* ---- in_use, in place ---- */
 
-int qcow2_bitmaps_set_in_use(struct node *n, struct qcow2_bitmap_list *l, struct error *err)
+int qcow2_bitmaps_set_in_use(struct node *n, struct qcow2_bitmap_list *l, bool bad,
+                             struct error *err)
 {
     SHIELD();
     struct qcow2 *q = n->state;
     uint64_t length = 0, at = 0, from = UINT64_MAX, to = 0;
+    int r;
 
-    int r = qcow2_bitmaps_check_writable(q, err);
-    if (r < 0)
-        return r;
     for (size_t i = 0; i < l->n; i++) {
         struct qcow2_bitmap *b = &l->items[i];
         /* Also one that is quarantined: it should record and does not, so what it says will not
          * be true; or QEMU could not open the image because of it. An unfit one nobody believes.
          */
-        if (!b->in_use && !b->unfit && (b->automatic || !b->foreign)) {
+        if (!b->in_use && !b->unfit && (b->automatic || !b->foreign) && (b->quarantined || !bad)) {
             b->in_use = true;
             qcow2_bitmap_update_raw(b);
             from = min_u64(from, length + 8);
@@ -371,6 +371,8 @@ int qcow2_bitmaps_set_in_use(struct node *n, struct qcow2_bitmap_list *l, struct
     }
     if (from > to)
         return 0;
+    if ((r = qcow2_bitmaps_check_writable(q, err)) < 0)
+        return r;
 
     CLEANUP(memory_freep) uint8_t *dir = malloc(length);
     if (!dir)
@@ -378,7 +380,7 @@ int qcow2_bitmaps_set_in_use(struct node *n, struct qcow2_bitmap_list *l, struct
     for (size_t i = 0; i < l->n; at += l->items[i++].raw_length)
         memcpy(dir + at, l->items[i].raw, l->items[i].raw_length);
     r = file_write(q, q->header.bitmap_directory_offset + from, dir + from, to - from);
-    if (r == 0)
+    if (r == 0 && !BROKEN(guard_in_use_not_flushed))
         r = file_flush(q);
     return r < 0 ? error_set_errno(err, -r, "Can't update bitmap directory") : 0;
 }

@@ -86,8 +86,9 @@ int qcow2_bitmap_load(struct node *n, const struct qcow2_bitmap *b, struct bitma
                       struct error *err) MUST_CHECK;
 
 /* Sets in_use of those of LIST that are not in it yet, and returns when it is durable: before the
- * first change of content after bitmaps were loaded. */
-int qcow2_bitmaps_set_in_use(struct node *n, struct qcow2_bitmap_list *list,
+ * first change of content after bitmaps were loaded. BAD: only of those that are quarantined, which
+ * QEMU could not open the image with. */
+int qcow2_bitmaps_set_in_use(struct node *n, struct qcow2_bitmap_list *list, bool bad,
                              struct error *err) MUST_CHECK;
 
 struct qcow2_bitmap_save {

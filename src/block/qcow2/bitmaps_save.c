@@ -18,6 +18,7 @@
  * must not be found beside newer content). */
 #include "block/qcow2/bitmaps.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/qcow2/bitmaps_internal.h"
 #include "block/qcow2/qcow2.h"
@@ -249,7 +250,7 @@ static int switch_directory(struct qcow2 *q, const struct buffer *dir, uint32_t 
         if (r == 0)
             r = file_write(q, new.offset, dir->data, dir->length);
     }
-    if (r == 0)
+    if (r == 0 && !BROKEN(guard_bits_with_flag))
         r = qcow2_sync(q);
     if (r < 0)
         return error_set_errno(err, -r, "Failed to update bitmap extension");

@@ -329,6 +329,8 @@ void qcow2_header_fini(struct qcow2_header *h)
 
 /* ---- encoding ---- */
 
+enum { SECTOR = 512, EXTENSION_HEADER = 8 };
+
 static void put_extension(struct out_cursor *c, uint32_t magic, const void *data, uint32_t length)
 {
     static const uint8_t padding[8];
@@ -346,9 +348,25 @@ static const struct {
 } feature_names[] = {
     {0, 0, "dirty bit"},        {0, 1, "corrupt bit"},         {0, 2, "external data file"},
     {0, 3, "compression type"}, {0, 4, "extended L2 entries"}, {1, 0, "lazy refcounts"},
-    {2, 0, "bitmaps"},          {2, 1, "raw external data"},
+    {2, 0, "bitmaps"},          {2, 1, "raw external data"},   {2, 63, "tidemark bitmaps"},
 };
 _Static_assert(sizeof feature_names[0] == 48, "an entry of the feature name table has 48 bytes");
+
+/* Names of the features that the image has: other programs need no more to tell their users what
+ * they do not know. Returns the bytes. */
+static uint32_t name_features(const struct qcow2_header *h, uint8_t *table)
+{
+    const uint64_t bits[] = {h->incompatible, h->compatible, h->autoclear};
+    uint32_t bytes = 0;
+
+    for (size_t i = 0; i < ARRAY_SIZE(feature_names); i++) {
+        if (!(bits[feature_names[i].type] >> feature_names[i].bit & 1))
+            continue;
+        memcpy(table + bytes, &feature_names[i], sizeof feature_names[i]);
+        bytes += sizeof feature_names[i];
+    }
+    return bytes;
+}
 
 int qcow2_header_encode(struct qcow2_header *h, uint8_t *buf)
 {
@@ -383,8 +401,8 @@ int qcow2_header_encode(struct qcow2_header *h, uint8_t *buf)
             put_bytes(&c, h->unknown_fields, h->unknown_fields_length);
     }
 
-    /* First, in one sector with the autoclear bits as a rule: the two change together, and a torn
-     * write must not have one without the other. */
+    /* All in one sector with the autoclear bits, as a rule: what a torn write leaves is one header
+     * or the other. Only a long name of a backing file makes it longer. */
     if (h->has_bitmaps) {
         uint8_t data[24];
         struct out_cursor d = out_cursor_over(data, sizeof data);
@@ -399,11 +417,13 @@ int qcow2_header_encode(struct qcow2_header *h, uint8_t *buf)
                       (uint32_t)strlen(h->backing_format));
     if (h->data_file)
         put_extension(&c, QCOW2_EXT_DATA_FILE, h->data_file, (uint32_t)strlen(h->data_file));
-    /* Small clusters have no room to spare for names that only people read. */
-    if (h->version >= 3 && cluster_size > 4096)
-        put_extension(&c, QCOW2_EXT_FEATURE_NAMES, feature_names, sizeof feature_names);
     for (size_t i = 0; i < h->nb_unknown; i++)
         put_extension(&c, h->unknown[i].magic, h->unknown[i].data, h->unknown[i].length);
+    uint8_t names[sizeof feature_names];
+    uint32_t names_bytes = h->version >= 3 ? name_features(h, names) : 0;
+    size_t rest = 2 * EXTENSION_HEADER + (h->backing_file ? strlen(h->backing_file) : 0);
+    if (names_bytes && (size_t)(c.at - buf) + names_bytes + rest <= SECTOR)
+        put_extension(&c, QCOW2_EXT_FEATURE_NAMES, names, names_bytes);
     put_extension(&c, QCOW2_EXT_END, NULL, 0);
 
     h->backing_offset = 0;

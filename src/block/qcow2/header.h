@@ -45,7 +45,9 @@ enum {
 #define QCOW2_COMPAT_LAZY_REFCOUNTS ((uint64_t)1 << 0)
 #define QCOW2_AUTOCLEAR_BITMAPS ((uint64_t)1 << 0)
 #define QCOW2_AUTOCLEAR_RAW_DATA_FILE ((uint64_t)1 << 1)
-/* Bits that this program keeps true; every other one is cleared when we may write. */
+#define QCOW2_AUTOCLEAR_GUARD ((uint64_t)1 << 63) /* ours: guard.h */
+/* Bits that this program keeps true (the guard's where somebody does); every other one is cleared
+ * when we may write. */
 #define QCOW2_AUTOCLEAR_KNOWN (QCOW2_AUTOCLEAR_BITMAPS | QCOW2_AUTOCLEAR_RAW_DATA_FILE)
 
 enum {
@@ -55,6 +57,7 @@ enum {
     QCOW2_EXT_BITMAPS = 0x23852875,
     QCOW2_EXT_CRYPTO = 0x0537be77,
     QCOW2_EXT_DATA_FILE = 0x44415441,
+    QCOW2_EXT_GUARD = 0x74696465, /* ours: "tide" */
 };
 
 struct qcow2_extension {

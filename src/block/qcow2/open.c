@@ -20,11 +20,12 @@ int qcow2_write_header(struct qcow2 *q)
     CLEANUP(memory_freep) uint8_t *buf = block_buffer(q->cluster_size);
     if (!buf)
         return -ENOMEM;
-    size_t before = q->header.encoded_length;
     int n = qcow2_header_encode(&q->header, buf);
     if (n < 0)
         return n;
-    return file_write(q, 0, buf, align_up(max_u64(before, (uint64_t)n), SECTOR));
+    /* What a longer one has left behind it stays: if it is to be torn, then not there, where the
+     * old one may have its backing file's name. */
+    return file_write(q, 0, buf, align_up((uint64_t)n, SECTOR));
 }
 
 /* ---- options ---- */
@@ -219,10 +220,11 @@ static void drop_untrusted(struct qcow2 *q, bool *write_header)
                         "now considered inconsistent");
         *write_header = true; /* without the extension */
     }
-    if (h->autoclear & ~QCOW2_AUTOCLEAR_KNOWN)
+    const uint64_t known = QCOW2_AUTOCLEAR_KNOWN | qcow2_guard_known(q->node);
+    if (h->autoclear & ~known)
         *write_header = true;
     if (*write_header && qcow2_writable(q))
-        h->autoclear &= QCOW2_AUTOCLEAR_KNOWN;
+        h->autoclear &= known;
 }
 
 static void state_free(struct qcow2 *q)

@@ -179,6 +179,7 @@ struct qcow2 {
     bool overlap_checks;
     bool signaled_corruption;
     bool bitmaps_unsettled; /* which bitmap directory the disk's header names is not known */
+    bool guard_unsure;      /* the disk's header may have a guard that memory has not */
     bool unusable;          /* a fatal corruption was found: every request ends with -ENOMEDIUM */
     bool holes_known, has_holes; /* status.c */
     bool lazy_refcounts;         /* option; accepted, never needed */
@@ -328,6 +329,11 @@ void qcow2_signal_corruption(struct qcow2 *q, bool fatal, int64_t offset, int64_
 
 /* Writes the header as q->header says: one write, not flushed. Holds header_lock. */
 int qcow2_write_header(struct qcow2 *q);
+
+/* ---- guard.c ---- */
+
+/* The autoclear bit of the guard, if somebody keeps the guards of N's graph; else 0. */
+uint64_t qcow2_guard_known(const struct node *n);
 static inline bool qcow2_writable(const struct qcow2 *q)
 {
     return !q->node->read_only && !(q->header.incompatible & QCOW2_INCOMPAT_CORRUPT);
