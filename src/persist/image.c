@@ -191,6 +191,7 @@ static int load(struct image *im, struct error *err)
         else if ((r = make_dirty(n, &l->items[i], err)) < 0)
             return r;
     }
+    dirty_loaded(n);
     if (n->read_only) {
         set_readonly(n, true);
         return 0;

@@ -269,6 +269,15 @@ static void tell(const struct keeper *k)
     }
 }
 
+/* Before the witness is asked, so that nobody writes after its answer. */
+static int watch(struct keeper *k, const struct tide_table *t, struct error *err)
+{
+    for (size_t i = 0; i < t->n; i++)
+        if (t->items[i].enabled && !t->items[i].inconsistent)
+            return node_set_watched(k->node, true, err);
+    return 0;
+}
+
 int keeper_recover(struct keeper *k, struct error *err)
 {
     struct error why = ERROR_INIT;
@@ -298,7 +307,9 @@ int keeper_recover(struct keeper *k, struct error *err)
     k->ring_next = s->ring_sequence;
     bool doubt;
     f.sets = keeper_resolve(k, s, &doubt);
-    r = weigh(k, &f, err);
+    r = watch(k, f.sets, err);
+    if (r == 0)
+        r = weigh(k, &f, err);
     f.verdict = k->recovery.verdict;
     if (f.verdict == RECOVERY_NONE)
         free(steal(f.table));
@@ -310,6 +321,7 @@ int keeper_recover(struct keeper *k, struct error *err)
     free(f.table);
     if (r < 0)
         return r;
+    dirty_loaded(k->node);
     k->stale = f.verdict != RECOVERY_CLEAN || !tide_id_none(&s->group);
     if (k->node->read_only)
         keeper_set_readonly(k, true);
