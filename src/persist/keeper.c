@@ -19,6 +19,7 @@
 #include "block/file.h"
 #include "persist/keeper_internal.h"
 #include "rt/clock.h"
+#include "rt/io.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -81,6 +82,12 @@ static int replace_tide(struct keeper *k, struct change *c, struct error *err)
     set_next_epoch(k, &c->next);
     int r = tide_create(k->options.path, &c->next, c->current, c->successor, table, &k->tide, err);
     if (r < 0) {
+        /* It may have the name already, and not durably. What is in use then is found by nobody;
+         * where there was none, one that is not in use stands in the next one's way. */
+        if (old)
+            tide_check_name(old);
+        else
+            (void)io_unlink(k->options.path);
         k->tide = old;
         return r;
     }

@@ -119,6 +119,12 @@ static int is_named(const struct tide *t, const char *name)
     return here.st_dev == named.st_dev && here.st_ino == named.st_ino;
 }
 
+void tide_check_name(struct tide *t)
+{
+    if (is_named(t, t->path) != 1 && !BROKEN(nameless_tide_goes_on))
+        t->failed = true;
+}
+
 /* Opens and locks what has the name PATH at the end: a new file may be renamed to it meanwhile. */
 static int open_locked(struct tide *t, struct error *err)
 {

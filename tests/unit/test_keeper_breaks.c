@@ -27,6 +27,7 @@ struct life {
     unsigned arm;  /* so many as LEFT when the body says */
     unsigned left; /* operations on tide files and segments until one fails; 0: none does */
     bool no_statx;
+    unsigned bad_dir_syncs; /* so many syncs of directories fail */
     bool ours[FDS];
     bool read_only;
     void (*body)(struct life *l);
@@ -92,6 +93,10 @@ static int64_t perform(struct world *w, struct io_op *op)
 
     if (l->no_statx && op->kind == IO_STATX)
         return -EIO;
+    if (op->kind == IO_SYNC_DIR && l->bad_dir_syncs) {
+        l->bad_dir_syncs--;
+        return -EIO;
+    }
     bool fails = l->left && has_effect(l, op) && --l->left == 0;
     if (fails && l->fault != FAILS_THOUGH_DONE)
         return l->fault == FULL ? -ENOSPC : -EIO;
@@ -429,8 +434,6 @@ static void a_session_that_could_not_end(void **state)
     run_life(has_all_three);
 }
 
-/* ---- every operation fails once ---- */
-
 static void say(const char *what)
 {
     char path[80];
@@ -453,6 +456,59 @@ static bool was_said(const char *what)
     }
     return strcmp(text, what) == 0;
 }
+
+/* The tide file has to grow with the disk: a new one takes its name, which is not durable. */
+static void grow_badly(struct life *l)
+{
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK_OK(edge_truncate(l->e[0], 64 * MiB, true, &err), err);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->bad_dir_syncs = l->arm;
+    (void)!edge_truncate(l->e[0], 8 * GiB, true, NULL);
+    if (write_at(l, 0, 32 * MiB) == 0)
+        say("written");
+    if (l->arm == 1 && !l->bad_dir_syncs)
+        say("mended");
+}
+
+static void has_what_was_written(struct life *l)
+{
+    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
+
+    if (was_said("mended"))
+        CHECK(bm && !dirty_inconsistent(bm) && is_dirty(l, 0, 32 * MiB));
+    if (bm && !dirty_inconsistent(bm))
+        CHECK(is_dirty(l, 0, 0) && (!was_said("written") || is_dirty(l, 0, 32 * MiB)));
+}
+
+static void a_new_tide_file_whose_name_is_not_durable(void **state)
+{
+    for (unsigned i = 1; i < 4; i++) {
+        each_file("", true);
+        make_disks();
+        run_life_with((struct life){.body = grow_badly, .arm = i == 3 ? 1000 : i});
+        lose_segments();
+        run_life(has_what_was_written);
+    }
+}
+
+static void add_badly(struct life *l)
+{
+    l->bad_dir_syncs = 1;
+    CHECK(act(l, 1, "add", ",'persistent':true") < 0 && !dirty_find(l->n[0], "b"));
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+}
+
+static void a_first_tide_file_whose_name_is_not_durable(void **state)
+{
+    run_life(add_badly);
+    run_life(has_first);
+}
+
+/* ---- every operation fails once ---- */
 
 static void begin_all(struct life *l)
 {
@@ -529,6 +585,8 @@ static const struct CMUnitTest tests[] = {
     T(a_second_clear_while_the_first_is_pending),
     T(a_disk_is_reopened),
     T(a_session_that_could_not_end),
+    T(a_new_tide_file_whose_name_is_not_durable),
+    T(a_first_tide_file_whose_name_is_not_durable),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),
