@@ -358,8 +358,8 @@ int keeper_resizing(struct keeper *k, uint64_t to, struct error *err)
     int r = keeper_change_state(k, err);
     if (r < 0)
         k->resizing_bytes = 0;
-    else if (k->stamp)
-        stamp_write_begun(k->stamp);
+    else
+        keeper_stamp_begun(k);
     return r;
 }
 

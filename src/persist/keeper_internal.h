@@ -50,6 +50,7 @@ struct keeper {
     LIST_HEAD(, kept_set) sets;
 
     bool collecting; /* a task is about to free sets */
+    bool beating;    /* a task does it for the stamp, as long as writes are in flight */
     bool recording;  /* some bitmap does: writes need hot regions */
     bool in_use;     /* a session is open: the superblock says so, durably */
     bool stale;      /* recovery has found what is to be written anew */
@@ -139,6 +140,8 @@ void keeper_free(struct keeper *k);
 /* ---- writes.c ---- */
 
 extern const struct hot_ops keeper_hot_ops;
+/* From now on the image's times may be of a write of ours. */
+void keeper_stamp_begun(struct keeper *k);
 
 /* ---- group.c ---- */
 

@@ -276,11 +276,22 @@ void stamp_unlink(const struct segments *of)
 void stamp_write_begun(struct stamp *s)
 {
     s->map->in_flight++;
+    stamp_beat(s);
+}
+
+void stamp_beat(struct stamp *s)
+{
+    s->map->last_write_ns = clock_wall_us() * 1000;
+}
+
+bool stamp_in_flight(const struct stamp *s)
+{
+    return s->map->in_flight > 0;
 }
 
 void stamp_write_done(struct stamp *s)
 {
-    s->map->last_write_ns = clock_wall_us() * 1000;
+    stamp_beat(s);
     s->map->in_flight--;
 }
 
@@ -297,6 +308,6 @@ int stamp_find(const struct segments *of, uint64_t *last_write_ns)
     if (r == 0 && !tide_id_equal(&found.session, &of->session))
         r = -ENOENT;
     if (r == 0)
-        *last_write_ns = found.in_flight ? UINT64_MAX : found.last_write_ns;
+        *last_write_ns = found.last_write_ns + (found.in_flight ? STAMP_SLACK_NS : 0);
     return r;
 }

@@ -1,7 +1,9 @@
 /* The write path of a kept disk: regions become hot, their bits durable. See hot.h. */
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "persist/keeper_internal.h"
+#include "rt/clock.h"
 
 /* ---- hot regions ---- */
 
@@ -146,6 +148,28 @@ static int begin_use(struct keeper *k)
     return 0;
 }
 
+static int beat(void *arg)
+{
+    struct keeper *k = arg;
+
+    while (k->stamp && stamp_in_flight(k->stamp) && sleep_until(clock_after_ns(STAMP_BEAT_NS)) == 0)
+        if (k->stamp && stamp_in_flight(k->stamp) && !BROKEN(stamp_without_beat))
+            stamp_beat(k->stamp);
+    k->beating = false;
+    return 0;
+}
+
+void keeper_stamp_begun(struct keeper *k)
+{
+    if (!k->stamp)
+        return;
+    stamp_write_begun(k->stamp);
+    if (!k->beating) {
+        k->beating = true;
+        scope_spawn(&k->tasks, beat, k);
+    }
+}
+
 int keeper_before_write(struct keeper *k, struct range r)
 {
     if (!k->in_use && !k->lost) {
@@ -166,8 +190,7 @@ int keeper_before_write(struct keeper *k, struct range r)
         if (result < 0 && (!k->lost || k->refusing)) /* else there is nothing left to lose */
             return result;
     }
-    if (k->stamp)
-        stamp_write_begun(k->stamp);
+    keeper_stamp_begun(k);
     return 0;
 }
 

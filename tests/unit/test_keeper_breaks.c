@@ -28,6 +28,7 @@ struct life {
     unsigned left; /* operations on tide files and segments until one fails; 0: none does */
     bool no_statx;
     unsigned bad_dir_syncs; /* so many syncs of directories fail */
+    uint64_t die_after_ns;  /* a write of data takes so long, and then it ends; 0: it does not */
     bool ours[FDS];
     bool read_only;
     void (*body)(struct life *l);
@@ -93,6 +94,11 @@ static int64_t perform(struct world *w, struct io_op *op)
 
     if (l->no_statx && op->kind == IO_STATX)
         return -EIO;
+    if (l->die_after_ns && op->kind == IO_WRITE && op->fd < FDS && !l->ours[op->fd]) {
+        (void)!sleep_until(clock_after_ns(l->die_after_ns));
+        l->real->perform(l->real, op);
+        _exit(KILLED);
+    }
     if (op->kind == IO_SYNC_DIR && l->bad_dir_syncs) {
         l->bad_dir_syncs--;
         return -EIO;
@@ -508,6 +514,96 @@ static void a_first_tide_file_whose_name_is_not_durable(void **state)
     run_life(has_first);
 }
 
+/* ---- what others write after a kill ---- */
+
+static void die_in_a_write(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->die_after_ns = l->arm * (NSEC_PER_SEC / 10);
+    (void)!write_at(l, 0, AT);
+    CHECK(!"it ends in that write");
+}
+
+static void has_witness(struct life *l, const char *expected)
+{
+    CLEANUP(json_putp) struct json_object *info = persist_info(l->n[0]);
+
+    CHECK(info);
+    if (strcmp(json_get_string(info, "witness", ""), expected)) {
+        fprintf(stderr, "%s\n", json_object_to_json_string(info));
+        CHECK(!"the witness says so");
+    }
+}
+
+static void has_both_and_the_same_witness(struct life *l)
+{
+    has_witness(l, "same");
+    CHECK(is_dirty(l, 0, 0) && is_dirty(l, 0, AT));
+}
+
+static void has_a_changed_witness(struct life *l)
+{
+    has_witness(l, "changed");
+    CHECK(dirty_inconsistent(dirty_find(l->n[0], "b")));
+}
+
+static void write_as_another(void)
+{
+    char path[80];
+
+    snprintf(path, sizeof path, "%s/0", dir);
+    int fd = open(path, O_WRONLY);
+    assert_true(fd >= 0);
+    assert_int_equal(pwrite(fd, "x", 1, 3 * AT), 1);
+    close(fd);
+}
+
+static void wait_ms(unsigned ms)
+{
+    usleep(1000 * ms);
+}
+
+/* With writes in flight it is not known when the last one has reached the file; but not long after
+ * the last beat. */
+static void a_kill_with_writes_in_flight_and_then_another_writer(void **state)
+{
+    run_life_with((struct life){.body = die_in_a_write, .arm = 1});
+    wait_ms(1500);
+    write_as_another();
+    run_life(has_a_changed_witness);
+}
+
+static void a_kill_in_a_long_write(void **state)
+{
+    run_life_with((struct life){.body = die_in_a_write, .arm = 17});
+    run_life(has_both_and_the_same_witness);
+}
+
+static void has_first_and_no_witness(struct life *l)
+{
+    has_witness(l, "none");
+    has_first(l);
+}
+
+static void has_the_same_witness(struct life *l)
+{
+    has_witness(l, "same");
+    (void)bitmap_of(l, 0);
+}
+
+static void a_kill_that_has_left_no_stamp(void **state)
+{
+    run_life(add);
+    lose_segments();
+    run_life(has_the_same_witness); /* nobody has written at all */
+    each_file("", true);
+    make_disks();
+    run_life(write_and_die);
+    lose_segments();
+    run_life(has_first_and_no_witness);
+}
+
 /* ---- every operation fails once ---- */
 
 static void begin_all(struct life *l)
@@ -587,6 +683,9 @@ static const struct CMUnitTest tests[] = {
     T(a_session_that_could_not_end),
     T(a_new_tide_file_whose_name_is_not_durable),
     T(a_first_tide_file_whose_name_is_not_durable),
+    T(a_kill_with_writes_in_flight_and_then_another_writer),
+    T(a_kill_in_a_long_write),
+    T(a_kill_that_has_left_no_stamp),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),
