@@ -108,9 +108,7 @@ void keeper_give_up(struct keeper *k, const struct error *why)
     log_error("Node '%s': %s: its bitmaps do not survive from now on", node_name(k->node),
               why->text);
     k->lost = true;
-    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
-        if (keeper_keeps(bm))
-            dirty_set_inconsistent(bm);
+    keeper_distrust(k, why->text);
     if (k->tide && tide_remove(steal(k->tide), &err) < 0) {
         log_error("Node '%s': %s: writes are refused", node_name(k->node), err.text);
         k->refusing = true;

@@ -154,6 +154,8 @@ void keeper_forget_doubt(struct keeper *k);
 
 /* ---- recover.c ---- */
 
+/* None of the bitmaps can be trusted, and queries say why. */
+void keeper_distrust(struct keeper *k, const char *why);
 /* Has anybody else written the image since the tide file was written? WHY says what tells so. */
 enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s, char *why,
                                         size_t why_bytes);

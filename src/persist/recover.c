@@ -32,14 +32,13 @@ struct found {
     bool segments;
 };
 
-enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s, char *why,
+static enum witness_verdict ask_witness(struct keeper *k, const struct super *s, char *why,
                                         size_t why_bytes)
 {
     struct witness now;
     uint64_t last_write_ns = 0, boot_us = 0;
     int fd = keeper_descriptor(k);
 
-    *why = '\0';
     if (fd < 0)
         return s->witness.kind == WITNESS_NONE ? WITNESS_UNKNOWN : WITNESS_CHANGED;
     if (witness_take(fd, &now) < 0 || io_boot_us(&boot_us) < 0) {
@@ -54,11 +53,29 @@ enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s,
     return witness_compare_crash(&s->witness, &now, last_write_ns, boot_us * 1000, why, why_bytes);
 }
 
+enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s, char *why,
+                                        size_t why_bytes)
+{
+    *why = '\0';
+    enum witness_verdict v = ask_witness(k, s, why, why_bytes);
+    k->recovery.witness = v == WITNESS_SAME ? "same" : v == WITNESS_UNKNOWN ? "none" : "changed";
+    return v;
+}
+
 static void decide(struct keeper *k, enum recovery verdict, const char *reason)
 {
     k->recovery.verdict = verdict;
+    k->recovery.bytes_added = 0;
     free(k->recovery.reason);
     k->recovery.reason = xstrdup(reason);
+}
+
+void keeper_distrust(struct keeper *k, const char *why)
+{
+    decide(k, RECOVERY_NONE, why);
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
+        if (keeper_keeps(bm))
+            dirty_set_inconsistent(bm);
 }
 
 /* Are all sets that hold there as segments? */
@@ -92,7 +109,6 @@ static int weigh(struct keeper *k, struct found *f, struct error *err)
         return 0;
     }
     enum witness_verdict v = keeper_ask_witness(k, s, why, sizeof why);
-    k->recovery.witness = v == WITNESS_SAME ? "same" : v == WITNESS_UNKNOWN ? "none" : "changed";
     if (v == WITNESS_CHANGED) {
         decide(k, RECOVERY_NONE, why);
         return 0;

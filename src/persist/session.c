@@ -282,29 +282,32 @@ static int open_again(struct keeper *k, bool *same, struct error *err)
     return 0;
 }
 
-/* Is the image as the bitmaps of memory are? */
-static int go_on(struct keeper *k, struct error *err)
+/* Is the image as the bitmaps of memory are? The node can be written to in any case: what cannot be
+ * found out makes them inconsistent. */
+static void go_on(struct keeper *k)
 {
+    struct error err = ERROR_INIT;
     char why[160] = "its tide file has been written meanwhile";
     bool same;
 
-    int r = open_again(k, &same, err);
-    if (r < 0)
-        return r;
-    if (same) {
+    int r = open_again(k, &same, &err);
+    if (r < 0) {
+        tide_close(steal(k->tide)); /* it was read only; the next change makes a new one */
+        if (r == -ENOENT)
+            snprintf(why, sizeof why, "its tide file has gone meanwhile");
+        else
+            snprintf(why, sizeof why, "%.*s", (int)sizeof why - 1, err.text);
+    } else if (same) {
         enum witness_verdict v = keeper_ask_witness(k, tide_super(k->tide), why, sizeof why);
         if (v == WITNESS_SAME ||
             (v == WITNESS_UNKNOWN && k->options.no_witness == NO_WITNESS_BELIEVE))
-            return 0;
+            return;
         if (v == WITNESS_UNKNOWN)
             snprintf(why, sizeof why, "nothing tells whether others have written the image");
     }
     log_warning("Node '%s': its bitmaps are inconsistent: %s", node_name(k->node), why);
-    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
-        if (keeper_keeps(bm))
-            dirty_set_inconsistent(bm);
-    k->stale = true;
-    return 0;
+    keeper_distrust(k, why);
+    k->stale = k->tide;
 }
 
 int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
@@ -314,10 +317,10 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
 
     if (!to_read_only) {
         if (k->tide)
-            r = go_on(k, err);
-        if (r == 0)
-            keeper_set_readonly(k, false);
-        return r;
+            go_on(k);
+        keeper_set_readonly(k, false);
+        dirty_loaded(k->node);
+        return 0;
     }
     for (struct dirty_bitmap *bm = dirty_first(k->node); r == 0 && bm; bm = dirty_next(bm))
         if (keeper_keeps(bm))

@@ -604,6 +604,76 @@ static void a_kill_that_has_left_no_stamp(void **state)
     run_life(has_first_and_no_witness);
 }
 
+/* ---- what queries say ---- */
+
+static void is_distrusted(struct life *l, const char *because)
+{
+    CLEANUP(json_putp) struct json_object *info = persist_info(l->n[0]);
+
+    CHECK(info && !strcmp(json_get_string(info, "state", ""), "none"));
+    if (!strstr(json_get_string(info, "reason", ""), because)) {
+        fprintf(stderr, "%s\n", json_object_to_json_string(info));
+        CHECK(!"the reason says so");
+    }
+    CHECK(json_get_uint(info, "bytes-added", 1) == 0);
+    CHECK(dirty_inconsistent(dirty_find(l->n[0], "b")));
+    CHECK(act(l, 1, "remove", "") == 0);
+}
+
+static void goes_on(struct life *l)
+{
+    if (l->e[0])
+        edge_detach(l->e[0]);
+    reopen(l, false);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+}
+
+static void another_writes_while_it_is_read_only(struct life *l)
+{
+    has_first(l);
+    wait_ms(100);
+    write_as_another();
+    goes_on(l);
+    is_distrusted(l, "changed since our last write");
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+}
+
+static void its_tide_file_goes_while_it_is_read_only(struct life *l)
+{
+    has_first(l);
+    each_file(".tide", true);
+    goes_on(l);
+    is_distrusted(l, "its tide file has gone");
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+}
+
+static void nothing_can_be_kept(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->bad_dir_syncs = 1000;
+    (void)!edge_truncate(l->e[0], 8 * GiB, true, NULL);
+    is_distrusted(l, "syncing its directory");
+}
+
+static void recovery_is_told_as_it_is_now(void **state)
+{
+    run_life(write_and_die);
+    run_life_with((struct life){.body = another_writes_while_it_is_read_only, .read_only = true});
+    run_life(has_first);
+    each_file("", true);
+    make_disks();
+    run_life(write_and_die);
+    run_life_with(
+        (struct life){.body = its_tide_file_goes_while_it_is_read_only, .read_only = true});
+    run_life(has_first);
+    each_file("", true);
+    make_disks();
+    run_life(nothing_can_be_kept);
+}
+
 /* ---- every operation fails once ---- */
 
 static void begin_all(struct life *l)
@@ -686,6 +756,7 @@ static const struct CMUnitTest tests[] = {
     T(a_kill_with_writes_in_flight_and_then_another_writer),
     T(a_kill_in_a_long_write),
     T(a_kill_that_has_left_no_stamp),
+    T(recovery_is_told_as_it_is_now),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),
