@@ -3,6 +3,7 @@
  * when its body does, as if it was killed. */
 #include "blockutil.h"
 
+#include "copy/copy.h"
 #include "dirty/dirty.h"
 #include "job/transaction.h"
 #include "persist/persist.h"
@@ -117,6 +118,7 @@ static int live(void *arg)
     struct life *l = arg;
 
     l->g = graph_new();
+    copy_register_drivers(l->g);
     dirty_init(l->g);
     persist_init(l->g);
     persist_set_runtime(l->g, dir);
@@ -674,6 +676,51 @@ static void recovery_is_told_as_it_is_now(void **state)
     run_life(nothing_can_be_kept);
 }
 
+/* ---- a backup whose file may vanish ---- */
+
+static bool has_ended(struct life *l)
+{
+    CLEANUP(json_putp) struct json_object *all = jobs_query(l->js);
+
+    if (json_object_array_length(all) == 0)
+        return true;
+    struct json_object *job = json_object_array_get_idx(all, 0);
+    return strcmp(json_get_string(job, "status", ""), "concluded") == 0;
+}
+
+static void back_up_badly(struct life *l)
+{
+    struct error err = ERROR_INIT;
+    char text[400];
+
+    if (!dirty_find(l->n[0], "b"))
+        add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    snprintf(text, sizeof text,
+             "[{\"type\":\"drive-backup\",\"data\":{\"device\":\"d0\",\"target\":\"%s/t\","
+             "\"format\":\"raw\",\"sync\":\"incremental\",\"bitmap\":\"b\",\"job-id\":\"j\","
+             "\"auto-finalize\":false,\"auto-dismiss\":false}}]",
+             dir);
+    CLEANUP(json_putp) struct json_object *actions = json_tokener_parse(text);
+    CHECK_OK(transaction_run(l->g, l->js, actions, NULL, &err), err);
+    l->bad_dir_syncs = l->arm;
+    while (jobs_do(l->js, "j", JOB_VERB_FINALIZE, NULL) < 0)
+        CHECK(sleep_until(clock_after_ns(NSEC_PER_SEC / 100)) == 0);
+    while (!has_ended(l))
+        CHECK(sleep_until(clock_after_ns(NSEC_PER_SEC / 100)) == 0);
+    CLEANUP(json_putp) struct json_object *all = jobs_query(l->js);
+    const char *why = json_get_string(json_object_array_get_idx(all, 0), "error", "");
+    CHECK((strstr(why, "cannot be flushed") != NULL) == (l->arm > 0));
+    CHECK(is_dirty(l, 0, 0) == (l->arm > 0));
+    CHECK(generation_of(l, 0) == (l->arm > 0 ? 1 : 2));
+}
+
+static void a_backup_is_none_before_its_name_is_durable(void **state)
+{
+    run_life_with((struct life){.body = back_up_badly, .arm = 1});
+    run_life_with((struct life){.body = back_up_badly});
+}
+
 /* ---- every operation fails once ---- */
 
 static void begin_all(struct life *l)
@@ -757,6 +804,7 @@ static const struct CMUnitTest tests[] = {
     T(a_kill_in_a_long_write),
     T(a_kill_that_has_left_no_stamp),
     T(recovery_is_told_as_it_is_now),
+    T(a_backup_is_none_before_its_name_is_durable),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),
