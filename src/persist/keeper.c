@@ -349,6 +349,9 @@ int keeper_begin(struct keeper *k, struct error *err)
 
 int keeper_resizing(struct keeper *k, uint64_t to, struct error *err)
 {
+    if (!k->tide && !k->recording && !k->lost && keeper_void_others(k) < 0)
+        return error_set(err, EIO, "The bitmaps of '%s' cannot be made inconsistent",
+                         k->options.path);
     if ((!k->tide && !k->recording) || k->lost)
         return 0;
     LOCKED(&k->lock);

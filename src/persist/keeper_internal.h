@@ -53,6 +53,7 @@ struct keeper {
     bool beating;    /* a task does it for the stamp, as long as writes are in flight */
     bool recording;  /* some bitmap does: writes need hot regions */
     bool in_use;     /* a session is open: the superblock says so, durably */
+    bool voided;     /* no other node's bitmaps of the image are there, or they are inconsistent */
     bool stale;      /* recovery has found what is to be written anew */
     bool lost;       /* no tide file can be had: bitmaps are inconsistent after the next crash */
     bool refusing;   /* nor can the old one be taken away: writes are refused */
@@ -140,6 +141,8 @@ void keeper_free(struct keeper *k);
 /* ---- writes.c ---- */
 
 extern const struct hot_ops keeper_hot_ops;
+/* Before a change that no bitmap of K's image hears of. */
+int keeper_void_others(struct keeper *k) MUST_CHECK;
 /* From now on the image's times may be of a write of ours. */
 void keeper_stamp_begun(struct keeper *k);
 

@@ -3,12 +3,11 @@
  *     tide file                image           session's segments   ring      bitmaps
  *     none                     -               -                    -         none
  *     unreadable               -               -                    -         none; told in the log
- *     of another node's driver -               -                    -         left alone
- *     closed                   as it was       -                    -         as stored: clean
- *     closed                   changed         -                    -         inconsistent
- *     in use                   changed         -                    -         inconsistent
- *     in use                   ours            there                -         exact
- *     in use, level power      ours            gone                 whole     superset
+ *     of another node's driver -               -                    -         none; and
+ * inconsistent before this node is written (writes.c) closed                   as it was       - -
+ * as stored: clean closed                   changed         -                    - inconsistent in
+ * use                   changed         -                    -         inconsistent in use ours
+ * there                -         exact in use, level power      ours            gone whole superset
  *     in use, level power      ours            gone                 holes     inconsistent
  *     in use, level process    ours            gone                 -         inconsistent
  *

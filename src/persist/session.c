@@ -154,9 +154,13 @@ int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **
 
 void keeper_free(struct keeper *k)
 {
+    struct keeper *peer;
     struct kept_set *s;
 
     LIST_REMOVE(k, in_peers);
+    LIST_FOREACH (peer, k->options.peers, in_peers)
+        if (!strcmp(peer->options.path, k->options.path))
+            peer->voided = false; /* a tide file is left */
     hot_free(k->hot);
     keeper_forget_doubt(k);
     scope_fini(&k->tasks);

@@ -3,6 +3,7 @@
 #include "jobutil.h"
 
 #include "persist/persist.h"
+#include "persist/tide.h"
 
 #include <fcntl.h>
 
@@ -277,6 +278,79 @@ static void a_stored_bitmap_is_not_loaded_beside_a_writer(void **state)
     unlink(path);
 }
 
+/* ---- the image of a raw node, written through a file node alone ---- */
+
+static bool stored_is_inconsistent(void)
+{
+    char name[80];
+    struct tide *t;
+
+    snprintf(name, sizeof name, "%s.tide", path);
+    CHECK(tide_open(name, true, &t, NULL) == 0);
+    CHECK(tide_super(t)->table.n == 1 && !strcmp(tide_super(t)->driver, "raw"));
+    bool is = tide_super(t)->table.items[0].inconsistent;
+    tide_close(t);
+    return is;
+}
+
+static void write_block(struct edge *e)
+{
+    char buf[4096] = {1};
+    CHECK(edge_write(e, range_make(0, sizeof buf), buf, 0) == 0);
+}
+
+static int past_it(void *arg)
+{
+    struct graph *g = graph_new();
+    char json[256];
+    struct test_user v;
+
+    dirty_init(g);
+    persist_init(g);
+    struct jobs *jobs = jobs_new(g);
+    snprintf(json, sizeof json, "{'driver':'file','node-name':'d','filename':'%s'}", path);
+    below = open_ok(g, json);
+    raw = open_ok(g, "{'driver':'raw','node-name':'r','file':'d'}");
+    CLEANUP(json_putp)
+    struct json_object *add = parse("[{'type':'block-dirty-bitmap-add','data':{'node':'r',"
+                                    "'name':'b','persistent':true}}]");
+    CLEANUP(json_putp)
+    struct json_object *disable =
+        parse("[{'type':'block-dirty-bitmap-disable','data':" BITMAP "}]");
+    CHECK(transaction_run(g, jobs, add, NULL, NULL) == 0);
+    struct edge *e = attach(&v, raw, PERM_ALL, PERM_ALL);
+    write_block(e); /* through both */
+    CHECK(!stored_is_inconsistent());
+    CHECK(transaction_run(g, jobs, disable, NULL, NULL) == 0);
+    CHECK(try_attach(below, PERM_WRITE, NULL));
+    write_block(edge); /* past a bitmap that does not record */
+    CHECK(!stored_is_inconsistent());
+    edge_detach(e);
+    node_unref(raw);
+    CHECK(!stored_is_inconsistent());
+    write_block(edge); /* and it is not open any more */
+    CHECK(stored_is_inconsistent());
+    edge_detach(steal(edge));
+    raw = open_ok(g, "{'driver':'raw','node-name':'r','file':'d'}");
+    CHECK(dirty_inconsistent(dirty_find(raw, "b")));
+    node_unref(raw);
+    node_unref(below);
+    jobs_free(jobs);
+    graph_free(g);
+    return 0;
+}
+
+static void bitmaps_that_are_written_past_are_inconsistent(void **state)
+{
+    int fd = mkstemp(strcpy(path, "/tmp/watched-XXXXXX"));
+    CHECK(fd >= 0 && ftruncate(fd, 1 << 20) == 0);
+    close(fd);
+    assert_int_equal(loop_run(LOOP_AUTO, past_it, NULL), 0);
+    unlink(path);
+    strcat(path, ".tide");
+    unlink(path);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_bitmap_and_another_writer_refuse_each_other),
     cmocka_unit_test(what_comes_in_between_is_no_way_round),
@@ -285,5 +359,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_job_that_makes_an_inconsistent_one_anew),
     cmocka_unit_test(a_bitmap_of_a_file_keeps_other_programs_away),
     cmocka_unit_test(a_stored_bitmap_is_not_loaded_beside_a_writer),
+    cmocka_unit_test(bitmaps_that_are_written_past_are_inconsistent),
 };
 UNIT_MAIN(tests)
