@@ -200,13 +200,13 @@ static int write_change(struct keeper *k, struct change *c, struct error *err)
     return r < 0 ? r : tide_write_super(k->tide, &c->next, err);
 }
 
-void keeper_changed(struct keeper *k, const struct change *c, const struct super *old)
+void keeper_changed(struct keeper *k, const struct change *c)
 {
     learn_extents(k);
     keeper_look(k);
     if (c->begins) {
         keeper_session_begun(k);
-        keeper_drop_segments(k, old);
+        keeper_drop_segments(k);
     }
     keeper_collect(k);
 }
@@ -214,7 +214,6 @@ void keeper_changed(struct keeper *k, const struct change *c, const struct super
 int keeper_make_tide(struct keeper *k, struct error *err)
 {
     CLEANUP(change_fini) struct change c = {0};
-    CLEANUP(super_fini) struct super none = {0};
 
     int r = check_nobodys(k, err);
     if (r == 0)
@@ -224,7 +223,7 @@ int keeper_make_tide(struct keeper *k, struct error *err)
     keeper_describe(k, &c.next);
     r = replace_tide(k, &c, err);
     if (r == 0)
-        keeper_changed(k, &c, &none);
+        keeper_changed(k, &c);
     return r;
 }
 
@@ -239,9 +238,6 @@ int keeper_change_state(struct keeper *k, struct error *err)
         r = keeper_build(k, &c, err);
     if (r < 0)
         return r;
-    CLEANUP(super_fini) struct super old = {0};
-    if (c.begins && k->tide)
-        super_copy(&old, tide_super(k->tide));
     CLEANUP(super_fini) struct super again = {0};
     super_copy(&again, &c.next);
     r = write_change(k, &c, &why);
@@ -259,7 +255,7 @@ int keeper_change_state(struct keeper *k, struct error *err)
             *err = why;
         return r;
     }
-    keeper_changed(k, &c, &old);
+    keeper_changed(k, &c);
     return 0;
 }
 

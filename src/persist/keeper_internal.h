@@ -120,8 +120,8 @@ int keeper_build(struct keeper *k, struct change *c, struct error *err) MUST_CHE
 /* The first tide file of a disk, which says nothing yet; its session has begun. */
 int keeper_make_tide(struct keeper *k, struct error *err) MUST_CHECK;
 int keeper_write_before(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
-/* C's table is durable; OLD was the superblock before. */
-void keeper_changed(struct keeper *k, const struct change *c, const struct super *old);
+/* C's table is durable. */
+void keeper_changed(struct keeper *k, const struct change *c);
 void keeper_collect(struct keeper *k);
 void keeper_look(struct keeper *k); /* which bitmaps record */
 
@@ -130,8 +130,8 @@ void keeper_look(struct keeper *k); /* which bitmaps record */
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
 void keeper_describe(struct keeper *k, struct super *s);
 void keeper_session_begun(struct keeper *k);
-/* The segments that OLD named go, and what a killed program has left. */
-void keeper_drop_segments(struct keeper *k, const struct super *old);
+/* The segments that no set has go: what a killed program has left. */
+void keeper_drop_segments(struct keeper *k);
 struct segments keeper_segments(const struct keeper *k, const struct super *s);
 /* The descriptor that carries the image's data; -1: none that we know. */
 int keeper_descriptor(const struct keeper *k);

@@ -6,6 +6,7 @@
 #include "rt/clock.h"
 #include "rt/io.h"
 
+#include <ctype.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <unistd.h>
@@ -47,13 +48,12 @@ static char *segment_path(const struct segments *of, uint64_t epoch)
     return path_of(of, name);
 }
 
-static int unlink_path(const char *path)
+static void unlink_path(const char *path)
 {
     int r = io_unlink(path);
 
     if (r < 0 && r != -ENOENT)
         log_warning("Could not remove the run segment '%s': %s", path, strerror(-r));
-    return r;
 }
 
 int segments_directory(const char *runtime, struct error *err)
@@ -182,11 +182,31 @@ void segment_remove(struct segment *s)
     segment_close(s);
 }
 
-bool segment_unlink(const struct segments *of, uint64_t epoch)
+void segment_unlink(const struct segments *of, uint64_t epoch)
 {
     CLEANUP(memory_freep) char *path = segment_path(of, epoch);
 
-    return unlink_path(path) != -ENOENT;
+    unlink_path(path);
+}
+
+void segments_sweep(const struct segments *of, bool (*keep)(void *opaque, uint64_t epoch),
+                    void *opaque)
+{
+    CLEANUP(memory_freep) char *names = NULL;
+    CLEANUP(memory_freep) char *path = path_of(of, "");
+    const char *stem = path + strlen(of->runtime) + 1;
+
+    if (io_list(of->runtime, &names) < 0)
+        return; /* they take room, no more */
+    for (const char *name = names; *name; name += strlen(name) + 1) {
+        const char *number = name + strlen(stem);
+        char *end;
+        if (strncmp(name, stem, strlen(stem)) || !isdigit((unsigned char)*number))
+            continue;
+        uint64_t epoch = strtoull(number, &end, 10);
+        if (!*end && !keep(opaque, epoch))
+            segment_unlink(of, epoch);
+    }
 }
 
 /* The header says what the segment is of; the words may be of a larger disk (it was growing). */

@@ -44,9 +44,10 @@ int segment_grow(struct segment *s, struct bitmap *bits, uint64_t size_bytes,
                  struct error *err) MUST_CHECK;
 void segment_close(struct segment *s);  /* the file stays */
 void segment_remove(struct segment *s); /* closes, and the file goes */
-/* One of any session that nobody has open; false: it was not there. */
-bool segment_unlink(const struct segments *of, uint64_t epoch);
-
+void segment_unlink(const struct segments *of, uint64_t epoch);
+/* All of this uuid that KEEP does not want, whatever their session, go. */
+void segments_sweep(const struct segments *of, bool (*keep)(void *opaque, uint64_t epoch),
+                    void *opaque);
 /* The moment (wall clock, ns) of our last write to the disk, kept in a file of the session beside
  * the segments: for witness_compare_crash(). A store to mapped memory, for the write path.
  *

@@ -78,33 +78,25 @@ struct segments keeper_segments(const struct keeper *k, const struct super *s)
     return (struct segments){k->options.runtime, s->uuid, s->session};
 }
 
-static void unlink_unless_used(const struct keeper *k, const struct segments *of, uint64_t epoch)
+static bool is_used(void *opaque, uint64_t epoch)
 {
+    const struct keeper *k = opaque;
     const struct kept_set *s;
 
     LIST_FOREACH (s, &k->sets, link)
-        if (k->in_use && s->epoch == epoch)
-            return;
-    segment_unlink(of, epoch);
+        if (s->epoch == epoch)
+            return true;
+    return false;
 }
 
-/* The segments that OLD names, and those that a program has left which was killed before it could
- * name them, or before it had taken away what it named no more. */
-void keeper_drop_segments(struct keeper *k, const struct super *old)
+/* Those of the session before, and those that a program has left which was killed before it could
+ * name them, or before it had taken away what it named no more: perhaps again and again. */
+void keeper_drop_segments(struct keeper *k)
 {
-    const struct segments of = keeper_segments(k, old);
+    const struct segments of = keeper_segments(k, tide_super(k->tide));
 
-    if (!of.runtime || tide_id_none(&of.session))
-        return;
-    for (size_t i = 0; i < old->table.n; i++) {
-        unlink_unless_used(k, &of, old->table.items[i].current.epoch);
-        if (old->table.items[i].successor.epoch)
-            unlink_unless_used(k, &of, old->table.items[i].successor.epoch);
-    }
-    uint64_t last = old->next_epoch + 8,
-             first = last > 3 * EPOCHS_AHEAD ? last - 3 * EPOCHS_AHEAD : 1;
-    for (uint64_t epoch = first; old->in_use && epoch < last; epoch++)
-        unlink_unless_used(k, &of, epoch);
+    if (of.runtime)
+        segments_sweep(&of, is_used, k);
 }
 
 void keeper_session_begun(struct keeper *k)

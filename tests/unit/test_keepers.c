@@ -432,6 +432,28 @@ static void a_resize_forgets_nothing(void **state)
     kill_at_every_operation_of(&resizing, SEGMENTS_LOST);
 }
 
+/* Each recovery is cut at the same place, again and again: whatever it has made so far goes in the
+ * end. */
+static void cut_again_and_again_inside_recovery(void **state)
+{
+    bool killed = true;
+
+    snprintf(dir, sizeof dir, "/tmp/keepers-XXXXXX");
+    assert_non_null(mkdtemp(dir));
+    for (unsigned n = 1; killed; n++) {
+        files(true);
+        make_disks();
+        assert_false(run_life(begin, 0, false, 0));
+        assert_true(run_life(clear_all, 20, false, 0));
+        for (unsigned i = 0; i < 6 && killed; i++)
+            killed = run_life(look, n, false, 0);
+        assert_false(run_life(look_again, 0, false, 0));
+        assert_int_equal(files(false), 0);
+    }
+    files(true);
+    rmdir(dir);
+}
+
 static void a_group_is_all_or_nothing(void **state)
 {
     kill_at_every_operation(NOTHING);
@@ -454,6 +476,7 @@ static void also_when_the_first_cannot_be_asked(void **state)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_resize_forgets_nothing),
+    cmocka_unit_test(cut_again_and_again_inside_recovery),
     cmocka_unit_test(a_group_is_all_or_nothing),
     cmocka_unit_test(also_without_run_segments),
     cmocka_unit_test(also_when_one_is_opened_alone),
