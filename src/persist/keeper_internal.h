@@ -49,14 +49,15 @@ struct keeper {
     struct hot *hot; /* level power, while a session is open */
     LIST_HEAD(, kept_set) sets;
 
-    bool collecting; /* a task is about to free sets */
-    bool beating;    /* a task does it for the stamp, as long as writes are in flight */
-    bool recording;  /* some bitmap does: writes need hot regions */
-    bool in_use;     /* a session is open: the superblock says so, durably */
-    bool voided;     /* no other node's bitmaps of the image are there, or they are inconsistent */
-    bool stale;      /* recovery has found what is to be written anew */
-    bool lost;       /* no tide file can be had: bitmaps are inconsistent after the next crash */
-    bool refusing;   /* nor can the old one be taken away: writes are refused */
+    bool collecting;   /* a task is about to free sets */
+    bool beating;      /* a task does it for the stamp, as long as writes are in flight */
+    bool recording;    /* some bitmap does: writes need hot regions */
+    bool in_use;       /* a session is open: the superblock says so, durably */
+    bool runtime_told; /* whether its runtime directory is a good one */
+    bool voided;   /* no other node's bitmaps of the image are there, or they are inconsistent */
+    bool stale;    /* recovery has found what is to be written anew */
+    bool lost;     /* no tide file can be had: bitmaps are inconsistent after the next crash */
+    bool refusing; /* nor can the old one be taken away: writes are refused */
     struct tide_id next_session; /* that is about to begin; none: nobody has tried yet */
     uint64_t epoch;              /* the next one */
     uint64_t ring_next;

@@ -8,6 +8,7 @@
 
 #include <ctype.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <stdio.h>
 #include <unistd.h>
 
@@ -69,6 +70,21 @@ int segments_directory(const char *runtime, struct error *err)
         return error_set(err, EPERM, "runtime directory '%s' is not a directory of ours alone",
                          runtime);
     return 0;
+}
+
+const char *segments_doubt(const char *runtime)
+{
+    struct statfs fs;
+
+    int fd = io_open(runtime, O_RDONLY | O_DIRECTORY, 0);
+    int r = fd < 0 ? fd : io_fstatfs(fd, &fs);
+    io_close(fd);
+    if (r == 0 && fs.f_type != TMPFS_MAGIC && fs.f_type != RAMFS_MAGIC)
+        return "is not on tmpfs: guests' writes may wait for its disk";
+    if (strncmp(runtime, "/run/user/", 10) == 0)
+        return "goes when its user logs out (unless he lingers: loginctl enable-linger): a kill is "
+               "like a power loss then";
+    return NULL;
 }
 
 /* ---- one segment ---- */

@@ -48,6 +48,10 @@ void segment_unlink(const struct segments *of, uint64_t epoch);
 /* All of this uuid that KEEP does not want, whatever their session, go. */
 void segments_sweep(const struct segments *of, bool (*keep)(void *opaque, uint64_t epoch),
                     void *opaque);
+/* Why what is in RUNTIME may not last until the next start, or writes may wait for it; NULL: it is
+ * good. */
+const char *segments_doubt(const char *runtime);
+
 /* The moment (wall clock, ns) of our last write to the disk, kept in a file of the session beside
  * the segments: for witness_compare_crash(). A store to mapped memory, for the write path.
  *

@@ -49,6 +49,15 @@ static void use_runtime(struct keeper *k)
                     node_name(k->node), err.text);
         free((char *)steal(k->options.runtime));
     }
+    const char *doubt = k->options.runtime ? segments_doubt(k->options.runtime) : NULL;
+    const struct keeper *peer;
+    LIST_FOREACH (peer, k->options.peers, in_peers)
+        if (doubt && peer->runtime_told && peer->options.runtime &&
+            !strcmp(peer->options.runtime, k->options.runtime))
+            doubt = NULL; /* once is enough */
+    k->runtime_told = true;
+    if (doubt)
+        log_warning("The runtime directory '%s' %s", k->options.runtime, doubt);
 }
 
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
