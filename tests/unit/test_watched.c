@@ -189,6 +189,32 @@ JOB_TEST(a_job_that_makes_an_inconsistent_one_anew)
     close_both();
 }
 
+JOB_TEST(a_compare_whose_transaction_fails)
+{
+    open_both(g);
+    command_ok(g, ADD, parse(BITMAP));
+    dirty_set_inconsistent(dirty_find(raw, "b"));
+    struct node *t = disk(g, "t", node_size(raw), 0);
+    static const char *const ends[] = {",{'type':'abort','data':{}}", ""};
+    for (unsigned i = 0; i < ARRAY_SIZE(ends); i++) {
+        CLEANUP(json_putp)
+        struct json_object *list =
+            parse("[{'type':'x-tidemark-compare','data':{'device':'r','target':'t','job-id':'j',"
+                  "'bitmap':'b'}}%s]",
+                  ends[i]);
+        CHECK((transaction_run(g, js, list, NULL, NULL) < 0) == (i == 0));
+        if (i) {
+            CHECK(!is_open(below));
+            CHECK(jobs_do(js, "j", JOB_VERB_CANCEL, NULL) == 0);
+        }
+        wait_for("j", "null");
+        CHECK(dirty_inconsistent(dirty_find(raw, "b")) && is_open(below));
+        events[0] = '\0';
+    }
+    node_unref(t);
+    close_both();
+}
+
 /* ---- files ---- */
 
 static char path[64] = "/tmp/watched-XXXXXX";
@@ -357,6 +383,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_transaction_that_fails_has_changed_nothing),
     cmocka_unit_test(while_it_is_read_only_others_may_write),
     cmocka_unit_test(a_job_that_makes_an_inconsistent_one_anew),
+    cmocka_unit_test(a_compare_whose_transaction_fails),
     cmocka_unit_test(a_bitmap_of_a_file_keeps_other_programs_away),
     cmocka_unit_test(a_stored_bitmap_is_not_loaded_beside_a_writer),
     cmocka_unit_test(bitmaps_that_are_written_past_are_inconsistent),
