@@ -269,6 +269,12 @@ struct write_observer {
 };
 void node_observe(struct node *n, struct write_observer *o);
 void node_unobserve(struct node *n, struct write_observer *o);
+/* Whoever counts on seeing each write to N (a bitmap that records) has it watched: while N can be
+ * written to, nobody but N may write or resize what it stands on, its backing image excepted.
+ * -EPERM or the file's lock error if somebody does, and nothing has changed. graph_lock held;
+ * waits. */
+int node_set_watched(struct node *n, bool watched, struct error *err) MUST_CHECK;
+bool node_watched(const struct node *n);
 
 /* ---- what later rooms hang on nodes ---- */
 

@@ -42,6 +42,7 @@ struct node {
     enum { DETECT_ZEROES_OFF, DETECT_ZEROES_ON, DETECT_ZEROES_UNMAP } detect_zeroes;
     bool probed; /* the driver was guessed from the content */
     bool closing;
+    bool watched;                /* node_set_watched */
     bool hooked;                 /* the hooks' `opened` has been called */
     struct json_object *options; /* as opened, with children as node names */
     struct node *inherits_from;  /* the parent that opened this node for itself; NULL: named */

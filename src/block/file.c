@@ -650,6 +650,20 @@ static int make_file(int fd, struct json_object *options, struct error *err)
     return r;
 }
 
+int file_sync_name(const char *path, struct error *err)
+{
+    int r = io_sync_dir_of(path);
+
+    if (r == 0)
+        return 0;
+    /* A file system that has no such thing, or a directory that is not ours to read. */
+    if (r != -EINVAL && r != -EACCES)
+        return error_set_errno(err, -r, "The directory of '%s' cannot be flushed", path);
+    log_warning("the directory of '%s' cannot be flushed: the new file may be lost with the power",
+                path);
+    return 0;
+}
+
 static int file_create(struct graph *g, struct json_object *options, struct error *err)
 {
     const char *path = json_get_string(options, "filename", "");
@@ -663,11 +677,7 @@ static int file_create(struct graph *g, struct json_object *options, struct erro
         return r;
     r = make_file(fd, options, err);
     io_close(fd); /* and the locks with it */
-    if (r == 0 && !BROKEN(made_name_not_synced) && io_sync_dir_of(path) < 0)
-        log_warning(
-            "the directory of '%s' cannot be flushed: the new file may be lost with the power",
-            path);
-    return r;
+    return r < 0 || BROKEN(made_name_not_synced) ? r : file_sync_name(path, err);
 }
 
 static const char *const file_options[] = {

@@ -33,6 +33,10 @@ struct file_state {
     uint64_t discards_ok, discards_failed, discarded_bytes;
 };
 
+/* ---- file.c ---- */
+/* The name of a new file is durable; where that cannot be had it is told in the log. */
+int file_sync_name(const char *path, struct error *err);
+
 /* ---- file_locks.c ---- */
 /* Holds the bytes for PERM and what SHARED leaves out, in addition to what is held, and looks
  * whether anybody minds; for two seconds, if so. On error everything is as before. */

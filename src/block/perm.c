@@ -5,9 +5,16 @@
  * driver's or the role's rule; so a change at an edge is worked out downwards, parents before
  * children. First everything is computed and the drivers are asked (the file driver takes
  * its locks there, and waits); if anybody refuses, the edges get their old values
- * back. Names and texts are QEMU's: clients match on them. */
+ * back. Names and texts are QEMU's: clients match on them.
+ *
+ * One thing QEMU does not do: a node whose bitmaps record (node_set_watched) lets nobody else write
+ * what it stands on, by another way through the graph or in another program; for a node that
+ * stands on nothing, like `file`, its driver is told. Two raw nodes over parts of one disk are in
+ * each other's way then, too: who wrote where is not asked. */
 
 #include "block/internal.h"
+
+#include "base/broken.h"
 
 #include <stdio.h>
 
@@ -83,6 +90,14 @@ void node_default_child_perm(struct node *n, struct edge *e, unsigned perm, unsi
     *share = shared;
 }
 
+/* What comes past a watched node would be in none of its bitmaps. */
+static unsigned share_watched(const struct node *n, unsigned shared)
+{
+    bool alone = n->watched && node_will_be_writable(n) && !BROKEN(watched_child_shared);
+
+    return alone ? shared & ~(unsigned)(PERM_WRITE | PERM_RESIZE) : shared;
+}
+
 static void child_perm(struct node *n, struct edge *e, unsigned perm, unsigned shared,
                        unsigned *need, unsigned *share)
 {
@@ -90,6 +105,8 @@ static void child_perm(struct node *n, struct edge *e, unsigned perm, unsigned s
         n->driver->child_perm(n, e, perm, shared, need, share);
     else
         node_default_child_perm(n, e, perm, shared, need, share);
+    if (!(e->role & ROLE_COW) && (e->role & (ROLE_PRIMARY | ROLE_FILTERED)))
+        *share = share_watched(n, *share);
     if (e->node->force_share)
         *share = PERM_ALL;
 }
@@ -190,7 +207,7 @@ static int refresh_node(struct node *n, struct perm_change *c, struct error *err
                              "multiple of request alignment");
     }
     if (n->driver->check_perm) {
-        r = n->driver->check_perm(n, perm, shared, err);
+        r = n->driver->check_perm(n, perm, share_watched(n, shared), err);
         if (r < 0)
             return r;
     }
@@ -240,7 +257,7 @@ void perm_commit(struct perm_change *c)
 
         node_cumulative_perm(n, &perm, &shared);
         if (n->driver->commit_perm)
-            n->driver->commit_perm(n, perm, shared);
+            n->driver->commit_perm(n, perm, share_watched(n, shared));
     }
     perm_change_fini(c);
 }
@@ -268,6 +285,25 @@ int perm_refresh(struct graph *g, struct node *const *roots, size_t n, struct er
     if (r == 0)
         perm_commit(&change);
     return r;
+}
+
+bool node_watched(const struct node *n)
+{
+    return n->watched;
+}
+
+int node_set_watched(struct node *n, bool watched, struct error *err)
+{
+    SHIELD();
+    GRAPH_LOCKED(n->graph);
+
+    if (n->watched == watched || n->closing)
+        return 0;
+    n->watched = watched;
+    int r = perm_refresh(n->graph, &n, 1, err);
+    if (r < 0 && watched)
+        n->watched = false;
+    return watched ? r : 0; /* that others could not follow is no reason to stay */
 }
 
 int edge_set_perm(struct edge *e, unsigned perm, unsigned shared, struct error *err)

@@ -439,7 +439,7 @@ bool follow_synced(const struct follow *f)
 
 void follow_set_blocking(struct follow *f)
 {
-    dirty_set_enabled(f->shown, false);
+    (void)!dirty_set_enabled(f->shown, false, NULL);
     f->blocking = true;
 }
 

@@ -210,6 +210,44 @@ static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t t
     return 0;
 }
 
+/* ---- nobody writes past a node whose bitmaps record ---- */
+
+/* A transaction's disable or remove that can be undone yet counts as recording: what it gives up it
+ * might not get back. */
+static bool has_to_watch(const struct dirty_node *home)
+{
+    const struct dirty_bitmap *bm;
+
+    TAILQ_FOREACH (bm, &home->list, link)
+        if (bm->name && (dirty_recording(bm) || bm->ended))
+            return true;
+    return false;
+}
+
+static int watch(struct dirty_bitmap *bm, struct error *err)
+{
+    struct node *n = bm->home->node;
+
+    if (node_watched(n) || !bm->name || !dirty_recording(bm))
+        return 0;
+    int r = node_set_watched(n, true, err);
+    return r < 0 ? error_wrap(err, "Bitmap '%s' of node '%s' would miss what others write",
+                              bm->name, node_name(n))
+                 : 0;
+}
+
+static void unwatch(struct dirty_node *home)
+{
+    if (node_watched(home->node) && !has_to_watch(home))
+        (void)!node_set_watched(home->node, false, NULL);
+}
+
+void dirty_loaded(struct node *n)
+{
+    if (node_of(n))
+        unwatch(node_of(n));
+}
+
 /* ---- the room's place in the graph ---- */
 
 /* The observer stays for the node's life: it could not come and go while requests are inside, and
@@ -530,6 +568,10 @@ int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsi
         bm->peak_bytes = UINT64_MAX;
     else
         bm->unbased = true;
+    if ((r = watch(bm, err)) < 0) {
+        dirty_release(bm);
+        return r;
+    }
     if (ret)
         *ret = bm;
     return 0;
@@ -545,6 +587,8 @@ void dirty_release(struct dirty_bitmap *bm)
         LIST_REMOVE(bm, in_bucket);
         home->n_named--;
     }
+    if (bm->name)
+        unwatch(home);
     free_bits(bm, bm->before);
     free_bits(bm, bm->bits);
     free(bm->last_job);
@@ -583,14 +627,20 @@ void dirty_unhide(struct dirty_bitmap *bm)
 
 /* ---- changing ---- */
 
-void dirty_set_enabled(struct dirty_bitmap *bm, bool enabled)
+int dirty_set_enabled(struct dirty_bitmap *bm, bool enabled, struct error *err)
 {
     if (bm->enabled == enabled)
-        return;
+        return 0;
     assert_quiet(bm->home->node);
-    bm->ended = bm->enabled && !enabled;
     bm->enabled = enabled;
+    int r = watch(bm, err);
+    if (r < 0) {
+        bm->enabled = false;
+        return r;
+    }
+    bm->ended = !enabled;
     bm->unbased = enabled; /* what was written while it was disabled is in no base of anybody */
+    return 0;
 }
 
 void dirty_undo_enabled(struct dirty_bitmap *bm, bool enabled, bool based)
@@ -598,6 +648,7 @@ void dirty_undo_enabled(struct dirty_bitmap *bm, bool enabled, bool based)
     bm->enabled = enabled;
     bm->unbased = !based;
     bm->ended = false;
+    unwatch(bm->home);
 }
 
 bool dirty_based(const struct dirty_bitmap *bm)
@@ -704,6 +755,11 @@ static int start(struct dirty_bitmap *bm, bool record, struct error *err)
     assert_quiet(bm->home->node);
     bm->successor = enlist(bm->home, NULL, bits);
     bm->successor->enabled = record;
+    int r = watch(bm, err); /* is, unless it is inconsistent */
+    if (r < 0) {
+        dirty_release(steal(bm->successor));
+        return r;
+    }
     bm->enabled = false;
     bm->busy = true;
     return 0;
@@ -804,6 +860,7 @@ void dirty_unstart(struct dirty_bitmap *bm)
     bm->busy = false;
     bm->successor = NULL;
     dirty_release(s);
+    unwatch(bm->home);
 }
 
 /* Does what the job has done give the bitmap a new base? */
@@ -868,6 +925,7 @@ int dirty_conclude(const struct dirty_outcome *outcomes, size_t n, struct error 
             unfold(&outcomes[i]);
         else
             follow(&outcomes[i]);
+        unwatch(outcomes[i].bitmap->home); /* a rebuild that has failed */
     }
     return r;
 }
@@ -941,6 +999,8 @@ static int commit(struct node *const *nodes, size_t n, bool ending, struct error
             if (r == 0)
                 bm->ended = false;
         }
+        if (node_of(nodes[i]))
+            unwatch(node_of(nodes[i]));
     }
     return r;
 }

@@ -28,6 +28,9 @@ enum { DIRTY_NAME_MAX = 1023 }; /* bytes, QEMU's limit */
  * bitmap that was loaded nobody knows what was cut off in an earlier run: until its next clear all
  * that grows is dirty. */
 
+/* While a named bitmap records, its node is watched (node_set_watched): adding, enabling or loading
+ * one fails where somebody else writes what the node stands on, and the other way round. */
+
 /* Registers the room with the graph; once per graph, before nodes are opened. */
 void dirty_init(struct graph *g);
 
@@ -89,7 +92,8 @@ void dirty_release(struct dirty_bitmap *bm); /* from memory only: nameless ones,
  * but the handle finds it, and its name is free. */
 void dirty_hide(struct dirty_bitmap *bm);
 void dirty_unhide(struct dirty_bitmap *bm);
-void dirty_set_enabled(struct dirty_bitmap *bm, bool enabled); /* quiesced */
+/* Quiesced. An error only if it is to record and somebody else writes below the node. */
+int dirty_set_enabled(struct dirty_bitmap *bm, bool enabled, struct error *err) MUST_CHECK;
 /* A transaction's undo: ENABLED and BASED are what dirty_enabled and dirty_based said before. */
 void dirty_undo_enabled(struct dirty_bitmap *bm, bool enabled, bool based);
 bool dirty_based(const struct dirty_bitmap *bm); /* is its base durable? */
@@ -164,6 +168,8 @@ struct dirty_state {
     const char *job; /* that has raised the generation; NULL: none */
 };
 void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret);
+/* All that the store has of N is loaded: if nothing records, N need not be watched. */
+void dirty_loaded(struct node *n);
 /* For a loaded one. */
 void dirty_set_generation(struct dirty_bitmap *bm, uint64_t generation, const char *job);
 

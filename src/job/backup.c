@@ -20,9 +20,9 @@
 
 #include "base/broken.h"
 #include "base/log.h"
+#include "block/file.h"
 #include "copy/copy.h"
 #include "dirty/dirty.h"
-#include "rt/io.h"
 
 #include <limits.h>
 #include <stdio.h>
@@ -150,24 +150,24 @@ static void backup_progress(struct job *j, uint64_t *done, uint64_t *total)
 /* ---- the end ---- */
 
 /* The name of a file that we have made is in a directory, which has a cache, too. */
-static void flush_directory(struct backup *b)
+static int flush_name(struct backup *b, struct error *err)
 {
     const char *path = b->made;
-    if (strncmp(path, "json:", 5) == 0)
-        return; /* not a plain path: its driver's business */
+    if (!path || strncmp(path, "json:", 5) == 0)
+        return 0; /* not a plain path: its driver's business */
     if (strncmp(path, "file:", 5) == 0)
         path += 5;
-    if (io_sync_dir_of(path) < 0)
-        log_warning("job '%s': the directory of '%s' cannot be flushed", b->job.id, path);
+    int r = file_sync_name(path, err);
+    return BROKEN(target_name_not_durable) ? 0 : r;
 }
 
-static int flush_both(struct backup *b)
+static int flush_both(struct backup *b, struct error *err)
 {
     if (b->flush_failed)
         return -EIO;
     int r = BROKEN(target_not_flushed) ? 0 : cbw_flush_target(b->filter);
-    if (r == 0 && b->made)
-        flush_directory(b);
+    if (r == 0)
+        r = flush_name(b, err);
     if (r == 0 && b->bitmap && !BROKEN(source_not_flushed))
         r = cbw_flush_source(b->filter);
     if (r < 0)
@@ -177,7 +177,7 @@ static int flush_both(struct backup *b)
 
 static int backup_prepare(struct job *j, struct error *err)
 {
-    return flush_both(backup_of(j));
+    return flush_both(backup_of(j), err);
 }
 
 /* What a job that has failed leaves is always allowed. If even that cannot be made durable, the
@@ -222,11 +222,11 @@ static void keep_achieved(struct backup *b)
     /* As it is before the flush: what guests save during the flush is not covered by it. */
     CLEANUP(bitmap_freep) struct bitmap *remaining = bitmap_dup(copy_remaining(b->copy));
 
-    if (BROKEN(remaining_after_flush) && flush_both(b) == 0)
+    if (BROKEN(remaining_after_flush) && flush_both(b, NULL) == 0)
         roll_back(b, copy_remaining(b->copy));
     else if (BROKEN(remaining_lost))
         conclude(b, true, NULL);
-    else if (remaining && (flush_both(b) == 0 || BROKEN(flush_failure_forgotten)))
+    else if (remaining && (flush_both(b, NULL) == 0 || BROKEN(flush_failure_forgotten)))
         roll_back(b, remaining);
     else if (b->sync != SYNC_BITMAP) {
         /* Nothing of it may be relied on, and the bitmap did not say what there was: what is on

@@ -170,10 +170,13 @@ static int enable_disable(struct action *a, bool enable, struct error *err)
     int r = find_bitmap(a, DIRTY_CHECK_ALLOW_READONLY, &bm, err);
     if (r < 0)
         return r;
+    bool was_enabled = dirty_enabled(bm), was_based = dirty_based(bm);
+    r = dirty_set_enabled(bm, enable, err);
+    if (r < 0)
+        return r;
     a->bitmap = bm;
-    a->was_enabled = dirty_enabled(bm);
-    a->was_based = dirty_based(bm);
-    dirty_set_enabled(bm, enable);
+    a->was_enabled = was_enabled;
+    a->was_based = was_based;
     return 0;
 }
 

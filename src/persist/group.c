@@ -25,7 +25,6 @@
 struct member {
     struct keeper *keeper;
     struct change change;
-    struct super old; /* the superblock before, for the segments that it names */
     bool prepared;
 };
 
@@ -61,7 +60,6 @@ static int prepare(struct member *m, const struct tide_id *group, const struct t
     tide_table_copy(&s.table, &tide_super(k->tide)->table);
     s.group = *group;
     member_copy(&s.coordinator, uuid, path);
-    super_copy(&m->old, tide_super(k->tide));
     r = tide_write_super(k->tide, &s, err);
     m->prepared = r == 0;
     return r;
@@ -82,7 +80,7 @@ static int flip(struct member *m, const struct tide_record *record, struct error
         super_add_record(&s, record);
     int r = tide_write_super(k->tide, &s, err);
     if (r == 0)
-        keeper_changed(k, &m->change, &m->old);
+        keeper_changed(k, &m->change);
     return r;
 }
 
@@ -187,10 +185,8 @@ int keepers_commit(struct keeper *const *ks, size_t n, struct error *err)
             r = keeper_engage(ks[i], err);
     for (size_t i = 0; i < n; i++)
         mutex_unlock(&ks[i]->lock);
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; i++)
         change_fini(&ms[i].change);
-        super_fini(&ms[i].old);
-    }
     return r;
 }
 

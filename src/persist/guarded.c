@@ -148,6 +148,11 @@ static int leave_records(struct keeper *k, struct error *err)
     return tide_write_super(k->tide, &s, err);
 }
 
+static bool is_kept(void *opaque, uint64_t epoch)
+{
+    return false;
+}
+
 static void end_tide(struct keeper *k)
 {
     CLEANUP(super_fini) struct super old = {0};
@@ -159,7 +164,11 @@ static void end_tide(struct keeper *k)
         if (r < 0)
             log_warning("Node '%s': %s", node_name(k->node), err.text);
         error_clear(&err);
-        keeper_drop_all_segments(k, &old);
+        const struct segments of = keeper_segments(k, &old);
+        if (of.runtime) {
+            segments_sweep(&of, is_kept, NULL);
+            stamp_unlink(&of);
+        }
     }
     k->guarded = false;
     if (qcow2_guard_clear(k->node, &err) < 0)

@@ -242,6 +242,7 @@ int image_load_rest(struct image *im, bool unsaved, struct error *err)
     }
     if (r < 0)
         return r;
+    dirty_loaded(n);
     if (n->read_only)
         set_readonly(n, true);
     else if (l->misplaced)

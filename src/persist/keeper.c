@@ -22,6 +22,7 @@
 #include "block/qcow2/guard.h"
 #include "persist/keeper_internal.h"
 #include "rt/clock.h"
+#include "rt/io.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -84,6 +85,12 @@ static int replace_tide(struct keeper *k, struct change *c, struct error *err)
     set_next_epoch(k, &c->next);
     int r = tide_create(k->options.path, &c->next, c->current, c->successor, table, &k->tide, err);
     if (r < 0) {
+        /* It may have the name already, and not durably. What is in use then is found by nobody;
+         * where there was none, one that is not in use stands in the next one's way. */
+        if (old)
+            tide_check_name(old);
+        else
+            (void)io_unlink(k->options.path);
         k->tide = old;
         return r;
     }
@@ -91,6 +98,8 @@ static int replace_tide(struct keeper *k, struct change *c, struct error *err)
         const struct super *s = tide_super(k->tide);
         k->ring_next = s->ring_sequence + ring_full_table(s->slots, min_u64(s->slots, RING_SLICE));
     }
+    if (k->void_tide && old)
+        keeper_drop_segments(k, tide_super(old));
     tide_close(old);
     learn_extents(k);
     return 0;
@@ -107,12 +116,11 @@ void keeper_give_up(struct keeper *k, const struct error *why)
     int r = 0;
     if (k->options.image) {
         /* Memory has them all, and a clean end saves them in the image. */
+        keeper_decide(k, RECOVERY_NONE, why->text);
         r = qcow2_guard_void(k->node, &err);
         k->guarded = false;
     } else {
-        for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
-            if (keeper_keeps(bm))
-                dirty_set_inconsistent(bm);
+        keeper_distrust(k, why->text);
         if (k->tide)
             r = tide_remove(steal(k->tide), &err);
     }
@@ -207,13 +215,13 @@ static int write_change(struct keeper *k, struct change *c, struct error *err)
     return r < 0 ? r : tide_write_super(k->tide, &c->next, err);
 }
 
-void keeper_changed(struct keeper *k, const struct change *c, const struct super *old)
+void keeper_changed(struct keeper *k, const struct change *c)
 {
     learn_extents(k);
     keeper_look(k);
     if (c->begins) {
         keeper_session_begun(k);
-        keeper_drop_segments(k, old);
+        keeper_drop_segments(k, tide_super(k->tide));
     }
     keeper_collect(k);
 }
@@ -221,7 +229,6 @@ void keeper_changed(struct keeper *k, const struct change *c, const struct super
 int keeper_make_tide(struct keeper *k, struct error *err)
 {
     CLEANUP(change_fini) struct change c = {0};
-    CLEANUP(super_fini) struct super none = {0};
 
     int r = check_nobodys(k, err);
     if (r == 0)
@@ -231,7 +238,7 @@ int keeper_make_tide(struct keeper *k, struct error *err)
     keeper_describe(k, &c.next);
     r = replace_tide(k, &c, err);
     if (r == 0)
-        keeper_changed(k, &c, &none);
+        keeper_changed(k, &c);
     return r;
 }
 
@@ -246,9 +253,6 @@ int keeper_change_state(struct keeper *k, struct error *err)
         r = keeper_build(k, &c, err);
     if (r < 0)
         return r;
-    CLEANUP(super_fini) struct super old = {0};
-    if (c.begins && k->tide)
-        super_copy(&old, tide_super(k->tide));
     CLEANUP(super_fini) struct super again = {0};
     super_copy(&again, &c.next);
     r = write_change(k, &c, &why);
@@ -266,7 +270,7 @@ int keeper_change_state(struct keeper *k, struct error *err)
             *err = why;
         return r;
     }
-    keeper_changed(k, &c, &old);
+    keeper_changed(k, &c);
     return 0;
 }
 
@@ -368,6 +372,9 @@ int keeper_begin(struct keeper *k, struct error *err)
 
 int keeper_resizing(struct keeper *k, uint64_t to, struct error *err)
 {
+    if (!k->tide && !k->recording && !k->lost && keeper_void_others(k) < 0)
+        return error_set(err, EIO, "The bitmaps of '%s' cannot be made inconsistent",
+                         k->options.path);
     if (!k->tide && !k->recording && !(k->options.image && keeper_has_bitmaps(k)))
         return 0;
     LOCKED(&k->lock);
@@ -378,8 +385,8 @@ int keeper_resizing(struct keeper *k, uint64_t to, struct error *err)
     r = keeper_change_state(k, err);
     if (r < 0)
         k->resizing_bytes = 0;
-    else if (k->stamp)
-        stamp_write_begun(k->stamp);
+    else
+        keeper_stamp_begun(k);
     return r;
 }
 

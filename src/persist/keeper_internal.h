@@ -50,17 +50,20 @@ struct keeper {
     struct hot *hot; /* level power, while a session is open */
     LIST_HEAD(, kept_set) sets;
 
-    bool collecting; /* a task is about to free sets */
-    bool recording;  /* some bitmap does: writes need hot regions */
-    bool in_use;     /* a session is open: the superblock says so, durably */
-    bool stale;      /* recovery has found what is to be written anew */
-    bool lost;       /* no tide file can be had: bitmaps are inconsistent after the next crash */
-    bool refusing;   /* nor can the old one be taken away: writes are refused */
-    bool
-        void_tide; /* the image does not vouch for the tide file: its uuid must not be used again */
-    bool guarded;  /* the image vouches for the tide file, durably */
-    bool foreign;  /* it does not even name it */
-    bool from_tide;              /* recovery has found bitmaps there that the image has not */
+    bool collecting;   /* a task is about to free sets */
+    bool beating;      /* a task does it for the stamp, as long as writes are in flight */
+    bool recording;    /* some bitmap does: writes need hot regions */
+    bool in_use;       /* a session is open: the superblock says so, durably */
+    bool runtime_told; /* whether its runtime directory is a good one */
+    bool voided;   /* no other node's bitmaps of the image are there, or they are inconsistent */
+    bool stale;    /* recovery has found what is to be written anew */
+    bool lost;     /* no tide file can be had: bitmaps are inconsistent after the next crash */
+    bool refusing; /* nor can the old one be taken away: writes are refused */
+    /* Of a qcow2 image: */
+    bool void_tide; /* it does not vouch for the tide file, whose uuid must not be used again */
+    bool guarded;   /* it does, durably */
+    bool foreign;   /* it does not even name it */
+    bool from_tide; /* recovery has found bitmaps there that the image has not */
     struct tide_id next_session; /* that is about to begin; none: nobody has tried yet */
     struct tide_id next_uuid;    /* of the tide file that it makes */
     uint64_t epoch;              /* the next one */
@@ -125,8 +128,8 @@ int keeper_build(struct keeper *k, struct change *c, struct error *err) MUST_CHE
 /* The first tide file of a disk, which says nothing yet; its session has begun. */
 int keeper_make_tide(struct keeper *k, struct error *err) MUST_CHECK;
 int keeper_write_before(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
-/* C's table is durable; OLD was the superblock before. */
-void keeper_changed(struct keeper *k, const struct change *c, const struct super *old);
+/* C's table is durable. */
+void keeper_changed(struct keeper *k, const struct change *c);
 void keeper_collect(struct keeper *k);
 void keeper_look(struct keeper *k); /* which bitmaps record */
 
@@ -135,10 +138,9 @@ void keeper_look(struct keeper *k); /* which bitmaps record */
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
 void keeper_describe(struct keeper *k, struct super *s);
 void keeper_session_begun(struct keeper *k);
-/* The segments that OLD named go, and what a killed program has left. */
-void keeper_drop_segments(struct keeper *k, const struct super *old);
-/* Of a session that has ended well: its sets' are closed with them. */
-void keeper_drop_all_segments(struct keeper *k, const struct super *old);
+/* The segments of the tide file that says S, and that no set has, go: what a killed program has
+ * left. */
+void keeper_drop_segments(struct keeper *k, const struct super *s);
 struct segments keeper_segments(const struct keeper *k, const struct super *s);
 /* The descriptor that carries the image's data; -1: none that we know. */
 int keeper_descriptor(const struct keeper *k);
@@ -166,6 +168,10 @@ void keeper_begin_use(struct keeper *k);
 /* ---- writes.c ---- */
 
 extern const struct hot_ops keeper_hot_ops;
+/* Before a change that no bitmap of K's image hears of. */
+int keeper_void_others(struct keeper *k) MUST_CHECK;
+/* From now on the image's times may be of a write of ours. */
+void keeper_stamp_begun(struct keeper *k);
 
 /* ---- group.c ---- */
 
@@ -178,6 +184,8 @@ void keeper_forget_doubt(struct keeper *k);
 
 /* ---- recover.c ---- */
 
+/* None of the bitmaps can be trusted, and queries say why. */
+void keeper_distrust(struct keeper *k, const char *why);
 /* Has anybody else written the image since the tide file was written? WHY says what tells so. */
 enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s, char *why,
                                         size_t why_bytes);

@@ -3,12 +3,11 @@
  *     tide file                image           session's segments   ring      bitmaps
  *     none                     -               -                    -         none
  *     unreadable               -               -                    -         none; told in the log
- *     of another node's driver -               -                    -         left alone
- *     closed                   as it was       -                    -         as stored: clean
- *     closed                   changed         -                    -         inconsistent
- *     in use                   changed         -                    -         inconsistent
- *     in use                   ours            there                -         exact
- *     in use, level power      ours            gone                 whole     superset
+ *     of another node's driver -               -                    -         none; and
+ * inconsistent before this node is written (writes.c) closed                   as it was       - -
+ * as stored: clean closed                   changed         -                    - inconsistent in
+ * use                   changed         -                    -         inconsistent in use ours
+ * there                -         exact in use, level power      ours            gone whole superset
  *     in use, level power      ours            gone                 holes     inconsistent
  *     in use, level process    ours            gone                 -         inconsistent
  *
@@ -36,14 +35,13 @@ struct found {
     bool segments;
 };
 
-enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s, char *why,
+static enum witness_verdict ask_witness(struct keeper *k, const struct super *s, char *why,
                                         size_t why_bytes)
 {
     struct witness now;
     uint64_t last_write_ns = 0, boot_us = 0;
     int fd = keeper_descriptor(k);
 
-    *why = '\0';
     if (k->options.image)
         return keeper_ask_guard(k, s, why, why_bytes);
     if (fd < 0)
@@ -60,11 +58,29 @@ enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s,
     return witness_compare_crash(&s->witness, &now, last_write_ns, boot_us * 1000, why, why_bytes);
 }
 
+enum witness_verdict keeper_ask_witness(struct keeper *k, const struct super *s, char *why,
+                                        size_t why_bytes)
+{
+    *why = '\0';
+    enum witness_verdict v = ask_witness(k, s, why, why_bytes);
+    k->recovery.witness = v == WITNESS_SAME ? "same" : v == WITNESS_UNKNOWN ? "none" : "changed";
+    return v;
+}
+
 void keeper_decide(struct keeper *k, enum recovery verdict, const char *reason)
 {
     k->recovery.verdict = verdict;
+    k->recovery.bytes_added = 0;
     free(k->recovery.reason);
     k->recovery.reason = xstrdup(reason);
+}
+
+void keeper_distrust(struct keeper *k, const char *why)
+{
+    keeper_decide(k, RECOVERY_NONE, why);
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
+        if (keeper_keeps(bm))
+            dirty_set_inconsistent(bm);
 }
 
 /* Are all sets that hold there as segments? */
@@ -103,7 +119,6 @@ static int weigh(struct keeper *k, struct found *f, struct error *err)
         return 0;
     }
     enum witness_verdict v = keeper_ask_witness(k, s, why, sizeof why);
-    k->recovery.witness = v == WITNESS_SAME ? "same" : v == WITNESS_UNKNOWN ? "none" : "changed";
     if (v == WITNESS_CHANGED) {
         keeper_decide(k, RECOVERY_NONE, why);
         return 0;
@@ -294,6 +309,15 @@ static void tell(const struct keeper *k)
     }
 }
 
+/* Before the witness is asked, so that nobody writes after its answer. */
+static int watch(struct keeper *k, const struct tide_table *t, struct error *err)
+{
+    for (size_t i = 0; i < t->n; i++)
+        if (t->items[i].enabled && !t->items[i].inconsistent)
+            return node_set_watched(k->node, true, err);
+    return 0;
+}
+
 static int recover(struct keeper *k, struct error *err)
 {
     struct error why = ERROR_INIT;
@@ -327,7 +351,9 @@ static int recover(struct keeper *k, struct error *err)
         k->recovery.verdict = RECOVERY_NEW; /* it has records of groups, and no bitmaps */
         return 0;
     }
-    r = weigh(k, &f, err);
+    r = watch(k, f.sets, err);
+    if (r == 0)
+        r = weigh(k, &f, err);
     f.verdict = k->recovery.verdict;
     if (f.verdict == RECOVERY_NONE)
         free(steal(f.table));
@@ -339,6 +365,7 @@ static int recover(struct keeper *k, struct error *err)
     free(f.table);
     if (r < 0)
         return r;
+    dirty_loaded(k->node);
     k->stale = f.verdict != RECOVERY_CLEAN || !tide_id_none(&s->group);
     tell(k);
     return 0;

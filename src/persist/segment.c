@@ -6,7 +6,9 @@
 #include "rt/clock.h"
 #include "rt/io.h"
 
+#include <ctype.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <stdio.h>
 #include <unistd.h>
 
@@ -47,13 +49,12 @@ static char *segment_path(const struct segments *of, uint64_t epoch)
     return path_of(of, name);
 }
 
-static int unlink_path(const char *path)
+static void unlink_path(const char *path)
 {
     int r = io_unlink(path);
 
     if (r < 0 && r != -ENOENT)
         log_warning("Could not remove the run segment '%s': %s", path, strerror(-r));
-    return r;
 }
 
 int segments_directory(const char *runtime, struct error *err)
@@ -69,6 +70,21 @@ int segments_directory(const char *runtime, struct error *err)
         return error_set(err, EPERM, "runtime directory '%s' is not a directory of ours alone",
                          runtime);
     return 0;
+}
+
+const char *segments_doubt(const char *runtime)
+{
+    struct statfs fs;
+
+    int fd = io_open(runtime, O_RDONLY | O_DIRECTORY, 0);
+    int r = fd < 0 ? fd : io_fstatfs(fd, &fs);
+    io_close(fd);
+    if (r == 0 && fs.f_type != TMPFS_MAGIC && fs.f_type != RAMFS_MAGIC)
+        return "is not on tmpfs: guests' writes may wait for its disk";
+    if (strncmp(runtime, "/run/user/", 10) == 0)
+        return "goes when its user logs out (unless he lingers: loginctl enable-linger): a kill is "
+               "like a power loss then";
+    return NULL;
 }
 
 /* ---- one segment ---- */
@@ -182,11 +198,31 @@ void segment_remove(struct segment *s)
     segment_close(s);
 }
 
-bool segment_unlink(const struct segments *of, uint64_t epoch)
+void segment_unlink(const struct segments *of, uint64_t epoch)
 {
     CLEANUP(memory_freep) char *path = segment_path(of, epoch);
 
-    return unlink_path(path) != -ENOENT;
+    unlink_path(path);
+}
+
+void segments_sweep(const struct segments *of, bool (*keep)(void *opaque, uint64_t epoch),
+                    void *opaque)
+{
+    CLEANUP(memory_freep) char *names = NULL;
+    CLEANUP(memory_freep) char *path = path_of(of, "");
+    const char *stem = path + strlen(of->runtime) + 1;
+
+    if (io_list(of->runtime, &names) < 0)
+        return; /* they take room, no more */
+    for (const char *name = names; *name; name += strlen(name) + 1) {
+        const char *number = name + strlen(stem);
+        char *end;
+        if (strncmp(name, stem, strlen(stem)) || !isdigit((unsigned char)*number))
+            continue;
+        uint64_t epoch = strtoull(number, &end, 10);
+        if (!*end && !keep(opaque, epoch))
+            segment_unlink(of, epoch);
+    }
 }
 
 /* The header says what the segment is of; the words may be of a larger disk (it was growing). */
@@ -276,11 +312,22 @@ void stamp_unlink(const struct segments *of)
 void stamp_write_begun(struct stamp *s)
 {
     s->map->in_flight++;
+    stamp_beat(s);
+}
+
+void stamp_beat(struct stamp *s)
+{
+    s->map->last_write_ns = clock_wall_us() * 1000;
+}
+
+bool stamp_in_flight(const struct stamp *s)
+{
+    return s->map->in_flight > 0;
 }
 
 void stamp_write_done(struct stamp *s)
 {
-    s->map->last_write_ns = clock_wall_us() * 1000;
+    stamp_beat(s);
     s->map->in_flight--;
 }
 
@@ -297,6 +344,6 @@ int stamp_find(const struct segments *of, uint64_t *last_write_ns)
     if (r == 0 && !tide_id_equal(&found.session, &of->session))
         r = -ENOENT;
     if (r == 0)
-        *last_write_ns = found.in_flight ? UINT64_MAX : found.last_write_ns;
+        *last_write_ns = found.last_write_ns + (found.in_flight ? STAMP_SLACK_NS : 0);
     return r;
 }

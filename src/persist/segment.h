@@ -44,17 +44,32 @@ int segment_grow(struct segment *s, struct bitmap *bits, uint64_t size_bytes,
                  struct error *err) MUST_CHECK;
 void segment_close(struct segment *s);  /* the file stays */
 void segment_remove(struct segment *s); /* closes, and the file goes */
-/* One of any session that nobody has open; false: it was not there. */
-bool segment_unlink(const struct segments *of, uint64_t epoch);
+void segment_unlink(const struct segments *of, uint64_t epoch);
+/* All of this uuid that KEEP does not want, whatever their session, go. */
+void segments_sweep(const struct segments *of, bool (*keep)(void *opaque, uint64_t epoch),
+                    void *opaque);
+/* Why what is in RUNTIME may not last until the next start, or writes may wait for it; NULL: it is
+ * good. */
+const char *segments_doubt(const char *runtime);
 
 /* The moment (wall clock, ns) of our last write to the disk, kept in a file of the session beside
- * the segments: for witness_compare_crash(). A store to mapped memory, for the write path. */
+ * the segments: for witness_compare_crash(). A store to mapped memory, for the write path.
+ *
+ * While writes are in flight the stamp beats: each beat says that up to now a change of the file
+ * may be ours. After a kill the kernel may finish what it has, a little later than the last beat;
+ * the file's lock, which is given up only then, keeps others away so long. STAMP_SLACK_NS is for
+ * both, and for a loop that is late: what somebody else writes within it after a kill is not seen.
+ */
 struct stamp;
+#define STAMP_BEAT_NS (NSEC_PER_SEC / 4)
+#define STAMP_SLACK_NS NSEC_PER_SEC
 int stamp_create(const struct segments *of, struct stamp **ret, struct error *err) MUST_CHECK;
 void stamp_close(struct stamp *s);
 void stamp_unlink(const struct segments *of);
 void stamp_write_begun(struct stamp *s);
 void stamp_write_done(struct stamp *s);
-/* What an earlier process left: the latest moment at which a write of it can have reached the file;
- * UINT64_MAX if writes were in flight. -ENOENT. */
+void stamp_beat(struct stamp *s);
+bool stamp_in_flight(const struct stamp *s);
+/* What an earlier process left: the latest moment at which a write of it can have reached the file.
+ * -ENOENT. */
 int stamp_find(const struct segments *of, uint64_t *last_write_ns) MUST_CHECK;

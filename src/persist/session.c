@@ -51,6 +51,15 @@ static void use_runtime(struct keeper *k)
                     node_name(k->node), err.text);
         free((char *)steal(k->options.runtime));
     }
+    const char *doubt = k->options.runtime ? segments_doubt(k->options.runtime) : NULL;
+    const struct keeper *peer;
+    LIST_FOREACH (peer, k->options.peers, in_peers)
+        if (doubt && peer->runtime_told && peer->options.runtime &&
+            !strcmp(peer->options.runtime, k->options.runtime))
+            doubt = NULL; /* once is enough */
+    k->runtime_told = true;
+    if (doubt)
+        log_warning("The runtime directory '%s' %s", k->options.runtime, doubt);
 }
 
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
@@ -83,33 +92,25 @@ struct segments keeper_segments(const struct keeper *k, const struct super *s)
     return (struct segments){k->options.runtime, s->uuid, s->session};
 }
 
-static void unlink_unless_used(const struct keeper *k, const struct segments *of, uint64_t epoch)
+static bool is_used(void *opaque, uint64_t epoch)
 {
+    const struct keeper *k = opaque;
     const struct kept_set *s;
 
     LIST_FOREACH (s, &k->sets, link)
-        if (k->in_use && s->epoch == epoch)
-            return;
-    segment_unlink(of, epoch);
+        if (s->epoch == epoch)
+            return true;
+    return false;
 }
 
-/* The segments that OLD names, and those that a program has left which was killed before it could
- * name them, or before it had taken away what it named no more. */
-void keeper_drop_segments(struct keeper *k, const struct super *old)
+/* Those of the session before, and those that a program has left which was killed before it could
+ * name them, or before it had taken away what it named no more: perhaps again and again. */
+void keeper_drop_segments(struct keeper *k, const struct super *s)
 {
-    const struct segments of = keeper_segments(k, old);
+    const struct segments of = keeper_segments(k, s);
 
-    if (!of.runtime || tide_id_none(&of.session))
-        return;
-    for (size_t i = 0; i < old->table.n; i++) {
-        unlink_unless_used(k, &of, old->table.items[i].current.epoch);
-        if (old->table.items[i].successor.epoch)
-            unlink_unless_used(k, &of, old->table.items[i].successor.epoch);
-    }
-    uint64_t last = old->next_epoch + 8,
-             first = last > 3 * EPOCHS_AHEAD ? last - 3 * EPOCHS_AHEAD : 1;
-    for (uint64_t epoch = first; old->in_use && epoch < last; epoch++)
-        unlink_unless_used(k, &of, epoch);
+    if (of.runtime)
+        segments_sweep(&of, is_used, k);
 }
 
 void keeper_session_begun(struct keeper *k)
@@ -159,9 +160,13 @@ int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **
 
 void keeper_free(struct keeper *k)
 {
+    struct keeper *peer;
     struct kept_set *s;
 
     LIST_REMOVE(k, in_peers);
+    LIST_FOREACH (peer, k->options.peers, in_peers)
+        if (!strcmp(peer->options.path, k->options.path))
+            peer->voided = false; /* a tide file is left */
     hot_free(k->hot);
     keeper_forget_doubt(k);
     scope_fini(&k->tasks);
@@ -216,7 +221,7 @@ static int close_session(struct keeper *k, struct error *err)
 }
 
 /* Of a session that has ended well: its sets' are closed with them. */
-void keeper_drop_all_segments(struct keeper *k, const struct super *old)
+static void drop_all_segments(struct keeper *k, const struct super *old)
 {
     const struct segments of = keeper_segments(k, old);
     struct kept_set *s;
@@ -252,7 +257,7 @@ static void end_session(struct keeper *k)
                                                    : close_session(k, &err);
     k->in_use = false;
     if (r == 0)
-        keeper_drop_all_segments(k, &old);
+        drop_all_segments(k, &old);
     else
         log_warning("Node '%s': %s: its bitmaps are recovered when it is next opened",
                     node_name(k->node), err.text);
@@ -291,31 +296,36 @@ static int open_again(struct keeper *k, bool *same, struct error *err)
     return 0;
 }
 
-/* Is the image as the bitmaps of memory are? */
-static int go_on(struct keeper *k, struct error *err)
+/* Is the image as the bitmaps of memory are? The node can be written to in any case: what cannot be
+ * found out makes them inconsistent. */
+static void go_on(struct keeper *k)
 {
+    struct error err = ERROR_INIT;
     char why[160] = "its tide file has been written meanwhile";
     bool same;
 
-    int r = open_again(k, &same, err);
-    if (r < 0)
-        return r;
-    if (same) {
+    int r = open_again(k, &same, &err);
+    if (r < 0) {
+        tide_close(steal(k->tide)); /* it was read only; the next change makes a new one */
+        if (r == -ENOENT)
+            snprintf(why, sizeof why, "its tide file has gone meanwhile");
+        else
+            snprintf(why, sizeof why, "%.*s", (int)sizeof why - 1, err.text);
+    } else if (same) {
         enum witness_verdict v = keeper_ask_witness(k, tide_super(k->tide), why, sizeof why);
         if (v == WITNESS_SAME ||
             (v == WITNESS_UNKNOWN && k->options.no_witness == NO_WITNESS_BELIEVE))
-            return 0;
+            return;
         if (v == WITNESS_UNKNOWN)
             snprintf(why, sizeof why, "nothing tells whether others have written the image");
     }
     log_warning("Node '%s': its bitmaps are inconsistent: %s", node_name(k->node), why);
-    for (struct dirty_bitmap *bm = dirty_first(k->node); bm && !k->options.image;
-         bm = dirty_next(bm))
-        if (keeper_keeps(bm))
-            dirty_set_inconsistent(bm);
-    k->stale = true;
-    k->void_tide = k->options.image; /* which knows for itself what it still has */
-    return 0;
+    if (k->options.image)
+        keeper_decide(k, RECOVERY_NONE, why); /* it knows for itself what it still has */
+    else
+        keeper_distrust(k, why);
+    k->stale = k->tide;
+    k->void_tide = k->options.image;
 }
 
 int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
@@ -325,14 +335,16 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
 
     if (!to_read_only) {
         if (k->tide)
-            r = go_on(k, err);
-        if (r == 0 && k->options.image)
+            go_on(k);
+        if (k->options.image)
             r = image_reopen(k->options.image, false, !k->void_tide, err);
         if (r == 0)
             r = keeper_recheck_guard(k, err);
-        if (r == 0)
-            keeper_set_readonly(k, false);
-        return r;
+        if (r < 0)
+            return r;
+        keeper_set_readonly(k, false);
+        dirty_loaded(k->node);
+        return 0;
     }
     for (struct dirty_bitmap *bm = dirty_first(k->node); r == 0 && bm; bm = dirty_next(bm))
         if (keeper_keeps(bm))

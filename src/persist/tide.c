@@ -119,6 +119,12 @@ static int is_named(const struct tide *t, const char *name)
     return here.st_dev == named.st_dev && here.st_ino == named.st_ino;
 }
 
+void tide_check_name(struct tide *t)
+{
+    if (is_named(t, t->path) != 1 && !BROKEN(nameless_tide_goes_on))
+        t->failed = true;
+}
+
 /* Opens and locks what has the name PATH at the end: a new file may be renamed to it meanwhile. */
 static int open_locked(struct tide *t, struct error *err)
 {
@@ -221,11 +227,41 @@ static int open_and_read(struct tide *t, struct error *err)
     return 0;
 }
 
+/* Where a new file is made, beside the one that it is to replace. */
+static char *new_name(const struct tide *t)
+{
+    return xasprintf("%s.new", t->path);
+}
+
+/* What a killed program has left goes; -EBUSY: it was not killed. */
+static int remove_stale(struct tide *t, const char *name)
+{
+    int r = open_file(t, name, O_RDWR);
+    if (r == 0)
+        r = io_lock(t->fd, F_WRLCK, 0, 1);
+    if (r == 0)
+        r = io_unlink(name);
+    io_close(t->fd);
+    t->fd = -1;
+    return r == -EAGAIN ? -EBUSY : r == -ENOENT ? 0 : r;
+}
+
+/* A program that was killed while it made a new file for PATH has left it. */
+static void sweep(const char *path)
+{
+    CLEANUP(tide_closep) struct tide *t = tide_new(path, false);
+    CLEANUP(memory_freep) char *name = new_name(t);
+
+    (void)remove_stale(t, name);
+}
+
 int tide_open(const char *path, bool read_only, struct tide **ret, struct error *err)
 {
     CLEANUP(tide_closep) struct tide *t = tide_new(path, read_only);
     int r = t->buf ? open_and_read(t, err)
                    : error_set_errno(err, ENOMEM, "opening tide file '%s'", path);
+    if (r == 0 && !read_only)
+        sweep(path);
     if (r == 0)
         *ret = steal(t);
     return r;
@@ -541,19 +577,6 @@ static int draft_make(struct draft *d, const struct super *s, const struct bitma
     return r < 0 ? error_set_errno(err, -r, "copying %zu bitmaps", s->table.n) : 0;
 }
 
-/* What a killed program has left goes; -EBUSY: it was not killed. */
-static int remove_stale(struct tide *t, const char *name)
-{
-    int r = open_file(t, name, O_RDWR);
-    if (r == 0)
-        r = io_lock(t->fd, F_WRLCK, 0, 1);
-    if (r == 0)
-        r = io_unlink(name);
-    io_close(t->fd);
-    t->fd = -1;
-    return r == -EAGAIN ? -EBUSY : r == -ENOENT ? 0 : r;
-}
-
 /* A new and empty file with a lock of ours. Before it has the lock another may take it for a stale
  * one and remove it; then both try again. */
 static int make_file(struct tide *t, const char *name)
@@ -586,7 +609,7 @@ static int fill_file(struct tide *t, const struct draft *d)
 
 static int create_file(struct tide *t, const struct draft *d, struct error *err)
 {
-    CLEANUP(memory_freep) char *name = xasprintf("%s.new", t->path);
+    CLEANUP(memory_freep) char *name = new_name(t);
     int r = make_file(t, name);
     if (r == -EBUSY)
         return error_set(err, EBUSY, "'%s' is being made by another program", name);

@@ -50,6 +50,8 @@ DEFINE_CLEANUP(struct tide *, tide_close, tide_closep)
 
 const char *tide_path(const struct tide *t);
 bool tide_failed(const struct tide *t);
+/* It has failed, too, when its name means another file: nobody would find what is written to it. */
+void tide_check_name(struct tide *t);
 bool tide_read_only(const struct tide *t);
 /* The last one that is known to be durable. */
 const struct super *tide_super(const struct tide *t);

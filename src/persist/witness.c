@@ -208,8 +208,11 @@ enum witness_verdict witness_compare_crash(const struct witness *then, const str
     bool same_boot = memcmp(then->boot, now->boot, sizeof then->boot) == 0;
     if (!same_boot && now->ctime_ns > boot_start_ns + BOOT_SLACK_NS)
         return changed(why, why_bytes, "the image has been changed since this boot's start");
-    if (same_boot && last_write_ns && last_write_ns != UINT64_MAX &&
-        now->ctime_ns > last_write_ns + SLACK_NS)
+    if (!same_boot || now->ctime_ns == then->ctime_ns)
+        return WITNESS_SAME;
+    if (!last_write_ns)
+        return WITNESS_UNKNOWN;
+    if (now->ctime_ns > last_write_ns + SLACK_NS)
         return changed(why, why_bytes, "the image has been changed since our last write");
     return WITNESS_SAME;
 }

@@ -1,13 +1,15 @@
 /* Has anybody else written the image since we last did? What a file or a device can tell of it.
  *
  *     regular file    file system's uuid where it has one (else its device number), inode, birth
- * time, size, mtime, ctime: taken after a sync, once the clock has left mtime's tick block device
- * size, and its write counters while this boot lasts anything else   nothing (rbd, nbd): believed,
- * and queries say `witness: none`
+ *                     time, size, mtime, ctime: taken after a sync, once the clock has left mtime's
+ *                     tick
+ *     block device    size, and its write counters while this boot lasts
+ *     anything else   nothing (rbd, nbd): believed, and queries say `witness: none`
  *
  * After a clean close all must be equal. After a crash, the times may have moved by our own last
- * writes: a ctime later than our last stamped write (same boot) or than this boot's start (another
- * one) is somebody else's. Clocks can be set, so that is a good guess and no proof. */
+ * writes: a ctime later than our last stamped write (same boot; segment.h) or than this boot's
+ * start (another one) is somebody else's. Without a stamp there is nothing to compare a moved time
+ * with. Clocks can be set, so that is a good guess and no proof. */
 #pragma once
 
 #include "base/error.h"
@@ -41,7 +43,8 @@ int witness_take(int fd, struct witness *ret) MUST_CHECK;
 enum witness_verdict witness_compare_clean(const struct witness *then, const struct witness *now,
                                            char *why, size_t why_bytes);
 /* The same after a crash: THEN was taken at the begin of the session; LAST_WRITE_NS (wall clock):
- * the latest moment at which we can have written, 0 when that is not known (power loss). */
+ * the latest moment at which we can have written, 0 when that is not known. UNKNOWN also when it is
+ * needed and not known: within one boot, of a file that has changed since THEN. */
 enum witness_verdict witness_compare_crash(const struct witness *then, const struct witness *now,
                                            uint64_t last_write_ns, uint64_t boot_start_ns,
                                            char *why, size_t why_bytes);

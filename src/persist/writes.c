@@ -3,6 +3,7 @@
 #include "base/log.h"
 #include "block/driver.h"
 #include "persist/keeper_internal.h"
+#include "rt/clock.h"
 
 /* ---- hot regions ---- */
 
@@ -164,11 +165,111 @@ static bool is_first(const struct keeper *k)
     return !k->in_use && !k->lost && (k->tide || k->recording);
 }
 
+/* ---- bitmaps of another driver over the same image ---- */
+
+/* Does somebody write N who is not behind a node (raw, qcow2) that keeps bitmaps of its own? */
+static bool is_written_directly(const struct node *n)
+{
+    const struct edge *e;
+
+    TAILQ_FOREACH (e, &n->parents, in_parents)
+        if (e->parent ? !e->parent->driver->is_format && is_written_directly(e->parent)
+                      : e->perm & (PERM_WRITE | PERM_RESIZE))
+            return true;
+    return false;
+}
+
+static bool peer_has_it(const struct keeper *k)
+{
+    const struct keeper *peer;
+
+    LIST_FOREACH (peer, k->options.peers, in_peers)
+        if (peer != k && peer->tide && !peer->node->read_only &&
+            !strcmp(peer->options.path, k->options.path))
+            return true;
+    return false;
+}
+
+static int void_tide(struct keeper *k, struct tide *t, struct error *err)
+{
+    CLEANUP(super_fini) struct super s = {0};
+    struct tide_table *const tables[] = {&s.table, &s.next};
+    bool any = false;
+
+    super_copy(&s, tide_super(t));
+    for (unsigned i = 0; i < ARRAY_SIZE(tables); i++)
+        for (size_t j = 0; j < tables[i]->n; j++) {
+            any |= !tables[i]->items[j].inconsistent;
+            tables[i]->items[j].inconsistent = true;
+        }
+    if (!any)
+        return 0;
+    log_warning("Node '%s': the image is written past the bitmaps that '%s' has of a node with "
+                "driver '%s': they are inconsistent from now on",
+                node_name(k->node), k->options.path, s.driver);
+    return tide_write_super(t, &s, err);
+}
+
+/* K has no bitmaps, but its image may have some, of a node with another driver: a `file` node alone
+ * over the image of a raw one. What a user of K writes is in none of them; so they are made
+ * inconsistent first, durably. While the other node is open its bitmaps do not record (else there
+ * would be no such user, node_set_watched), and what does not record misses nothing. So it is with
+ * another program that has the tide file. */
+int keeper_void_others(struct keeper *k)
+{
+    struct error err = ERROR_INIT;
+    struct tide *t;
+
+    if (k->voided || !is_written_directly(k->node) || peer_has_it(k))
+        return 0;
+    LOCKED(&k->lock);
+    int r = k->voided || k->tide ? -ENOENT : tide_open(k->options.path, false, &t, &err);
+    if (r == 0) {
+        r = void_tide(k, t, &err);
+        tide_close(t);
+    } else if (r == -ENOENT || r == -EBADMSG || r == -EBUSY) {
+        r = 0;
+    }
+    if (r < 0)
+        log_error("Node '%s': %s: its bitmaps would be believed: the write is refused",
+                  node_name(k->node), err.text);
+    k->voided = r == 0;
+    return r < 0 ? -EIO : 0;
+}
+
+/* ---- the stamp ---- */
+
+static int beat(void *arg)
+{
+    struct keeper *k = arg;
+
+    while (k->stamp && stamp_in_flight(k->stamp) && sleep_until(clock_after_ns(STAMP_BEAT_NS)) == 0)
+        if (k->stamp && stamp_in_flight(k->stamp) && !BROKEN(stamp_without_beat))
+            stamp_beat(k->stamp);
+    k->beating = false;
+    return 0;
+}
+
+void keeper_stamp_begun(struct keeper *k)
+{
+    if (!k->stamp)
+        return;
+    stamp_write_begun(k->stamp);
+    if (!k->beating) {
+        k->beating = true;
+        scope_spawn(&k->tasks, beat, k);
+    }
+}
+
+/* ---- around a write ---- */
+
 int keeper_before_write(struct keeper *k, struct range r)
 {
     /* Asked before "is it hot?": a write to a hot region is a first change, too. */
     int result = is_first(k) ? begin_use(k) : 0;
 
+    if (result == 0 && !k->in_use && !k->lost && !k->tide && !k->recording)
+        result = BROKEN(others_not_voided) ? 0 : keeper_void_others(k);
     if (result < 0)
         return result;
     if (k->refusing)
@@ -182,8 +283,7 @@ int keeper_before_write(struct keeper *k, struct range r)
         if (result < 0 && (!k->lost || k->refusing)) /* else there is nothing left to lose */
             return result;
     }
-    if (k->stamp)
-        stamp_write_begun(k->stamp);
+    keeper_stamp_begun(k);
     return 0;
 }
 

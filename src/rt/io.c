@@ -190,6 +190,11 @@ int io_realpath(const char *path, char **ret)
     return (int)WAITING(.kind = IO_REALPATH, .path = path, .ret = ret);
 }
 
+int io_list(const char *path, char **ret)
+{
+    return (int)WAITING(.kind = IO_LIST, .path = path, .ret = ret);
+}
+
 int io_map(int fd, size_t length, void **ret)
 {
     return (int)WAITING(.kind = IO_MAP, .fd = fd, .length = length, .ret = ret);

@@ -49,6 +49,9 @@ int io_sync_dir_of(const char *path);                   /* fsync of the director
 int io_ioctl(int fd, unsigned long request, void *arg); /* on a worker thread */
 /* The resolved path (realpath); caller frees *RET. */
 int io_realpath(const char *path, char **ret);
+/* The names in a directory, in no order, each with a NUL behind it, and after the last an empty
+ * one; caller frees *RET. */
+int io_list(const char *path, char **ret);
 /* The first LENGTH bytes of a file as memory, shared with whoever has it mapped and outliving
  * all of them as the file does. Pages are touched here, not at first use; who maps has
  * reserved them (io_fallocate), or a full file system is a SIGBUS later. */

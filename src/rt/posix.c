@@ -4,6 +4,7 @@
 #include "rt/loop.h"
 #include "rt/workers.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -118,6 +119,35 @@ static int64_t do_realpath(const struct io_op *op)
     return 0;
 }
 
+static int64_t do_list(const struct io_op *op)
+{
+    DIR *d = opendir(op->path);
+    if (!d)
+        return -errno;
+    char *names = NULL;
+    size_t n = 0;
+    FILE *to = open_memstream(&names, &n);
+    struct dirent *e;
+    if (!to) {
+        closedir(d);
+        return -ENOMEM;
+    }
+    errno = 0;
+    while ((e = readdir(d)))
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, ".."))
+            fwrite(e->d_name, strlen(e->d_name) + 1, 1, to);
+    int r = -errno;
+    closedir(d);
+    fputc('\0', to);
+    if (fclose(to) != 0 && r == 0)
+        r = -ENOMEM;
+    if (r < 0)
+        free(names);
+    else
+        *(char **)op->ret = names;
+    return r;
+}
+
 /* ---- at once ---- */
 
 bool posix_at_once(enum io_kind kind)
@@ -189,6 +219,8 @@ int64_t posix_do(const struct io_op *op)
         return RETRY(ioctl(fd, op->request, op->ret));
     case IO_REALPATH:
         return do_realpath(op);
+    case IO_LIST:
+        return do_list(op);
     case IO_MAP:
         return do_map(op);
     case IO_UNMAP:

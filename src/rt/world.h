@@ -34,6 +34,7 @@ enum io_kind {
     IO_SYNC_DIR,  /* path: of the directory itself */
     IO_IOCTL,     /* fd, request, ret: the argument */
     IO_REALPATH,  /* path, ret: char ** */
+    IO_LIST,      /* path, ret: char ** */
     IO_MAP,       /* fd, length, ret: void ** */
     /* what waits for a peer: the world gives up when the task is cancelled */
     IO_RECV,    /* fd, buf, length */

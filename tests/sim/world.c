@@ -68,7 +68,7 @@ static const char *const kind_names[] = {
     [IO_RENAME] = "rename",     [IO_LINK] = "link",           [IO_MKDIR] = "mkdir",
     [IO_SYNC_DIR] = "sync-dir", [IO_IOCTL] = "ioctl",         [IO_REALPATH] = "realpath",
     [IO_MAP] = "map",           [IO_WORKER] = "worker",       [IO_CLOSE] = "close",
-    [IO_UNMAP] = "unmap",       [IO_UNLINK_SOCKET] = "",
+    [IO_UNMAP] = "unmap",       [IO_UNLINK_SOCKET] = "",      [IO_LIST] = "list",
 };
 
 static void trace_operation(struct machine *m, const struct operation *o, const char *what)
@@ -266,6 +266,24 @@ static int64_t do_realpath(struct machine *m, const char *path, char **ret)
     return 0;
 }
 
+static int64_t do_list(struct machine *m, const char *path, char **ret)
+{
+    const struct dir *d = store_dir(&m->store, path);
+    const struct name *n;
+    size_t bytes = 1;
+    if (!d)
+        return -ENOENT;
+    TAILQ_FOREACH (n, &d->names, link)
+        bytes += n->now ? strlen(n->text) + 1 : 0;
+    heap_life(true); /* the program frees it */
+    char *at = *ret = xcalloc(bytes, 1);
+    heap_life(false);
+    TAILQ_FOREACH (n, &d->names, link)
+        if (n->now)
+            at = stpcpy(at, n->text) + 1;
+    return 0;
+}
+
 static int64_t do_sync_dir(struct machine *m, struct operation *o)
 {
     struct dir *d = store_dir(&m->store, o->path);
@@ -325,6 +343,7 @@ static bool needs_file(enum io_kind k)
     case IO_MKDIR:
     case IO_SYNC_DIR:
     case IO_REALPATH:
+    case IO_LIST:
     case IO_STATX:
         return false;
     default:
@@ -397,6 +416,8 @@ static int64_t take_effect(struct machine *m, struct operation *o)
         return do_sync_dir(m, o);
     case IO_REALPATH:
         return do_realpath(m, o->path, o->op.ret);
+    case IO_LIST:
+        return do_list(m, o->path, o->op.ret);
     case IO_MAP:
         return inode_map(f->inode, o->op.length, o->op.ret);
     case IO_IOCTL:

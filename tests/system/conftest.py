@@ -5,10 +5,13 @@ the given arguments and, after the test, stops it and checks its end), `small_fs
 makes a file system to be full).
 """
 
+import atexit
 import os
 import pathlib
 import shlex
+import shutil
 import sys
+import tempfile
 
 sys.dont_write_bytecode = True
 HERE = pathlib.Path(__file__).resolve().parent
@@ -21,6 +24,13 @@ from tidemark_testlib import (  # noqa: E402
 
 KEPT = ("TIDEMARK", "TIDEMARK_BUILD", "TIDEMARK_PARITY", "TIDEMARK_SEED", "TIDEMARK_LOOP",
         "ASAN_OPTIONS", "UBSAN_OPTIONS", "LSAN_OPTIONS")
+
+
+# Run segments on tmpfs, as they are to be: else each daemon says so on stderr.
+if os.access("/dev/shm", os.W_OK):
+    runtime = tempfile.mkdtemp(prefix="tm-xdg-", dir="/dev/shm")
+    os.environ["XDG_RUNTIME_DIR"] = runtime
+    atexit.register(shutil.rmtree, runtime, ignore_errors=True)
 
 
 def pytest_configure(config):

@@ -210,3 +210,23 @@ def test_the_short_form(tmp, tidemarkd, image):
                           ("power,speed=1", "Parameter 'speed' is unexpected")]:
         end = run_to_exit("--x-tidemark-persist", text, str(image), binary=tidemarkd)
         assert message in str(end)
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no tmpfs at /dev/shm")
+@pytest.mark.parametrize("where, warned", [("disk", True), ("/dev/shm", False)])
+def test_a_runtime_directory_that_is_on_disk_is_told_once(tmp, image, start, where, warned):
+    directory = tmp / "run" if where == "disk" else f"{where}/{tmp.name}"
+    if os.statvfs(tmp).f_fsid == os.statvfs("/dev/shm").f_fsid:
+        pytest.skip("the temporary directory is on tmpfs, too")
+    daemon = start(image, {"runtime-directory": str(directory)})
+    with open(tmp / "b.raw", "wb") as f:
+        f.truncate(MiB)
+    daemon.qmp.execute("blockdev-add", **{
+        "driver": "raw", "node-name": "b", "x-tidemark-persist": {"runtime-directory": str(directory)},
+        "file": {"driver": "file", "filename": str(tmp / "b.raw")}})
+    for name in ("a", "b"):
+        daemon.qmp.execute("block-dirty-bitmap-add", node=name, name="x", persistent=True)
+    said = f"The runtime directory '{directory}' is not on tmpfs"
+    assert daemon.stderr.count(said) == warned
+    daemon.stop()
+    shutil.rmtree(directory)

@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from tidemark_testlib import Daemon, connect, nbd_uri
+from tidemark_testlib import Daemon, QMPError, connect, create_image, nbd_uri, qemu_io
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 
@@ -103,6 +103,43 @@ def test_a_disk_outgrows_its_areas(tmp, tidemarkd, end):
         assert {name: b["count"] for name, b in after.items()} == before
         assert set(after) == {"x", "y"} and min(before.values()) >= 3 * 512
         assert not any(b.get("inconsistent") for b in after.values())
+        daemon.stop()
+    finally:
+        daemon.kill()
+
+
+def test_nobody_writes_past_a_bitmap(tmp, tidemarkd):
+    """An export of the node below, or another program, and a bitmap that records refuse each
+    other, whoever came first."""
+    image = create_image(tmp / "a.raw", fmt="raw", size="64M")
+    daemon = start(tmp, tidemarkd, image)
+    qmp = daemon.qmp
+    export = {"type": "nbd", "id": "below", "node-name": "af", "writable": True}
+    try:
+        qmp.execute("block-dirty-bitmap-add", node="a", name="x", persistent=True)
+        with pytest.raises(QMPError, match="Permission conflict on node 'af': permissions 'write'"
+                                           ".*unshared by node 'a'"):
+            qmp.execute("block-export-add", **export)
+        assert 'Failed to get "write" lock' in qemu_io(image, "write 0 64k", fmt="raw", check=False)
+        with pytest.raises(QMPError, match="Permission conflict on node 'af': permissions 'resize'"):
+            qmp.execute("block_resize", node_name="af", size=128 * MiB)
+        qmp.execute("block-export-add", **{**export, "writable": False})
+        qmp.execute("block-export-del", id="below", mode="hard")
+        qmp.wait_event("BLOCK_EXPORT_DELETED")
+        write(daemon, tmp, MiB)
+        assert bitmaps(daemon)["x"]["count"] == 64 * KiB
+
+        qmp.execute("block-dirty-bitmap-disable", node="a", name="x")
+        qmp.execute("block-export-add", **export)
+        for command in ("enable", "add"):
+            with pytest.raises(QMPError, match="Bitmap '.' of node 'a' would miss what others "
+                                               "write: Permission conflict on node 'af'"):
+                qmp.execute(f"block-dirty-bitmap-{command}", node="a",
+                            name="x" if command == "enable" else "y")
+        assert list(bitmaps(daemon)) == ["x"] and not bitmaps(daemon)["x"]["recording"]
+        qmp.execute("block-export-del", id="below", mode="hard")
+        qmp.wait_event("BLOCK_EXPORT_DELETED")
+        qmp.execute("block-dirty-bitmap-enable", node="a", name="x")
         daemon.stop()
     finally:
         daemon.kill()

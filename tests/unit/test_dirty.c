@@ -170,8 +170,8 @@ static int marks_are_set_before_the_data_and_stay_when_it_fails(void *arg)
     world_write(&w, range_make(900000, 10));
     assert_true(is_dirty(a, 900000));
 
-    dirty_set_enabled(off, true);
-    dirty_set_enabled(a, false);
+    assert_int_equal(dirty_set_enabled(off, true, NULL), 0);
+    assert_int_equal(dirty_set_enabled(a, false, NULL), 0);
     world_write(&w, range_make(0, 1));
     assert_true(is_dirty(off, 0) && !is_dirty(a, 0) && is_dirty(b, 0));
     return 0;
@@ -319,7 +319,7 @@ static int a_job_ends_as_the_table_says(void *arg)
             struct bitmap *remaining = bitmap_new(1 * MiB, 65536);
 
             world_write(&w, range_make(0, 1));
-            dirty_set_enabled(a, enabled);
+            assert_int_equal(dirty_set_enabled(a, enabled, NULL), 0);
             start(a);
             assert_true(dirty_busy(a));
             assert_false(dirty_enabled(a));
@@ -531,7 +531,7 @@ static int random_histories_agree_with_a_model(void *arg)
                 m->peak = size;
             } else if (what == 2 && !m->busy) {
                 m->enabled = !m->enabled;
-                dirty_set_enabled(m->bm, m->enabled);
+                assert_int_equal(dirty_set_enabled(m->bm, m->enabled, NULL), 0);
             } else if (what == 3 && !m->busy && src->there && !src->busy) {
                 assert_int_equal(dirty_merge(m->bm, src->bm, NULL, NULL), 0);
                 for (uint64_t g = 0; g < model_granules(src, size); g++)

@@ -108,6 +108,11 @@ IN_LOOP(a_file_keeps_what_is_written)
     in_dir(other, sizeof other, "other");
     assert_int_equal(io_rename(path, other), 0);
     assert_int_equal(io_sync_dir_of(other), 0);
+    char *names = NULL;
+    assert_int_equal(io_list(scratch_dir(), &names), 0);
+    assert_int_equal(memcmp(names, "other\0", 7), 0);
+    free(names);
+    assert_int_equal(io_list(other, &names), -ENOTDIR);
     assert_int_equal(io_realpath(other, &real), 0);
     assert_string_equal(real, other);
     free(real);

@@ -3,6 +3,7 @@
  * when its body does, as if it was killed. */
 #include "blockutil.h"
 
+#include "copy/copy.h"
 #include "dirty/dirty.h"
 #include "job/transaction.h"
 #include "persist/persist.h"
@@ -27,6 +28,8 @@ struct life {
     unsigned arm;  /* so many as LEFT when the body says */
     unsigned left; /* operations on tide files and segments until one fails; 0: none does */
     bool no_statx;
+    unsigned bad_dir_syncs; /* so many syncs of directories fail */
+    uint64_t die_after_ns;  /* a write of data takes so long, and then it ends; 0: it does not */
     bool ours[FDS];
     bool read_only;
     void (*body)(struct life *l);
@@ -92,6 +95,15 @@ static int64_t perform(struct world *w, struct io_op *op)
 
     if (l->no_statx && op->kind == IO_STATX)
         return -EIO;
+    if (l->die_after_ns && op->kind == IO_WRITE && op->fd < FDS && !l->ours[op->fd]) {
+        (void)!sleep_until(clock_after_ns(l->die_after_ns));
+        l->real->perform(l->real, op);
+        _exit(KILLED);
+    }
+    if (op->kind == IO_SYNC_DIR && l->bad_dir_syncs) {
+        l->bad_dir_syncs--;
+        return -EIO;
+    }
     bool fails = l->left && has_effect(l, op) && --l->left == 0;
     if (fails && l->fault != FAILS_THOUGH_DONE)
         return l->fault == FULL ? -ENOSPC : -EIO;
@@ -106,6 +118,7 @@ static int live(void *arg)
     struct life *l = arg;
 
     l->g = graph_new();
+    copy_register_drivers(l->g);
     dirty_init(l->g);
     persist_init(l->g);
     persist_set_runtime(l->g, dir);
@@ -429,8 +442,6 @@ static void a_session_that_could_not_end(void **state)
     run_life(has_all_three);
 }
 
-/* ---- every operation fails once ---- */
-
 static void say(const char *what)
 {
     char path[80];
@@ -453,6 +464,264 @@ static bool was_said(const char *what)
     }
     return strcmp(text, what) == 0;
 }
+
+/* The tide file has to grow with the disk: a new one takes its name, which is not durable. */
+static void grow_badly(struct life *l)
+{
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK_OK(edge_truncate(l->e[0], 64 * MiB, true, &err), err);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->bad_dir_syncs = l->arm;
+    (void)!edge_truncate(l->e[0], 8 * GiB, true, NULL);
+    if (write_at(l, 0, 32 * MiB) == 0)
+        say("written");
+    if (l->arm == 1 && !l->bad_dir_syncs)
+        say("mended");
+}
+
+static void has_what_was_written(struct life *l)
+{
+    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
+
+    if (was_said("mended"))
+        CHECK(bm && !dirty_inconsistent(bm) && is_dirty(l, 0, 32 * MiB));
+    if (bm && !dirty_inconsistent(bm))
+        CHECK(is_dirty(l, 0, 0) && (!was_said("written") || is_dirty(l, 0, 32 * MiB)));
+}
+
+static void a_new_tide_file_whose_name_is_not_durable(void **state)
+{
+    for (unsigned i = 1; i < 4; i++) {
+        each_file("", true);
+        make_disks();
+        run_life_with((struct life){.body = grow_badly, .arm = i == 3 ? 1000 : i});
+        lose_segments();
+        run_life(has_what_was_written);
+    }
+}
+
+static void add_badly(struct life *l)
+{
+    l->bad_dir_syncs = 1;
+    CHECK(act(l, 1, "add", ",'persistent':true") < 0 && !dirty_find(l->n[0], "b"));
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+}
+
+static void a_first_tide_file_whose_name_is_not_durable(void **state)
+{
+    run_life(add_badly);
+    run_life(has_first);
+}
+
+/* ---- what others write after a kill ---- */
+
+static void die_in_a_write(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->die_after_ns = l->arm * (NSEC_PER_SEC / 10);
+    (void)!write_at(l, 0, AT);
+    CHECK(!"it ends in that write");
+}
+
+static void has_witness(struct life *l, const char *expected)
+{
+    CLEANUP(json_putp) struct json_object *info = persist_info(l->n[0]);
+
+    CHECK(info);
+    if (strcmp(json_get_string(info, "witness", ""), expected)) {
+        fprintf(stderr, "%s\n", json_object_to_json_string(info));
+        CHECK(!"the witness says so");
+    }
+}
+
+static void has_both_and_the_same_witness(struct life *l)
+{
+    has_witness(l, "same");
+    CHECK(is_dirty(l, 0, 0) && is_dirty(l, 0, AT));
+}
+
+static void has_a_changed_witness(struct life *l)
+{
+    has_witness(l, "changed");
+    CHECK(dirty_inconsistent(dirty_find(l->n[0], "b")));
+}
+
+static void write_as_another(void)
+{
+    char path[80];
+
+    snprintf(path, sizeof path, "%s/0", dir);
+    int fd = open(path, O_WRONLY);
+    assert_true(fd >= 0);
+    assert_int_equal(pwrite(fd, "x", 1, 3 * AT), 1);
+    close(fd);
+}
+
+static void wait_ms(unsigned ms)
+{
+    usleep(1000 * ms);
+}
+
+/* With writes in flight it is not known when the last one has reached the file; but not long after
+ * the last beat. */
+static void a_kill_with_writes_in_flight_and_then_another_writer(void **state)
+{
+    run_life_with((struct life){.body = die_in_a_write, .arm = 1});
+    wait_ms(1500);
+    write_as_another();
+    run_life(has_a_changed_witness);
+}
+
+static void a_kill_in_a_long_write(void **state)
+{
+    run_life_with((struct life){.body = die_in_a_write, .arm = 17});
+    run_life(has_both_and_the_same_witness);
+}
+
+static void has_first_and_no_witness(struct life *l)
+{
+    has_witness(l, "none");
+    has_first(l);
+}
+
+static void has_the_same_witness(struct life *l)
+{
+    has_witness(l, "same");
+    (void)bitmap_of(l, 0);
+}
+
+static void a_kill_that_has_left_no_stamp(void **state)
+{
+    run_life(add);
+    lose_segments();
+    run_life(has_the_same_witness); /* nobody has written at all */
+    each_file("", true);
+    make_disks();
+    run_life(write_and_die);
+    lose_segments();
+    run_life(has_first_and_no_witness);
+}
+
+/* ---- what queries say ---- */
+
+static void is_distrusted(struct life *l, const char *because)
+{
+    CLEANUP(json_putp) struct json_object *info = persist_info(l->n[0]);
+
+    CHECK(info && !strcmp(json_get_string(info, "state", ""), "none"));
+    if (!strstr(json_get_string(info, "reason", ""), because)) {
+        fprintf(stderr, "%s\n", json_object_to_json_string(info));
+        CHECK(!"the reason says so");
+    }
+    CHECK(json_get_uint(info, "bytes-added", 1) == 0);
+    CHECK(dirty_inconsistent(dirty_find(l->n[0], "b")));
+    CHECK(act(l, 1, "remove", "") == 0);
+}
+
+static void goes_on(struct life *l)
+{
+    if (l->e[0])
+        edge_detach(l->e[0]);
+    reopen(l, false);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+}
+
+static void another_writes_while_it_is_read_only(struct life *l)
+{
+    has_first(l);
+    wait_ms(100);
+    write_as_another();
+    goes_on(l);
+    is_distrusted(l, "changed since our last write");
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+}
+
+static void its_tide_file_goes_while_it_is_read_only(struct life *l)
+{
+    has_first(l);
+    each_file(".tide", true);
+    goes_on(l);
+    is_distrusted(l, "its tide file has gone");
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+}
+
+static void nothing_can_be_kept(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->bad_dir_syncs = 1000;
+    (void)!edge_truncate(l->e[0], 8 * GiB, true, NULL);
+    is_distrusted(l, "syncing its directory");
+}
+
+static void recovery_is_told_as_it_is_now(void **state)
+{
+    run_life(write_and_die);
+    run_life_with((struct life){.body = another_writes_while_it_is_read_only, .read_only = true});
+    run_life(has_first);
+    each_file("", true);
+    make_disks();
+    run_life(write_and_die);
+    run_life_with(
+        (struct life){.body = its_tide_file_goes_while_it_is_read_only, .read_only = true});
+    run_life(has_first);
+    each_file("", true);
+    make_disks();
+    run_life(nothing_can_be_kept);
+}
+
+/* ---- a backup whose file may vanish ---- */
+
+static bool has_ended(struct life *l)
+{
+    CLEANUP(json_putp) struct json_object *all = jobs_query(l->js);
+
+    if (json_object_array_length(all) == 0)
+        return true;
+    struct json_object *job = json_object_array_get_idx(all, 0);
+    return strcmp(json_get_string(job, "status", ""), "concluded") == 0;
+}
+
+static void back_up_badly(struct life *l)
+{
+    struct error err = ERROR_INIT;
+    char text[400];
+
+    if (!dirty_find(l->n[0], "b"))
+        add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    snprintf(text, sizeof text,
+             "[{\"type\":\"drive-backup\",\"data\":{\"device\":\"d0\",\"target\":\"%s/t\","
+             "\"format\":\"raw\",\"sync\":\"incremental\",\"bitmap\":\"b\",\"job-id\":\"j\","
+             "\"auto-finalize\":false,\"auto-dismiss\":false}}]",
+             dir);
+    CLEANUP(json_putp) struct json_object *actions = json_tokener_parse(text);
+    CHECK_OK(transaction_run(l->g, l->js, actions, NULL, &err), err);
+    l->bad_dir_syncs = l->arm;
+    while (jobs_do(l->js, "j", JOB_VERB_FINALIZE, NULL) < 0)
+        CHECK(sleep_until(clock_after_ns(NSEC_PER_SEC / 100)) == 0);
+    while (!has_ended(l))
+        CHECK(sleep_until(clock_after_ns(NSEC_PER_SEC / 100)) == 0);
+    CLEANUP(json_putp) struct json_object *all = jobs_query(l->js);
+    const char *why = json_get_string(json_object_array_get_idx(all, 0), "error", "");
+    CHECK((strstr(why, "cannot be flushed") != NULL) == (l->arm > 0));
+    CHECK(is_dirty(l, 0, 0) == (l->arm > 0));
+    CHECK(generation_of(l, 0) == (l->arm > 0 ? 1 : 2));
+}
+
+static void a_backup_is_none_before_its_name_is_durable(void **state)
+{
+    run_life_with((struct life){.body = back_up_badly, .arm = 1});
+    run_life_with((struct life){.body = back_up_badly});
+}
+
+/* ---- every operation fails once ---- */
 
 static void begin_all(struct life *l)
 {
@@ -529,6 +798,13 @@ static const struct CMUnitTest tests[] = {
     T(a_second_clear_while_the_first_is_pending),
     T(a_disk_is_reopened),
     T(a_session_that_could_not_end),
+    T(a_new_tide_file_whose_name_is_not_durable),
+    T(a_first_tide_file_whose_name_is_not_durable),
+    T(a_kill_with_writes_in_flight_and_then_another_writer),
+    T(a_kill_in_a_long_write),
+    T(a_kill_that_has_left_no_stamp),
+    T(recovery_is_told_as_it_is_now),
+    T(a_backup_is_none_before_its_name_is_durable),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),

@@ -138,6 +138,8 @@ static void transact(struct life *l, const char *action, ...)
 
     for (unsigned i = 0; i < DISKS; i++) {
         char text[256], *p;
+        if (!l->n[i])
+            continue;
         snprintf(text, sizeof text,
                  "{'type':'block-dirty-bitmap-%s','data':{'node':'d%u','name':'b'%s}}", action, i,
                  strcmp(action, "add") ? "" : ",'persistent':true");
@@ -161,7 +163,8 @@ static void begin(struct life *l)
 {
     transact(l, "add");
     for (unsigned i = 0; i < DISKS; i++)
-        write_at(l, i, 0);
+        if (l->n[i])
+            write_at(l, i, 0);
 }
 
 static struct dirty_bitmap *bitmap_of(struct life *l, unsigned i)
@@ -228,6 +231,12 @@ static void look_at_one(struct life *l)
     }
 }
 
+static void look_at_one_again(struct life *l)
+{
+    look_at_one(l);
+    transact(l, "remove");
+}
+
 static void look(struct life *l)
 {
     uint64_t generation = generation_of(l, 0);
@@ -255,6 +264,73 @@ static void look(struct life *l)
 static void look_again(struct life *l)
 {
     look(l);
+    transact(l, "remove");
+}
+
+/* ---- resizing ---- */
+
+#define GROWN (8 * GiB) /* more than the areas of a disk of 4 MiB can tell */
+#define SHRUNK (3 * MiB / 2)
+
+static void resize_to(struct life *l, uint64_t size)
+{
+    struct error err = ERROR_INIT;
+
+    CHECK_OK(edge_truncate(l->e[0], size, true, &err), err);
+}
+
+static void grow(struct life *l)
+{
+    write_at(l, 0, WRITE_AT);
+    resize_to(l, GROWN);
+    write_at(l, 0, 2 * WRITE_AT);
+    write_at(l, 0, GROWN / 2);
+    write_at(l, 0, GROWN - 4096);
+}
+
+static void shrink(struct life *l)
+{
+    write_at(l, 0, WRITE_AT);
+    write_at(l, 0, 2 * WRITE_AT);
+    resize_to(l, SHRUNK);
+    write_at(l, 0, 4096 * 100);
+}
+
+static void grow_and_shrink(struct life *l)
+{
+    grow(l);
+    shrink(l);
+}
+
+/* Whatever is there that was not there at first is dirty, and so is what is not there any more once
+ * the disk is as large again. */
+static void look_resized(struct life *l)
+{
+    static const uint64_t places[] = {0,         4096 * 100,  WRITE_AT, 2 * WRITE_AT,
+                                      GROWN / 2, GROWN - 4096};
+    uint64_t size = node_size(l->n[0]);
+    struct bitmap *bits = dirty_bits(bitmap_of(l, 0));
+
+    CHECK(size == DISK_BYTES || size == GROWN || size == SHRUNK);
+    CHECK(bitmap_size(bits) == size && !dirty_busy(bitmap_of(l, 0)));
+    CHECK(bitmap_get(bits, 0));
+    for (unsigned i = 0; i < ARRAY_SIZE(places) && places[i] < size; i++) {
+        uint8_t byte;
+        CHECK(edge_read(l->e[0], range_make(places[i], 1), &byte, 0) == 0);
+        CHECK(!byte || bitmap_get(bits, places[i]));
+    }
+    if (size == SHRUNK) {
+        resize_to(l, DISK_BYTES);
+        bits = dirty_bits(bitmap_of(l, 0));
+        CHECK(bitmap_get(bits, 2 * WRITE_AT) && bitmap_get(bits, DISK_BYTES - 1));
+    }
+    write_at(l, 0, 3 * WRITE_AT);
+    CHECK(bitmap_get(dirty_bits(bitmap_of(l, 0)), 3 * WRITE_AT));
+}
+
+static void look_resized_again(struct life *l)
+{
+    look_resized(l);
     transact(l, "remove");
 }
 
@@ -316,7 +392,15 @@ static bool move(const char *from, const char *to)
 
 enum between { NOTHING, SEGMENTS_LOST, FIRST_ABSENT, OTHERS_FIRST };
 
-static void kill_at_every_operation(enum between between)
+struct course {
+    void (*body)(struct life *l), (*look)(struct life *l), (*look_again)(struct life *l);
+    unsigned hidden; /* disks that none of its lives has */
+};
+
+enum { OTHERS = ~1u }; /* but the first */
+static const struct course clearing = {clear_all, look, look_again};
+
+static void kill_at_every_operation_of(const struct course *c, enum between between)
 {
     snprintf(dir, sizeof dir, "/tmp/keepers-XXXXXX");
     assert_non_null(mkdtemp(dir));
@@ -324,8 +408,8 @@ static void kill_at_every_operation(enum between between)
         for (unsigned n = 1;; n++) {
             files(true);
             make_disks();
-            assert_false(run_life(begin, 0, false, 0));
-            bool killed = run_life(clear_all, n, after, 0);
+            assert_false(run_life(begin, 0, false, c->hidden));
+            bool killed = run_life(c->body, n, after, c->hidden);
             if (between == SEGMENTS_LOST)
                 lose_segments();
             if (between == FIRST_ABSENT && move("0.tide", "away"))
@@ -335,12 +419,48 @@ static void kill_at_every_operation(enum between between)
             if (between == OTHERS_FIRST)
                 for (unsigned i = DISKS; i-- > 0;)
                     run_life(look_at_one, 0, false, ~(1u << i));
-            assert_false(run_life(look, 0, false, 0));
-            assert_false(run_life(look_again, 0, false, 0));
+            assert_false(run_life(c->look, 0, false, c->hidden));
+            assert_false(run_life(c->look_again, 0, false, c->hidden));
             assert_int_equal(files(false), 0);
             if (!killed)
                 break;
         }
+    }
+    files(true);
+    rmdir(dir);
+}
+
+static void kill_at_every_operation(enum between between)
+{
+    kill_at_every_operation_of(&clearing, between);
+}
+
+static void a_resize_forgets_nothing(void **state)
+{
+    static const struct course resizing = {grow_and_shrink, look_resized, look_resized_again,
+                                           OTHERS};
+
+    kill_at_every_operation_of(&resizing, NOTHING);
+    kill_at_every_operation_of(&resizing, SEGMENTS_LOST);
+}
+
+/* Each recovery is cut at the same place, again and again: whatever it has made so far goes in the
+ * end. */
+static void cut_again_and_again_inside_recovery(void **state)
+{
+    bool killed = true;
+
+    snprintf(dir, sizeof dir, "/tmp/keepers-XXXXXX");
+    assert_non_null(mkdtemp(dir));
+    for (unsigned n = 1; killed; n++) {
+        files(true);
+        make_disks();
+        assert_false(run_life(begin, 0, false, OTHERS));
+        assert_true(run_life(look_at_one, 3, false, OTHERS));
+        for (unsigned i = 0; i < 6 && killed; i++)
+            killed = run_life(look_at_one, n, false, OTHERS);
+        assert_false(run_life(look_at_one_again, 0, false, OTHERS));
+        assert_int_equal(files(false), 0);
     }
     files(true);
     rmdir(dir);
@@ -367,6 +487,8 @@ static void also_when_the_first_cannot_be_asked(void **state)
 }
 
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(a_resize_forgets_nothing),
+    cmocka_unit_test(cut_again_and_again_inside_recovery),
     cmocka_unit_test(a_group_is_all_or_nothing),
     cmocka_unit_test(also_without_run_segments),
     cmocka_unit_test(also_when_one_is_opened_alone),
