@@ -668,8 +668,10 @@ static int plan_make(struct plan *p, struct error *err)
         r = node_check_op(p->target, BLOCK_OP_MIRROR_TARGET, err);
     if (r < 0)
         return r;
-    if (p->sync == SYNC_TOP && !node_backing(p->source))
+    if (p->sync == SYNC_TOP && !node_backing(p->source)) {
         p->sync = SYNC_FULL;
+        sync = "full"; /* also in what is said of it */
+    }
     r = plan_bitmap(p, sync, err);
     if (r == 0)
         r = plan_replaces(p, err);
