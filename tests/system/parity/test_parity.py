@@ -55,3 +55,14 @@ def test_sequence(seq, subject, wanted, request):
         text = "\n".join(str(d) for d in left)
         pytest.fail(f"{seq.module}.{seq.name}: {seq.doc.splitlines()[0] if seq.doc else ''}\n"
                     f"{len(left)} unlisted difference{'s' * (len(left) > 1)}\n{text}", pytrace=False)
+
+
+def test_each_listed_difference_occurs(wanted, request):
+    """Last: a line of `differences` that nothing needs would hide what comes later."""
+    seen = getattr(request.config, "parity_seen", set())
+    left = compare.unused(wanted, seen, {s.name for s in all_sequences()})
+    if left is None:
+        pytest.skip("only a run of all sequences can tell")
+    if left:
+        pytest.fail("no longer occur:\n" + "\n".join(f"parity/differences:{w.number}: {w.line}"
+                                                     for w in left), pytrace=False)

@@ -282,6 +282,48 @@ def drive_mirror_full(t):
     t.content("new.raw", fmt="raw")
 
 
+@sequence(disk("a", data=DATA), disk("u"), image("there", size="2M"), nbd_server("u"))
+def drive_mirror_refused(t):
+    """What the command says of its arguments: missing, of a wrong type, unknown, out of range."""
+    m = {"job_id": "j", "device": "a", "target": "$DIR/x.qcow2", "sync": "full"}
+    t("drive-mirror")
+    for left_out in ("device", "target", "sync"):
+        t("drive-mirror", **{k: v for k, v in m.items() if k != left_out})
+    strings = ("job_id", "device", "target", "format", "node_name", "replaces", "sync", "mode",
+               "on_source_error", "on_target_error", "copy_mode")
+    for name in strings:
+        for value in (1, True, None, ["x"], {"x": 1}):
+            t("drive-mirror", **{**m, name: value})
+    for name in ("speed", "granularity", "buf_size"):
+        for value in ("1", True, None, 1.5, [1]):
+            t("drive-mirror", **{**m, name: value})
+    for name in ("unmap", "auto_finalize", "auto_dismiss"):
+        for value in ("on", 1, None, [True]):
+            t("drive-mirror", **{**m, name: value})
+    for more in ({"more": 1}, {"filter_node_name": "f"}, {"backing": "u"}, {"Device": "a"}):
+        t("drive-mirror", **{**m, **more})
+    for more in ({"device": ""}, {"device": "nosuch"}, {"sync": "some"}, {"sync": ""},
+                 {"mode": "new"}, {"copy_mode": "x"}, {"on_source_error": "x"},
+                 {"on_target_error": "x"}, {"format": "nosuch"}, {"format": ""},
+                 {"granularity": 511}, {"granularity": 1000}, {"granularity": 128 << 20},
+                 {"granularity": -1}, {"granularity": 1 << 32}, {"buf_size": -1},
+                 {"buf_size": 1 << 63}, {"speed": -1}, {"speed": 1 << 63}, {"job_id": "0"},
+                 {"job_id": ""}, {"node_name": "0"}, {"node_name": "u"}, {"node_name": ""},
+                 {"replaces": "a"}, {"replaces": "u", "node_name": "n"},
+                 {"replaces": "nosuch", "node_name": "n"}, {"target": "$DIR/nosuch/x"},
+                 {"target": "$DIR/nosuch.qcow2", "mode": "existing"},
+                 {"target": "$DIR/a.qcow2", "mode": "existing"},
+                 {"target": "$DIR/u.qcow2", "mode": "existing"},
+                 {"target": ""}, {"target": "nosuch:x"}):
+        t("drive-mirror", **{**m, **more})
+    t("drive-mirror", **{**m, "target": "$DIR/there.qcow2", "mode": "existing",
+                         "auto_dismiss": False})
+    t.wait_job("j", "concluded")
+    ask(t)
+    t("job-dismiss", id="j")
+    t("query-jobs")
+
+
 @sequence(image("base", data="write -P 3 0 2M"), image("t", data="write -P 9 0 3M"),
           disk("a", data="write -P 1 512k 1M", backing_file="base.qcow2", backing_fmt="qcow2"))
 def drive_mirror_backing(t):
