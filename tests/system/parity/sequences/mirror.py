@@ -11,9 +11,8 @@ def ask(t, *mask):
 
 
 def ready(t, job="j", **more):
-    """A mirror of a to t that has become ready."""
-    more.setdefault("sync", "full")
-    t("blockdev-mirror", job_id=job, device="a", target="t", **more)
+    """A mirror, of a to t, that has become ready."""
+    t("blockdev-mirror", **{"job_id": job, "device": "a", "target": "t", "sync": "full", **more})
     t.wait_job(job, "ready")
 
 
@@ -231,6 +230,46 @@ def mirror_replaces(t):
     t("job-complete", id="j")
     t.wait_job("j", "null")
     t("blockdev-mirror", job_id="j", device="a", target="t", sync="full", replaces="a-file")
+
+
+@sequence(disk("a", data=DATA), disk("t"), disk("u", size="8M"), disk("v", size="4M"),
+          "--object", "throttle-group,id=g", "--blockdev",
+          "throttle,node-name=over,throttle-group=g,file=a", nbd_server("over"))
+def drive_mirror_replaces_below(t):
+    """replaces names the disk below the source, which is a filter of the user's: what the guest uses
+    stays above, and writes to the target through it."""
+    m = {"job_id": "j", "device": "over", "sync": "full"}
+    t("blockdev-mirror", **m, target="t", replaces="v")     # another disk
+    t("blockdev-mirror", **m, target="u", replaces="a", auto_dismiss=False)
+    t.wait_job("j", "concluded")
+    ask(t)
+    t("job-dismiss", id="j")
+    ready(t, device="over", replaces="a")
+    t.nodes()
+    t("blockdev-del", node_name="a")
+    t.write("over", 0, 65536, 7)
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.nodes()
+    t("query-block-exports")
+    t.write("over", 65536, 65536, 9)
+    t("blockdev-del", node_name="t")
+    t("blockdev-del", node_name="a")
+    ready(t, device="over", target="v", replaces="t")
+    t("block-job-cancel", device="j")
+    t.wait_job("j", "null")
+    t("drive-mirror", job_id="j", device="over", target="$DIR/new.qcow2", sync="full",
+      format="qcow2", node_name="new", replaces="t")
+    t.wait_job("j", "ready")
+    t("block-job-complete", device="j")
+    t.wait_job("j", "null")
+    t.nodes()
+    t.write("over", 1 << 20, 65536, 5)
+    t.finish()
+    t.content("a.qcow2")
+    t.content("t.qcow2")
+    t.content("v.qcow2")
+    t.content("new.qcow2")
 
 
 @sequence(disk("a", data=DATA), disk("t"), nbd_server("a"))
