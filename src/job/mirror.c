@@ -148,9 +148,9 @@ static int begin(struct mirror *m)
 static int drain(struct mirror *m, bool *read_failed)
 {
     int r = same_size(m) ? follow_drain(m->follow, read_failed) : -EINTR;
-    if (r == 0)
+    if (r == 0 && !BROKEN(mirror_target_not_flushed))
         r = edge_flush(m->to);
-    if (r == 0 && m->bitmap) {
+    if (r == 0 && m->bitmap && !BROKEN(mirror_source_not_flushed)) {
         r = edge_flush(mirror_top_source(m->filter));
         *read_failed = r < 0;
     }
