@@ -492,6 +492,53 @@ JOB_TEST(a_group_ends_together)
     node_unref(t2);
 }
 
+/* A group is of jobs: whatever else, first or after a backup, is refused by its name, and nothing
+ * of the transaction has happened. */
+JOB_TEST(a_group_takes_jobs_only)
+{
+    static const struct {
+        const char *type, *data;
+    } others[] = {
+        {"block-dirty-bitmap-add", "{'node':'s','name':'new'}"},
+        {"block-dirty-bitmap-remove", "{'node':'s','name':'b'}"},
+        {"block-dirty-bitmap-clear", "{'node':'s','name':'b'}"},
+        {"block-dirty-bitmap-enable", "{'node':'s','name':'off'}"},
+        {"block-dirty-bitmap-disable", "{'node':'s','name':'b'}"},
+        {"block-dirty-bitmap-merge", "{'node':'s','target':'off','bitmaps':['b']}"},
+        {"blockdev-snapshot", "{'node':'s','overlay':'o'}"},
+        {"blockdev-snapshot-sync",
+         "{'node-name':'s','snapshot-file':'/nowhere/x','snapshot-node-name':'x'}"},
+    };
+    struct node *t = disk(g, "t", 4 * MiB, 0), *o = disk(g, "o", 4 * MiB, 0);
+    n = disk(g, "s", 4 * MiB, 0);
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b'}"));
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'off','disabled':true}"));
+    mark("b", 7);
+    for (size_t i = 0; i < ARRAY_SIZE(others); i++) {
+        for (int later = 0; later < 2; later++) {
+            struct error err = ERROR_INIT;
+            CLEANUP(memory_freep)
+            char *text = xasprintf("Action '%s' does not support Transaction property "
+                                   "completion-mode = grouped",
+                                   others[i].type);
+            CLEANUP(memory_freep)
+            char *other = xasprintf("{'type':'%s','data':%s}", others[i].type, others[i].data);
+            const char *backup = BACKUP("s", "t", "j", ",'bitmap':'b','bitmap-mode':'on-success'");
+            events[0] = '\0';
+            CHECK(run(g, &err, parse("[%s,%s]", later ? backup : other, later ? other : backup),
+                      "grouped") < 0);
+            CHECK_TEXT(err, text);
+            CHECK(strcmp(events, later ? "j:created j:aborting j:concluded j:null " : "") == 0);
+            CHECK(count("b") == 65536 && count("off") == 0 && !dirty_busy(dirty_find(n, "b")));
+            CHECK(dirty_enabled(dirty_find(n, "b")) && !dirty_enabled(dirty_find(n, "off")));
+            CHECK(!dirty_find(n, "new") && TAILQ_EMPTY(&n->parents) && TAILQ_EMPTY(&t->parents));
+        }
+    }
+    node_unref(n);
+    node_unref(t);
+    node_unref(o);
+}
+
 /* ---- drive-backup and create, on real files ---- */
 
 static char dir[64]; /* of the test that runs; goes with its one file */
@@ -680,6 +727,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(all_disks_have_one_instant),
     cmocka_unit_test(a_backup_that_cannot_be_prepared_undoes_those_before_it),
     cmocka_unit_test(a_group_ends_together),
+    cmocka_unit_test(a_group_takes_jobs_only),
     cmocka_unit_test(drive_backup_makes_its_target),
     cmocka_unit_test(what_others_have_made_of_it_stays),
     cmocka_unit_test(what_cannot_be_kept_has_not_happened),
