@@ -451,8 +451,8 @@ void follow_on_failure(struct follow *f, void (*fn)(void *opaque, int code), voi
 
 bool follow_wants(const struct follow *f, struct range r, unsigned flags)
 {
-    return f->blocking && !f->failed && !(flags & REQ_WRITE_UNCHANGED) && !range_empty(r) &&
-           range_end(r) <= f->size;
+    return f->blocking && !BROKEN(write_blocking_is_background) && !f->failed &&
+           !(flags & REQ_WRITE_UNCHANGED) && !range_empty(r) && range_end(r) <= f->size;
 }
 
 void follow_write_begin(struct follow *f, struct follow_write *w, struct range r)

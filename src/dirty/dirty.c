@@ -53,6 +53,7 @@ struct dirty_node {
 struct dirty_bitmap {
     struct dirty_node *home;
     char *name; /* NULL: nameless */
+    uint64_t serial;
     struct bitmap *bits;
     struct dirty_bitmap *successor; /* nameless, in the list; NULL: no job holds this one */
     bool enabled, busy, persistent, inconsistent, readonly, hidden;
@@ -522,9 +523,11 @@ static int check_can_store(struct node *n, const char *name, uint64_t granularit
 /* At the head of the list. Steals BITS. */
 static struct dirty_bitmap *enlist(struct dirty_node *home, const char *name, struct bitmap *bits)
 {
+    static uint64_t last_serial;
     struct dirty_bitmap *bm = xnew(struct dirty_bitmap);
 
     bm->home = home;
+    bm->serial = ++last_serial;
     bm->name = name ? xstrdup(name) : NULL;
     bm->bits = bits;
     bm->peak_bytes = bitmap_size(bits);
@@ -594,6 +597,19 @@ void dirty_release(struct dirty_bitmap *bm)
     free(bm->last_job);
     free(bm->name);
     free(bm);
+}
+
+uint64_t dirty_serial(const struct dirty_bitmap *bm)
+{
+    return bm->serial;
+}
+
+struct dirty_bitmap *dirty_find_serial(struct node *n, uint64_t serial)
+{
+    struct dirty_bitmap *bm = dirty_first(n);
+    while (bm && bm->serial != serial)
+        bm = dirty_next(bm);
+    return bm;
 }
 
 int dirty_remove_stored(struct dirty_bitmap *bm, struct error *err)

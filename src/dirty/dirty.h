@@ -88,6 +88,10 @@ int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsi
 int dirty_remove(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
 int dirty_remove_stored(struct dirty_bitmap *bm, struct error *err) MUST_CHECK;
 void dirty_release(struct dirty_bitmap *bm); /* from memory only: nameless ones, undone adds */
+/* What no other bitmap has had before: for who has waited, and wants to know whether it is still
+ * there. NULL: it is not. */
+uint64_t dirty_serial(const struct dirty_bitmap *bm);
+struct dirty_bitmap *dirty_find_serial(struct node *n, uint64_t serial);
 /* For a transaction: hidden (dropped at commit, back at abort); a hidden one records on. Nothing
  * but the handle finds it, and its name is free. */
 void dirty_hide(struct dirty_bitmap *bm);

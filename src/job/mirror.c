@@ -20,7 +20,8 @@
  *     never            bitmap OR successor           bitmap OR successor
  *
  * "That moment" is the last step, with guests waiting: ready does nothing to a bitmap. Before a bit
- * is lost the target is flushed, then the source. */
+ * is lost the target is flushed, then the source. If it is the pivot that fails, nothing remains,
+ * and the successor has what was written since. */
 #include "job/mirror.h"
 
 #include "base/broken.h"
@@ -57,7 +58,8 @@ struct mirror {
     struct op_blocker replace_blocker;
     struct node_cancel *given_up; /* the target, by a cancel by force */
     bool completing;
-    int failed; /* by a guest's write, negative errno */
+    bool caught_up; /* the last step's copy is done and durable, and the successor begins there */
+    int failed;     /* by a guest's write, negative errno */
 };
 
 static struct mirror *mirror_of(struct job *j)
@@ -146,9 +148,9 @@ static int begin(struct mirror *m)
 static int drain(struct mirror *m, bool *read_failed)
 {
     int r = same_size(m) ? follow_drain(m->follow, read_failed) : -EINTR;
-    if (r == 0)
+    if (r == 0 && !BROKEN(mirror_target_not_flushed))
         r = edge_flush(m->to);
-    if (r == 0 && m->bitmap) {
+    if (r == 0 && m->bitmap && !BROKEN(mirror_source_not_flushed)) {
         r = edge_flush(mirror_top_source(m->filter));
         *read_failed = r < 0;
     }
@@ -407,6 +409,7 @@ static int exit_quiesced(struct mirror *m, bool success, struct error *err)
     if (r == 0 && success && m->bitmap && m->bitmap_mode != BITMAP_NEVER &&
         !BROKEN(mirror_restart_forgotten))
         r = dirty_restart(m->bitmap, err);
+    m->caught_up = success && r == 0;
     if (r == 0)
         r = take_apart(m, success);
     graph_quiesce_end(g, nodes, ARRAY_SIZE(nodes));
@@ -469,15 +472,26 @@ static struct bitmap *lacking(struct mirror *m)
     return ret;
 }
 
+/* always: what of the bitmap remains. NULL: nobody can say, so all. */
+static struct bitmap *remaining_of(struct mirror *m)
+{
+    struct bitmap *bits = dirty_bits(m->bitmap), *ret;
+    if (m->caught_up) /* it was the pivot that failed: nothing, and that is durable */
+        return bitmap_new(bitmap_size(bits), dirty_granularity(m->bitmap));
+    if (!m->follow)
+        return NULL;
+    ret = lacking(m);
+    if (ret && (edge_flush(m->to) < 0 || edge_flush(mirror_top_source(m->filter)) < 0))
+        bitmap_free(steal(ret));
+    return ret;
+}
+
 static void mirror_abort(struct job *j)
 {
     struct mirror *m = mirror_of(j);
     if (m->bitmap) {
-        CLEANUP(bitmap_freep) struct bitmap *remaining = NULL;
-        if (m->follow && m->bitmap_mode == BITMAP_ALWAYS)
-            remaining = lacking(m);
-        if (remaining && (edge_flush(m->to) < 0 || edge_flush(mirror_top_source(m->filter)) < 0))
-            bitmap_free(steal(remaining));
+        CLEANUP(bitmap_freep)
+        struct bitmap *remaining = m->bitmap_mode == BITMAP_ALWAYS ? remaining_of(m) : NULL;
         roll_back(m, remaining);
     }
     if (m->follow) {
@@ -668,8 +682,10 @@ static int plan_make(struct plan *p, struct error *err)
         r = node_check_op(p->target, BLOCK_OP_MIRROR_TARGET, err);
     if (r < 0)
         return r;
-    if (p->sync == SYNC_TOP && !node_backing(p->source))
+    if (p->sync == SYNC_TOP && !node_backing(p->source)) {
         p->sync = SYNC_FULL;
+        sync = "full"; /* also in what is said of it */
+    }
     r = plan_bitmap(p, sync, err);
     if (r == 0)
         r = plan_replaces(p, err);

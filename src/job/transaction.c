@@ -15,7 +15,11 @@
  *
  * Image files that prepare has made are removed after an abort, when nobody has them open any more;
  * a file that was there before is not ours to remove, although making an image in it has cost it
- * its content: that happens at prepare, as with QEMU. */
+ * its content: that happens at prepare, as with QEMU.
+ *
+ * When all is committed and the bitmaps then cannot get their base (dirty_settle), who asked gets
+ * an error, too: the jobs are cancelled, their new targets go, and so do the bitmaps that were
+ * added. A snapshot stays, because guests have written to the overlay meanwhile. */
 #include "job/transaction.h"
 
 #include "base/broken.h"
@@ -36,6 +40,8 @@ struct action {
     TAILQ_ENTRY(action) link;
 
     struct dirty_bitmap *bitmap; /* NULL: prepare has not come so far */
+    struct node *added_to;       /* its node, lent; NULL: it was there before */
+    uint64_t serial;             /* its serial, then */
     struct bitmap *undo;         /* its bits as they were */
     bool was_enabled, was_based;
     struct job *job;
@@ -104,7 +110,12 @@ static int add_prepare(struct action *a, struct error *err)
         flags |= DIRTY_PERSISTENT;
     if (json_get_bool(a->data, "disabled", false))
         flags |= DIRTY_DISABLED;
-    return dirty_add(n, name, granularity, flags, &a->bitmap, err);
+    r = dirty_add(n, name, granularity, flags, &a->bitmap, err);
+    if (r == 0) {
+        a->added_to = n;
+        a->serial = dirty_serial(a->bitmap);
+    }
+    return r;
 }
 
 static void add_abort(struct action *a)
@@ -258,15 +269,20 @@ static void hold(struct action *a, struct node *n)
     graph_quiesce_begin(a->transaction->graph, &a->quiet, 1);
 }
 
+static void remove_made(struct action *a)
+{
+    if (a->made && !BROKEN(made_file_stays) && io_unlink(a->made) < 0)
+        log_warning("the file '%s', made in vain, cannot be removed", a->made);
+}
+
 static void let_go(struct action *a)
 {
     if (a->quiet) {
         graph_quiesce_end(a->transaction->graph, &a->quiet, 1);
         node_unref(steal(a->quiet));
     }
-    if (a->made && a->transaction->failed && !BROKEN(made_file_stays) && io_unlink(a->made) < 0)
-        log_warning("the file '%s', made in vain, cannot be removed", a->made);
-    free(a->made);
+    if (a->transaction->failed)
+        remove_made(a);
 }
 
 /* ---- jobs ---- */
@@ -599,14 +615,38 @@ static int run_locked(struct transaction *t, struct error *err)
     return r;
 }
 
-/* The bitmaps have not got the base that the jobs count on, and who asked gets an error. */
+/* The bitmaps have not got the base that the jobs count on. */
 static void end_jobs(struct transaction *t)
 {
     struct action *a;
     TAILQ_FOREACH (a, &t->actions, link) {
-        if (a->job)
+        if (a->job) {
             job_cancel_and_wait(a->job);
+            remove_made(a);
+        }
     }
+}
+
+/* Nothing can be done with them: they are inconsistent. Others had the graph meanwhile, and may
+ * have removed them, or hold them. */
+static void remove_added(struct transaction *t)
+{
+    struct error err = ERROR_INIT;
+    struct action *a;
+    bool any = false;
+
+    GRAPH_LOCKED(t->graph);
+    graph_quiesce_begin(t->graph, t->nodes, t->node_count);
+    TAILQ_FOREACH (a, &t->actions, link) {
+        struct dirty_bitmap *bm = a->added_to ? dirty_find_serial(a->added_to, a->serial) : NULL;
+        if (bm && !dirty_busy(bm)) {
+            dirty_release(bm);
+            any = true;
+        }
+    }
+    if (any && dirty_commit(t->nodes, t->node_count, &err) < 0)
+        log_warning("%s", err.text);
+    graph_quiesce_end(t->graph, t->nodes, t->node_count);
 }
 
 static int run(struct transaction *t, struct error *err)
@@ -622,8 +662,10 @@ static int run(struct transaction *t, struct error *err)
     graph_unlock(t->graph);
     if (r == 0) {
         r = dirty_settle(t->nodes, t->node_count, err);
-        if (r < 0)
+        if (r < 0) {
             end_jobs(t);
+            remove_added(t);
+        }
     }
     for (size_t i = 0; i < t->node_count; i++)
         node_unref(t->nodes[i]);
@@ -643,6 +685,7 @@ static void transaction_fini(struct transaction *t)
         TAILQ_REMOVE(&t->actions, a, link);
         if (a->job)
             job_unref(a->job);
+        free(a->made);
         free(a);
     }
     free(t->nodes);

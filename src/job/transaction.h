@@ -10,7 +10,8 @@
  *                                              +-> abort n .. 1 -----------+
  *
  * Persistent bitmaps become durable in two steps (dirty_commit, dirty_settle): what guests wrote
- * before may still have to be flushed, and they need not wait for that.
+ * before may still have to be flushed, and they need not wait for that. If that second step fails,
+ * the caller gets its error; jobs are cancelled, made files and added bitmaps go, snapshots stay.
  *
  * Called by tasks; takes graph_lock(); shielded once it has begun. */
 #pragma once

@@ -126,6 +126,17 @@ void plan_look(void)
         plan_settles();
 }
 
+void plan_watch(struct plan *p, struct disk *d)
+{
+    p->disk = d;
+    if (*d->sentinel)
+        plan_action(p, "block-dirty-bitmap-remove",
+                    parse("{'node':'%s','name':'%s'}", d->name, d->sentinel));
+    snprintf(p->sentinel, sizeof p->sentinel, "z%u", history->next_name++);
+    plan_action(p, "block-dirty-bitmap-add",
+                parse("{'node':'%s','name':'%s','disabled':true}", d->name, p->sentinel));
+}
+
 int plan_carry_out(struct plan *p, struct error *err)
 {
     CLEANUP(json_putp)
@@ -138,6 +149,8 @@ int plan_carry_out(struct plan *p, struct error *err)
     if (r == 0)
         plan_settles();
     HOLDS(p->settled == (r == 0));
+    if (r == 0 && *p->sentinel)
+        snprintf(p->disk->sentinel, sizeof p->disk->sentinel, "%s", p->sentinel);
     history->plan = NULL;
     return r;
 }
@@ -165,7 +178,7 @@ struct marks *some_marks(struct disk *d, bool busy)
 bool is_lanes(const struct marks *m)
 {
     for (unsigned i = 0; i < history->n_lanes; i++) {
-        if (history->lanes[i].marks == m)
+        if (history->lanes[i].marks == m || history->lanes[i].carried == m)
             return true;
     }
     return false;
@@ -198,16 +211,11 @@ static bool change_one(struct plan *p, struct disk *d)
 /* Up to three changes in one transaction, which may be called off. */
 void change_bitmaps(struct disk *d)
 {
-    struct plan p = {.disk = d};
+    struct plan p = {0};
 
-    if (*d->sentinel)
-        plan_action(&p, "block-dirty-bitmap-remove",
-                    parse("{'node':'%s','name':'%s'}", d->name, d->sentinel));
     for (uint64_t n = 1 + dice(3); n && change_one(&p, d); n--)
         ;
-    snprintf(p.sentinel, sizeof p.sentinel, "z%u", history->next_name++);
-    plan_action(&p, "block-dirty-bitmap-add",
-                parse("{'node':'%s','name':'%s','disabled':true}", d->name, p.sentinel));
+    plan_watch(&p, d);
     if (one_in(4)) {
         struct error err = ERROR_INIT;
         plan_call_off(&p);
@@ -215,7 +223,6 @@ void change_bitmaps(struct disk *d)
         return;
     }
     plan_carry_out_ok(&p);
-    snprintf(d->sentinel, sizeof d->sentinel, "%s", p.sentinel);
 }
 
 /* A job has it: nobody else may. */

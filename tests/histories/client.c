@@ -127,6 +127,19 @@ static void keep_books(struct work *w, bool success)
     }
 }
 
+/* Chains whose disk is mirrored: do they go on with the other disk? */
+static void carry_or_not(const struct work *w, bool moved)
+{
+    for (unsigned i = 0; i < history->n_lanes; i++) {
+        struct lane *l = &history->lanes[i];
+        if (!l->carried || l->source != w->source)
+            continue;
+        l->moved = moved;
+        if (!moved)
+            l->carried = NULL;
+    }
+}
+
 static void pivot(struct work *w, bool success)
 {
     struct vdisk *v = w->vdisk;
@@ -137,6 +150,7 @@ static void pivot(struct work *w, bool success)
     v->disk = should_be;
     if (v->disk == w->target)
         trace("%s takes the place of %s", w->target->name, w->source->name);
+    carry_or_not(w, v->disk == w->target);
 }
 
 static void work_over(struct work *w, bool success, const char *error)
@@ -225,6 +239,7 @@ static void add_options(struct work *w, struct json_object *o)
     json_add_string(o, "on-source-error", some_on_error());
     json_add_string(o, "on-target-error", some_on_error());
     w->manual_finalize = one_in(4);
+    w->group->by_hand |= w->manual_finalize;
     w->manual_dismiss = one_in(6);
     json_add_bool(o, "auto-finalize", !w->manual_finalize);
     json_add_bool(o, "auto-dismiss", !w->manual_dismiss);
@@ -525,6 +540,47 @@ static void disturb(struct work *w)
     }
 }
 
+/* Before a mirror's target takes over: what guests write to it from then on is known to each chain
+ * of the disk, too. */
+static void begin_to_carry(struct work *w)
+{
+    struct plan p = {0};
+    char id[12];
+    snprintf(id, sizeof id, "%s", w->id);
+    for (unsigned i = 0; i < history->n_lanes && p.n < 4; i++) {
+        struct lane *l = &history->lanes[i];
+        if (l->source == w->source && l->kept && !l->work && !l->look && !l->carried)
+            plan_add(&p, w->target, "c", false, &l->carried);
+    }
+    if (!p.n)
+        return;
+    plan_watch(&p, w->target);
+    struct disk *source = w->source;
+    plan_carry_out_ok(&p);
+    w = work_named(id);
+    if (!w || w->over) /* meanwhile, and without a pivot */
+        carry_or_not(&(struct work){.source = source}, false);
+}
+
+/* After it: what the chain's bitmap has of the time before is merged. */
+static void carry_on(void)
+{
+    for (unsigned i = 0; i < history->n_lanes; i++) {
+        struct lane *l = &history->lanes[i];
+        struct plan p = {0};
+        if (!l->moved)
+            continue;
+        trace("chain %u goes on with %s", i, l->carried->disk->name);
+        plan_merge(&p, l->carried, l->marks);
+        plan_watch(&p, l->carried->disk);
+        plan_carry_out_ok(&p);
+        l->source = l->carried->disk;
+        l->marks = l->carried;
+        l->carried = NULL;
+        l->moved = false;
+    }
+}
+
 /* What a job needs from its client to come to an end. */
 static void help(struct work *w)
 {
@@ -535,6 +591,11 @@ static void help(struct work *w)
         w->paused = false;
         verb(w, JOB_VERB_RESUME);
     } else if (is(w, "ready") && !w->asked_complete && !w->asked_cancel) {
+        if (w->mirror && !w->lane && !one_in(4))
+            begin_to_carry(w);
+        w = work_named(id);
+        if (!w || !is(w, "ready"))
+            return;
         if (one_in(3)) {
             cancel(w, false);
         } else {
@@ -543,6 +604,7 @@ static void help(struct work *w)
                 work_named(id)->asked_complete = false;
         }
     } else if (is(w, "pending") && w->manual_finalize) {
+        w->group->finalizing = true;
         verb(w, JOB_VERB_FINALIZE);
     } else if (is(w, "concluded") && w->manual_dismiss) {
         verb(w, JOB_VERB_DISMISS);
@@ -566,6 +628,7 @@ static struct work *some_work(void)
 
 void client_step(void)
 {
+    carry_on(); /* waits */
     struct vdisk *v = &history->vdisks[dice(history->n_vdisks)];
     struct disk *d = history->disks[dice(history->n_disks)];
     struct work *w = some_work();
@@ -611,6 +674,7 @@ void client_finish(void)
         disk_disarm(history->disks[i]);
     finish_jobs();
     check_everything();
+    carry_on();
     for (unsigned i = 0; i < history->n_lanes; i++) {
         struct lane *l = &history->lanes[i];
         struct plan p = {0};
@@ -657,7 +721,10 @@ bool about_to_end(const struct marks *m)
 {
     struct work *w;
     TAILQ_FOREACH (w, &history->works, link) {
-        if (w->marks == m && !w->over && (is(w, "pending") || is(w, "aborting")))
+        if (w->marks != m || w->over)
+            continue;
+        if (is(w, "aborting") ||
+            (is(w, "pending") && !(w->group->by_hand && !w->group->finalizing)))
             return true;
     }
     return false;

@@ -211,6 +211,8 @@ int plan_carry_out(struct plan *p, struct error *err) MUST_CHECK;
 void plan_carry_out_ok(struct plan *p);
 void plan_settles(void); /* the one that is under way takes effect now */
 void plan_look(void);    /* ... if it has */
+/* For a plan without jobs, when it is complete: a bitmap of D that shows when it takes effect. */
+void plan_watch(struct plan *p, struct disk *d);
 
 struct marks *some_marks(struct disk *d, bool busy);
 bool is_lanes(const struct marks *m);
@@ -235,6 +237,11 @@ struct lane {
     struct disk *newest; /* that is kept */
     enum { LOOK_NOT, LOOK_COMPLETE, LOOK_UNFINISHED } look; /* its content must be looked at */
     uint8_t *survived; /* the newest file after a power loss just then */
+    /* A mirror is about to put another disk in the source's place: a bitmap of that one, which
+     * records from before. When it has (`moved`), the chain's bitmap is merged into it, and the
+     * chain goes on there. */
+    struct marks *carried;
+    bool moved;
 };
 
 struct disk *image_new(uint64_t size, struct disk *behind);
@@ -242,7 +249,9 @@ void lane_look(struct lane *l); /* waits */
 
 struct group {
     unsigned refs;
-    bool excused; /* it may fail */
+    bool excused;    /* it may fail */
+    bool by_hand;    /* when all are pending they wait for ... */
+    bool finalizing; /* ... this */
     unsigned succeeded, failed;
 };
 
@@ -294,7 +303,8 @@ void client_event(void *opaque, const char *name, struct json_object *data);
 void client_step(void);
 void client_finish(void); /* lets all jobs end, then makes the last increments */
 void client_fini(void);
-/* The job that has it is being finalized or aborted: nobody can say how far that is. */
+/* The job that has it is being finalized or aborted: nobody can say how far that is. One that waits
+ * for its client to finalize it is not: its bitmap is as busy as before. */
 bool about_to_end(const struct marks *m);
 void check_everything(void);
 void check_outcome(struct work *w, bool success); /* and applies it to the model */

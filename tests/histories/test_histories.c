@@ -1,7 +1,8 @@
 /* Random histories of jobs, guests and faults against a model: see histories.h.
  *
  *     TEST_SEED=257 test_histories       one history, told step by step
- *     TEST_HISTORIES=100000              so many; TIDEMARK_SEED: the first one's seed */
+ *     TEST_HISTORIES=100000              so many; TIDEMARK_SEED: the first one's seed
+ *     TEST_DIES=abort@3                  history 3 dies on purpose (for the second test) */
 #include "histories.h"
 
 #include "copy/copy.h"
@@ -9,6 +10,9 @@
 #include "rt/world.h"
 
 #include <errno.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 /* ---- the world: a clock that jumps ---- */
 
@@ -49,6 +53,46 @@ static bool turn(struct world *w, uint64_t deadline_ns)
     return true;
 }
 
+/* ---- however it ends, how to see it again ---- */
+
+/* The program may die by a judgement of ours, an assert of src/, a sanitizer's report, a signal, or
+ * the patience of who runs it (meson sends SIGTERM). All of them come through here, so what is said
+ * is made before. Between histories there is nothing to repeat. */
+static char again[600];
+static volatile sig_atomic_t living;
+
+static void say_again(void)
+{
+    if (living && write(STDERR_FILENO, again, strlen(again)) < 0)
+        return;
+    living = false;
+}
+
+static void dies_by(int sig)
+{
+    say_again();
+    signal(sig, SIG_DFL);
+    raise(sig);
+}
+
+void __sanitizer_set_death_callback(void (*fn)(void)) __attribute__((weak));
+
+static void watch_for_death(void)
+{
+    static const int signals[] = {SIGABRT, SIGTERM, SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+    for (size_t i = 0; i < ARRAY_SIZE(signals); i++)
+        signal(signals[i], dies_by);
+    if (__sanitizer_set_death_callback)
+        __sanitizer_set_death_callback(say_again);
+}
+
+static void lives(uint64_t seed)
+{
+    snprintf(again, sizeof again, "\nagain: TEST_SEED=%llu %.500s\n", (unsigned long long)seed,
+             program_invocation_name);
+    living = true;
+}
+
 /* ---- saying what happened ---- */
 
 struct history *history;
@@ -86,9 +130,36 @@ void wrong_at(const char *file, int line, const char *fmt, ...)
     va_start(ap, fmt);
     vfprintf(stderr, fmt, ap);
     va_end(ap);
-    fprintf(stderr, "\nagain: TEST_SEED=%llu %s\n", (unsigned long long)history->seed,
-            program_invocation_name);
     abort();
+}
+
+/* ---- on purpose ---- */
+
+static void die(const char *how)
+{
+    volatile size_t after = 64;
+    uint8_t *bytes = xcalloc(1, after);
+    if (strcmp(how, "abort") == 0)
+        abort();
+    else if (strcmp(how, "overflow") == 0)
+        bytes[after] = 1;
+    else if (strcmp(how, "crash") == 0)
+        raise(SIGSEGV);
+    else if (strcmp(how, "wrong") == 0)
+        WRONG("on purpose");
+    fprintf(stderr, "hangs\n");
+    for (;;)
+        pause();
+}
+
+static void die_here(void)
+{
+    const char *when = getenv("TEST_DIES"), *at = when ? strchr(when, '@') : NULL;
+    if (at && strtoull(at + 1, NULL, 0) == history->seed) {
+        CLEANUP(memory_freep) char *how = xstrdup(when);
+        how[at - when] = '\0';
+        die(how);
+    }
 }
 
 /* ---- one history ---- */
@@ -116,6 +187,7 @@ static int live(void *arg)
     jobs_set_listener(history->jobs, client_event, NULL);
     TAILQ_INIT(&history->works);
     set_up();
+    die_here();
     {
         SCOPE(tasks);
         for (unsigned i = 0; i < history->n_vdisks; i++)
@@ -152,8 +224,11 @@ static void one_history(uint64_t seed)
     struct history h = {.seed = seed, .rng = {seed}, .writes = 1};
     history = &h;
     said_end = 0;
+    said[0] = '\0';
+    lives(seed);
     if (loop_run_in(&v.world, live, NULL) != 0)
         WRONG("the loop ends early");
+    living = false;
 }
 
 static uint64_t number(const char *name, uint64_t fallback)
@@ -171,12 +246,71 @@ static void random_histories_agree_with_the_model(void **state)
         n = 1;
         telling = true;
     }
+    watch_for_death();
     for (uint64_t seed = first; seed < first + n; seed++)
         one_history(seed);
 }
 
+/* What this program says when its history 3 dies HOW. */
+static void what_it_says(const char *how, char *said_then, size_t size)
+{
+    char path[400], dies[40];
+    int out[2];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
+    assert_true(n > 0 && pipe(out) == 0);
+    path[n] = '\0';
+    snprintf(dies, sizeof dies, "%s@3", how);
+    fflush(stderr);
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        dup2(out[1], STDOUT_FILENO);
+        dup2(out[1], STDERR_FILENO);
+        close(out[0]);
+        close(out[1]);
+        unsetenv("TEST_SEED");
+        unsetenv("TIDEMARK_SEED");
+        setenv("TEST_HISTORIES", "5", true);
+        setenv("TEST_DIES", dies, true);
+        execl(path, "histories-of-death", "random_histories", NULL);
+        _exit(99);
+    }
+    close(out[1]);
+    size_t have = 0;
+    bool hangs = strcmp(how, "hang") == 0;
+    while ((n = read(out[0], said_then + have, size - 1 - have)) > 0) {
+        have += (size_t)n;
+        said_then[have] = '\0';
+        if (hangs && strstr(said_then, "hangs\n")) {
+            kill(pid, SIGTERM);
+            hangs = false;
+        }
+    }
+    said_then[have] = '\0';
+    close(out[0]);
+    int status = 0;
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(status != 0);
+}
+
+static void however_a_history_dies_its_seed_is_said(void **state)
+{
+    static const char *const ways[] = {"wrong", "abort", "crash", "hang", "overflow"};
+    static char text[65536];
+    for (size_t i = 0; i < ARRAY_SIZE(ways); i++) {
+        if (strcmp(ways[i], "overflow") == 0 && !UNIT_SANITIZED)
+            continue; /* nobody would notice */
+        what_it_says(ways[i], text, sizeof text);
+        const char *line = strstr(text, "\nagain: TEST_SEED=3 histories-of-death\n");
+        if (!line || strstr(line + 2, "again: "))
+            fail_msg("a history that dies by '%s' says%s:\n%s", ways[i],
+                     line ? " it twice" : " no seed", text);
+    }
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(random_histories_agree_with_the_model),
+    cmocka_unit_test(however_a_history_dies_its_seed_is_said),
 };
 
 UNIT_MAIN(tests)

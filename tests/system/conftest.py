@@ -19,11 +19,13 @@ sys.path.insert(0, str(HERE))
 
 import pytest  # noqa: E402
 from tidemark_testlib import (  # noqa: E402
-    Daemon, NotAllowed, SmallFileSystem, find_tidemarkd, temp_dir,
+    Daemon, NotAllowed, SmallFileSystem, find_tidemarkd, may_be_skipped, temp_dir,
 )
 
 KEPT = ("TIDEMARK", "TIDEMARK_BUILD", "TIDEMARK_PARITY", "TIDEMARK_SEED", "TIDEMARK_LOOP",
-        "ASAN_OPTIONS", "UBSAN_OPTIONS", "LSAN_OPTIONS")
+        "TIDEMARK_CORO", "TIDEMARK_BREAKABLE", "TIDEMARK_BROKEN", "TIDEMARK_HISTORIES",
+        "TIDEMARK_INSTANT_ROUNDS", "TIDEMARK_REQUIRE", "TEST_SEED", "ASAN_OPTIONS",
+        "UBSAN_OPTIONS", "LSAN_OPTIONS")
 
 
 # Run segments on tmpfs, as they are to be: else each daemon says so on stderr.
@@ -53,6 +55,14 @@ def tidemarkd():
     return path
 
 
+def not_allowed(why):
+    """Skips, or where that is not allowed fails."""
+    if may_be_skipped():
+        pytest.skip(why)
+    pytest.fail(f"{why} (TIDEMARK_REQUIRE; scripts/check with TIDEMARK_ALLOW_SKIP=1 skips this)",
+                pytrace=False)
+
+
 @pytest.fixture
 def small_fs(tmp):
     """small_fs("2M") -> a file system of that size (SmallFileSystem), to be full."""
@@ -62,7 +72,7 @@ def small_fs(tmp):
         try:
             made.append(SmallFileSystem(tmp / f"small{len(made)}", size))
         except NotAllowed as error:
-            pytest.skip(str(error))
+            not_allowed(str(error))
         return made[-1]
 
     yield make

@@ -11,7 +11,7 @@ import pytest
 from tidemark_testlib import (
     QSD, Daemon, QMPError, check_image, compare, connect, create_image, nbd_uri, qemu_img,
 )
-from tidemark_testlib.images import image_info
+from tidemark_testlib.images import image_info, map_image
 from tidemark_testlib.load import Load, Model
 from tidemark_testlib.nbd import extents
 
@@ -159,7 +159,8 @@ def test_a_chain_begins(tidemarkd, tmp, way):
 
 def test_backups_on_copies_of_bitmaps(tidemarkd, tmp):
     """As libvirt does it: one bitmap a checkpoint, the newest records; a backup since a checkpoint is
-    on a disabled copy, merged from it and all that are newer, of several granularities."""
+    on a disabled copy, merged from it and all that are newer, of several granularities. Each, over
+    the disk as it was at its checkpoint, is the disk when it began."""
     with Stage(tmp) as s:
         full = s.target("full")
         with s.paused():
@@ -168,16 +169,22 @@ def test_backups_on_copies_of_bitmaps(tidemarkd, tmp):
                 ("blockdev-backup", {"job-id": "j", "device": "a", "target": "full", "sync": "full"}))
         s.completed("j")
         s.q.execute("blockdev-del", node_name="full")
-        first = content(full)
+        bases = [full]
         for number, granularity in ((1, 4096), (2, 1 << 20), (3, 512)):
             s.written(10)
-            s.q.transaction(
-                ("block-dirty-bitmap-disable", {"node": "a", "name": f"c{number - 1}"}),
-                ("block-dirty-bitmap-add", {"node": "a", "name": f"c{number}",
-                                            "granularity": granularity, "persistent": True}))
+            with s.paused() as then:
+                s.q.transaction(
+                    ("block-dirty-bitmap-disable", {"node": "a", "name": f"c{number - 1}"}),
+                    ("block-dirty-bitmap-add", {"node": "a", "name": f"c{number}",
+                                                "granularity": granularity, "persistent": True}))
+            raw = tmp / "base.raw"
+            raw.write_bytes(then["a"])
+            bases.append(tmp / f"base{number}.qcow2")
+            qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, bases[-1])
         s.written(10)
-        for since in (3, 1, 0):
-            dirty = s.target(f"since{since}", full if since == 0 else None)
+        wants = {}
+        for since in (3, 2, 1, 0):
+            path = s.target(f"since{since}", bases[since])
             with s.paused() as then:
                 s.q.transaction(
                     ("block-dirty-bitmap-add", {"node": "a", "name": "tmp", "disabled": True,
@@ -191,11 +198,14 @@ def test_backups_on_copies_of_bitmaps(tidemarkd, tmp):
             s.written(5)
             s.completed("j")
             s.q.execute("block-dirty-bitmap-remove", node="a", name="tmp")
-            if since == 0:
-                assert content(dirty) == then["a"]
+            s.q.execute("blockdev-del", node_name=f"since{since}")
+            wants[path] = then["a"]
         s.end()
-    assert content(full) == first
-    for path in (s.images["a"], full):
+    for path, want in wants.items():
+        assert content(path) == want, path
+        assert 0 < sum(e["length"] for e in map_image(path) if e["depth"] == 0) < SIZE
+        sound(path)
+    for path in (s.images["a"], *bases):
         sound(path)
 
 

@@ -91,6 +91,30 @@ def test_man_page_and_completion_name_every_option(tidemarkd):
     assert [o for o in options if o not in completion] == []
 
 
+def test_man_page_names_every_driver_and_object_type(daemon):
+    schema = {e["name"]: e for e in daemon().qmp.execute("query-qmp-schema")}
+    manual = (ROOT / "man" / "tidemarkd.1").read_text().replace("\\-", "-")
+    for command, option in (("blockdev-add", "--blockdev"), ("object-add", "--object")):
+        text = re.search(rf'^\.BR {option} .*?^\.TP$', manual, re.M | re.S).group(0)
+        names = {v["case"] for v in schema[schema[command]["arg-type"]]["variants"]}
+        assert len(names) > 2
+        assert [n for n in names if not re.search(rf"(?<![\w-]){n}(?![\w-])", text)] == []
+
+
+def test_testing_md_names_every_variable():
+    """Of those that tests and scripts look at."""
+    looks = re.compile(r'(?:getenv\(|number\(|environ\.get\(|environ\[)"((?:TEST|TIDEMARK)\w*)"'
+                       r'|\$\{((?:TEST|TIDEMARK)_\w+)[-:}]')
+    found = set()
+    for top in ("src/rt", "tests", "scripts"):
+        for path in (ROOT / top).rglob("*"):
+            if path.is_file() and path.suffix in (".c", ".h", ".py", ""):
+                found |= {a or b for a, b in looks.findall(path.read_text(errors="replace"))}
+    assert {"TEST_SEED", "TIDEMARK_LOOP", "TIDEMARK_TEST_SECONDS"} <= found
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "testing.md").read_text()))
+    assert sorted(found - documented) == []
+
+
 def complete(*words):
     script = f"""
         source {COMPLETION}

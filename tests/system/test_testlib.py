@@ -1,6 +1,9 @@
 """The plumbing itself, tried on qemu-storage-daemon: it must work before it judges us."""
 
+import os
+import pathlib
 import shutil
+import subprocess
 
 import pytest
 from tidemark_testlib import (
@@ -61,3 +64,20 @@ def test_nbd(tmp):
         assert extents(handle, "base:allocation") == [
             (0, 65536, 3), (65536, 65536, 0), (131072, (4 << 20) - 131072, 3)]
         handle.shutdown()
+
+
+def test_a_file_system_that_is_not_allowed_does_not_vanish(tmp):
+    """Where nothing may be mounted the tests of a full file system are skipped, or, as in
+    scripts/check, fail; never pass."""
+    (tmp / "unshare").write_text("#!/bin/sh\necho none of that >&2\nexit 1\n")
+    (tmp / "unshare").chmod(0o755)
+    for require, word in (("", "1 skipped"), ("small_fs", "1 failed")):
+        env = dict(os.environ, PATH=f"{tmp}:{os.environ['PATH']}", TIDEMARK_REQUIRE=require)
+        done = subprocess.run(
+            ["/usr/bin/python3", "-B", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider",
+             pathlib.Path(__file__).with_name("test_outcomes.py"), "-k", "test_ignore_when_full"],
+            env=env, capture_output=True, text=True, check=False)
+        assert word in done.stdout and "none of that" in done.stdout, done.stdout + done.stderr
+        assert (done.returncode == 0) == (word == "1 skipped")
+    check = (pathlib.Path(__file__).parents[2] / "scripts" / "check").read_text()
+    assert "export TIDEMARK_REQUIRE=small_fs" in check

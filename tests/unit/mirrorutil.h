@@ -68,7 +68,7 @@ static inline void write_at(struct edge *e, uint64_t start, uint64_t length, uin
 static inline struct dirty_bitmap *bitmap_on_s(struct graph *g, unsigned granularity)
 {
     command_ok(g, "block-dirty-bitmap-add",
-               parse("{'node':'s','name':'b','granularity':%u}", granularity));
+               parse("{'node':'%s','name':'b','granularity':%u}", node_name(s), granularity));
     return dirty_find(s, "b");
 }
 

@@ -2,6 +2,8 @@
  * limits; the events that a qcow2 image raises on its file. */
 #include "blockutil.h"
 
+#include "rt/task.h"
+
 #include <stdio.h>
 #include <sys/stat.h>
 
@@ -69,6 +71,39 @@ TEST(once_is_once)
     CHECK(write_at(e, 0, 512) == -ENOSPC);
     CHECK(write_at(e, 0, 512) == 0);
     CHECK(below(g)->writes == 1);
+}
+
+static int note_turn(void *arg)
+{
+    *(bool *)arg = true;
+    return 0;
+}
+
+/* A failure comes as from a disk, when others have had their turn; `immediately` at once. */
+TEST(immediately_is_before_anybody_elses_turn)
+{
+    static const struct {
+        const char *rule;
+        bool at_once;
+    } cases[] = {{"", false}, {", 'immediately': false", false}, {", 'immediately': true", true}};
+    for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+        for (int kind = 0; kind < 3; kind++) {
+            struct test_user u;
+            bool others = false;
+            SCOPE(tasks);
+            CLEANUP(memory_freep)
+            char *rules =
+                xasprintf(", 'inject-error': [{'event': 'none', 'once': true%s}]", cases[i].rule);
+            struct edge *e = open_debug(g, &u, rules);
+            scope_spawn(&tasks, note_turn, &others);
+            int r = kind == 0   ? read_at(e, 0)
+                    : kind == 1 ? write_at(e, 0, 512)
+                                : edge_write_zeroes(e, range_make(0, 4096), 0);
+            CHECK(r == -EIO && others == !cases[i].at_once);
+            CHECK(scope_join(&tasks) == 0 && others);
+            edge_detach(e);
+        }
+    }
 }
 
 TEST(a_sector_is_met_by_requests_that_touch_it)
@@ -359,6 +394,7 @@ TEST(a_qcow2_image_names_what_it_does)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_rule_without_conditions_meets_every_request_but_status),
     cmocka_unit_test(once_is_once),
+    cmocka_unit_test(immediately_is_before_anybody_elses_turn),
     cmocka_unit_test(a_sector_is_met_by_requests_that_touch_it),
     cmocka_unit_test(states_lead_from_rule_to_rule),
     cmocka_unit_test(the_last_event_with_rules_decides),

@@ -209,6 +209,119 @@ VIRTUAL_TEST(each_bitmap_follows_its_table_when_the_group_fails)
     }
 }
 
+/* ---- each member by its own mode ---- */
+
+enum { THREE = 3, CHUNKS = SIZE / CHUNK, BAD = 13 };
+static const char *const three_modes[THREE] = {"on-success", "always", "never"};
+static const char *const three_sources[THREE] = {"s0", "s1", "s2"};
+static const char *const three_targets[THREE] = {"t0", "t1", "t2"};
+static const char *const three_jobs[THREE] = {"j0", "j1", "j2"};
+
+struct member {
+    struct node *s, *t;
+    struct guest guest;
+    bool user[CHUNKS], during[CHUNKS]; /* one granule of it, the first */
+};
+
+static void member_writes(struct member *m, int chunk, bool *which)
+{
+    uint8_t buf[512];
+    memset(buf, 0x60 + chunk, sizeof buf);
+    CHECK(edge_write(m->guest.edge, range_make((uint64_t)chunk * CHUNK, sizeof buf), buf, 0) == 0);
+    which[chunk] = true;
+}
+
+static void member_init(struct graph *g, struct member *m, unsigned d)
+{
+    *m = (struct member){.s = disk(g, three_sources[d], SIZE, 0),
+                         .t = disk(g, three_targets[d], SIZE, 0)};
+    fill_disk(m->s, d + 3);
+    memcpy(mem_of(m->t)->bytes, mem_of(m->s)->bytes, SIZE);
+    guest_on(&m->guest, m->s, d + 1);
+    command_ok(g, "block-dirty-bitmap-add",
+               parse("{'node':'%s','name':'b','granularity':%d}", three_sources[d], GRANULARITY));
+    for (int c = 3; c < 30; c += 2)
+        member_writes(m, c, m->user);
+}
+
+/* Granule by granule. What has not been copied remains as whole chunks. */
+static void member_check(const struct member *m, const char *mode)
+{
+    const struct bitmap *bits = dirty_bits(dirty_find(m->s, "b"));
+    bool always = strcmp(mode, "always") == 0;
+    CHECK(dirty_check(dirty_find(m->s, "b"), DIRTY_CHECK_DEFAULT, NULL) == 0);
+    for (uint64_t at = 0; at < SIZE; at += GRANULARITY) {
+        uint64_t c = at / CHUNK;
+        bool first = at % CHUNK == 0, remains = m->user[c] && !mem_of(m->t)->written[c];
+        bool dirty = (first && m->during[c]) || (always ? remains : first && m->user[c]);
+        if (bitmap_get(bits, at) != dirty)
+            fail_msg("%s: chunk %d, granule %d is %s", mode, (int)c,
+                     (int)(at % CHUNK / GRANULARITY), dirty ? "clean" : "dirty");
+    }
+}
+
+/* VICTIM fails in the middle, when the others have copied all and wait. */
+static void one_of_three_fails(struct graph *g, unsigned victim)
+{
+    struct error err = ERROR_INIT;
+    struct member members[THREE];
+    CLEANUP(json_putp) struct json_object *grouped = parse("{'completion-mode':'grouped'}");
+    CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
+    for (unsigned d = 0; d < THREE; d++) {
+        member_init(g, &members[d], d);
+        json_object_array_add(actions,
+                              parse("{'type':'blockdev-backup','data':{'device':'%s','target':'%s',"
+                                    "'job-id':'%s','sync':'bitmap','bitmap':'b','bitmap-mode':'%s',"
+                                    "'speed':%d,'x-perf':{'max-workers':1,'max-chunk':%d}}}",
+                                    three_sources[d], three_targets[d], three_jobs[d],
+                                    three_modes[d], d == victim, CHUNK));
+    }
+    events[0] = '\0';
+    mem_of(members[victim].t)->bad_write = range_make(BAD * CHUNK, CHUNK);
+    mem_of(members[victim].t)->write_errno = ENOSPC;
+    int r = transaction_run(g, js, actions, grouped, &err);
+    CHECK_OK(r, err);
+    turns(300);
+    for (unsigned d = 0; d < THREE; d++) {
+        CHECK(status_of(three_jobs[d]) == (d == victim ? JOB_RUNNING : JOB_WAITING));
+        member_writes(&members[d], 5, members[d].during);  /* in its bitmap: saved before */
+        member_writes(&members[d], 21, members[d].during); /* the victim does not come so far */
+        member_writes(&members[d], 40, members[d].during);
+    }
+    CHECK(jobs_set_speed(js, three_jobs[victim], 0, NULL) == 0);
+    turns(500);
+    for (unsigned d = 0; d < THREE; d++) {
+        char text[64];
+        snprintf(text, sizeof text,
+                 d == victim ? "%s:COMPLETED(No space left on device) " : "%s:CANCELLED ",
+                 three_jobs[d]);
+        CHECK(strstr(events, text));
+        for (int c = 3; c < 30; c += 2) /* as far as it came, and what guests have made it save */
+            CHECK(!mem_of(members[d].t)->written[c] == (d == victim && c >= BAD && c != 21));
+        member_check(&members[d], three_modes[d]);
+    }
+    for (unsigned d = 0; d < THREE; d++) { /* each alone goes on */
+        mem_of(members[d].t)->bad_times = 0;
+        command_ok(g, "blockdev-backup",
+                   parse("{'device':'%s','target':'%s','job-id':'again%u','sync':'bitmap',"
+                         "'bitmap':'b','bitmap-mode':'%s'}",
+                         three_sources[d], three_targets[d], d, three_modes[d]));
+        char id[16];
+        snprintf(id, sizeof id, "again%u", d);
+        wait_for(id, "null");
+        CHECK(memcmp(mem_of(members[d].s)->bytes, mem_of(members[d].t)->bytes, SIZE) == 0);
+        edge_detach(members[d].guest.edge);
+        node_unref(members[d].s);
+        node_unref(members[d].t);
+    }
+}
+
+VIRTUAL_TEST(each_member_follows_its_own_mode)
+{
+    for (unsigned victim = 0; victim < THREE; victim++)
+        one_of_three_fails(g, victim);
+}
+
 /* A last flush fails when the group is finalized: nobody advances, also who has been prepared. */
 VIRTUAL_TEST(a_flush_that_fails_at_finalize_fails_all)
 {
@@ -361,6 +474,7 @@ VIRTUAL_TEST(a_group_whose_start_cannot_be_kept_does_not_start)
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(each_bitmap_follows_its_table_when_the_group_fails),
+    cmocka_unit_test(each_member_follows_its_own_mode),
     cmocka_unit_test(a_flush_that_fails_at_finalize_fails_all),
     cmocka_unit_test(a_group_given_up_before_it_starts_leaves_nothing),
     cmocka_unit_test(the_bitmaps_of_a_group_are_concluded_in_one_step),

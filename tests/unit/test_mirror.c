@@ -443,6 +443,105 @@ JOB_TEST(what_is_refused)
     close_disks();
 }
 
+/* ---- Proxmox's words: sync, bitmap and bitmap-mode ---- */
+
+enum { NO_BITMAP, MISSING, PRESENT };
+#define NAME_BITMAP(sync) "Must provide a valid bitmap name for '" sync "' sync mode"
+#define WITHOUT "Cannot specify bitmap sync mode without a bitmap"
+#define NOT_WITH(sync) "Sync mode '" sync "' not supported with bitmap."
+#define ONLY_ON_SUCCESS "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'"
+#define NO_MODE "bitmap-mode must be specified if a bitmap is provided"
+#define NOT_FOUND "Dirty bitmap 'x' not found"
+
+static const struct combination {
+    const char *sync;
+    int bitmap;
+    const char *texts[4]; /* without a mode, on-success, always, never; NULL: taken */
+} combinations[] = {
+    {"full", NO_BITMAP, {NULL, WITHOUT, WITHOUT, WITHOUT}},
+    {"full", MISSING, {NOT_WITH("full"), NOT_WITH("full"), NOT_WITH("full"), NOT_WITH("full")}},
+    {"full", PRESENT, {NOT_WITH("full"), NOT_WITH("full"), NOT_WITH("full"), NOT_WITH("full")}},
+    {"top", NO_BITMAP, {NULL, WITHOUT, WITHOUT, WITHOUT}},
+    {"top", MISSING, {NOT_WITH("top"), NOT_WITH("top"), NOT_WITH("top"), NOT_WITH("top")}},
+    {"top", PRESENT, {NOT_WITH("top"), NOT_WITH("top"), NOT_WITH("top"), NOT_WITH("top")}},
+    {"none", NO_BITMAP, {NULL, WITHOUT, WITHOUT, WITHOUT}},
+    {"none", MISSING, {NOT_WITH("none"), NOT_WITH("none"), NOT_WITH("none"), NOT_WITH("none")}},
+    {"none", PRESENT, {NOT_WITH("none"), NOT_WITH("none"), NOT_WITH("none"), NOT_WITH("none")}},
+    {"incremental",
+     NO_BITMAP,
+     {NAME_BITMAP("incremental"), NAME_BITMAP("incremental"), NAME_BITMAP("incremental"),
+      NAME_BITMAP("incremental")}},
+    {"incremental", MISSING, {NOT_FOUND, NOT_FOUND, ONLY_ON_SUCCESS, ONLY_ON_SUCCESS}},
+    {"incremental", PRESENT, {NULL, NULL, ONLY_ON_SUCCESS, ONLY_ON_SUCCESS}},
+    {"bitmap",
+     NO_BITMAP,
+     {NAME_BITMAP("bitmap"), NAME_BITMAP("bitmap"), NAME_BITMAP("bitmap"), NAME_BITMAP("bitmap")}},
+    {"bitmap", MISSING, {NO_MODE, NOT_FOUND, NOT_FOUND, NOT_FOUND}},
+    {"bitmap", PRESENT, {NO_MODE, NULL, NULL, NULL}},
+};
+
+/* One combination by one command; TEXT NULL: it is taken, and then cancelled. */
+static void combine(const struct combination *c, const char *mode, bool drive, const char *text)
+{
+    static const char *const names[] = {NULL, "x", "b"};
+    struct error err = ERROR_INIT;
+    CLEANUP(json_putp)
+    struct json_object *args =
+        parse("{'device':'%s','job-id':'j','sync':'%s'}", node_name(s), c->sync);
+    if (names[c->bitmap])
+        json_add_string(args, "bitmap", names[c->bitmap]);
+    if (mode)
+        json_add_string(args, "bitmap-mode", mode);
+    json_add_string(args, "target", drive ? "json:{\"driver\":\"raw\",\"file\":\"t\"}" : "t");
+    if (drive)
+        json_add_string(args, "mode", "existing");
+    events[0] = '\0';
+    int r = drive ? mirror_drive(js, args, &err) : mirror_blockdev(js, args, &err);
+    if (text ? r == 0 || strcmp(err.text, text) != 0 : r < 0)
+        fail_msg("%s: '%s' instead of '%s'", json_object_to_json_string(args),
+                 r < 0 ? err.text : "taken", text ? text : "taken");
+    CHECK(dirty_busy(dirty_find(s, "b")) == (!text && c->bitmap == PRESENT));
+    if (!text) {
+        verb_ok("j", JOB_VERB_CANCEL);
+        wait_for("j", "null");
+    }
+    for (struct dirty_bitmap *bm = dirty_first(s); bm; bm = dirty_next(bm))
+        CHECK(dirty_name(bm) && !dirty_busy(bm));
+    CHECK(TAILQ_EMPTY(&t->parents) && bitmap_count(dirty_bits(dirty_find(s, "b"))) == 3 * 65536);
+}
+
+/* Without a backing image `top` is `full`, also in what is said of it. */
+JOB_TEST(which_bitmap_goes_with_which_sync)
+{
+    static const char *const modes[] = {NULL, "on-success", "always", "never"};
+    unsigned taken = 0, all = 0;
+    for (int backed = 0; backed < 2; backed++) {
+        struct node *below = disk(g, "below", SIZE, 0);
+        two_disks(g, SIZE, 0);
+        if (backed) {
+            node_unref(s);
+            s = open_node(g, parse("{'driver':'mem','node-name':'top','size':%d,'backing':'below',"
+                                   "'discard':'unmap'}",
+                                   SIZE));
+        }
+        bitmap_mark(dirty_bits(bitmap_on_s(g, 65536)), range_make(65536, 3 * 65536));
+        for (size_t i = 0; i < ARRAY_SIZE(combinations); i++) {
+            for (int m = 0; m < 4; m++) {
+                const char *text = combinations[i].texts[m];
+                taken += !text;
+                all++;
+                if (!backed && text && strcmp(text, NOT_WITH("top")) == 0)
+                    text = NOT_WITH("full");
+                for (int drive = 0; drive < 2; drive++)
+                    combine(&combinations[i], modes[m], drive, text);
+            }
+        }
+        close_disks();
+        node_unref(below);
+    }
+    CHECK(all == 2 * 60 && taken == 2 * 8);
+}
+
 JOB_TEST(the_copy_mode_is_changed)
 {
     struct error err = ERROR_INIT;
@@ -600,6 +699,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_guests_write_survives_a_bad_target),
     cmocka_unit_test(a_target_that_is_zero_gets_no_zeroes),
     cmocka_unit_test(what_is_refused),
+    cmocka_unit_test(which_bitmap_goes_with_which_sync),
     cmocka_unit_test(the_copy_mode_is_changed),
     cmocka_unit_test(actively_synced),
     cmocka_unit_test(sizes_of_what_is_copied),

@@ -492,6 +492,53 @@ JOB_TEST(a_group_ends_together)
     node_unref(t2);
 }
 
+/* A group is of jobs: whatever else, first or after a backup, is refused by its name, and nothing
+ * of the transaction has happened. */
+JOB_TEST(a_group_takes_jobs_only)
+{
+    static const struct {
+        const char *type, *data;
+    } others[] = {
+        {"block-dirty-bitmap-add", "{'node':'s','name':'new'}"},
+        {"block-dirty-bitmap-remove", "{'node':'s','name':'b'}"},
+        {"block-dirty-bitmap-clear", "{'node':'s','name':'b'}"},
+        {"block-dirty-bitmap-enable", "{'node':'s','name':'off'}"},
+        {"block-dirty-bitmap-disable", "{'node':'s','name':'b'}"},
+        {"block-dirty-bitmap-merge", "{'node':'s','target':'off','bitmaps':['b']}"},
+        {"blockdev-snapshot", "{'node':'s','overlay':'o'}"},
+        {"blockdev-snapshot-sync",
+         "{'node-name':'s','snapshot-file':'/nowhere/x','snapshot-node-name':'x'}"},
+    };
+    struct node *t = disk(g, "t", 4 * MiB, 0), *o = disk(g, "o", 4 * MiB, 0);
+    n = disk(g, "s", 4 * MiB, 0);
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b'}"));
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'off','disabled':true}"));
+    mark("b", 7);
+    for (size_t i = 0; i < ARRAY_SIZE(others); i++) {
+        for (int later = 0; later < 2; later++) {
+            struct error err = ERROR_INIT;
+            CLEANUP(memory_freep)
+            char *text = xasprintf("Action '%s' does not support Transaction property "
+                                   "completion-mode = grouped",
+                                   others[i].type);
+            CLEANUP(memory_freep)
+            char *other = xasprintf("{'type':'%s','data':%s}", others[i].type, others[i].data);
+            const char *backup = BACKUP("s", "t", "j", ",'bitmap':'b','bitmap-mode':'on-success'");
+            events[0] = '\0';
+            CHECK(run(g, &err, parse("[%s,%s]", later ? backup : other, later ? other : backup),
+                      "grouped") < 0);
+            CHECK_TEXT(err, text);
+            CHECK(strcmp(events, later ? "j:created j:aborting j:concluded j:null " : "") == 0);
+            CHECK(count("b") == 65536 && count("off") == 0 && !dirty_busy(dirty_find(n, "b")));
+            CHECK(dirty_enabled(dirty_find(n, "b")) && !dirty_enabled(dirty_find(n, "off")));
+            CHECK(!dirty_find(n, "new") && TAILQ_EMPTY(&n->parents) && TAILQ_EMPTY(&t->parents));
+        }
+    }
+    node_unref(n);
+    node_unref(t);
+    node_unref(o);
+}
+
 /* ---- drive-backup and create, on real files ---- */
 
 static char dir[64]; /* of the test that runs; goes with its one file */
@@ -564,6 +611,8 @@ JOB_TEST(the_create_job_makes_an_image_and_stays)
 static struct {
     struct dirty_store store;
     unsigned calls, bad; /* the call that fails, from 1 */
+    struct graph *graph;
+    enum { MEDDLE_NOT, REPLACED, HELD } meddle; /* during the next flush, which then fails */
 } keeper;
 
 static int keeper_commit(struct dirty_store *st, struct node *const *nodes, size_t count,
@@ -572,28 +621,99 @@ static int keeper_commit(struct dirty_store *st, struct node *const *nodes, size
     return ++keeper.calls == keeper.bad ? error_set(err, EIO, "the keeper is full") : 0;
 }
 
+static int keeper_can_add(struct dirty_store *st, struct node *at, const char *name,
+                          uint64_t granularity_bytes, struct error *err)
+{
+    return 0;
+}
+
+static int keeper_flush(struct dirty_store *st, struct node *at)
+{
+    int how = keeper.meddle;
+    keeper.meddle = MEDDLE_NOT;
+    if (how == REPLACED) {
+        run_ok(keeper.graph, parse("[" ON("remove", "new") "]"));
+        run_ok(keeper.graph, parse("[" ADD("new") "]"));
+    } else if (how == HELD) {
+        dirty_set_busy(dirty_find(at, "new"), true);
+    }
+    return how == MEDDLE_NOT ? 0 : -EIO;
+}
+
+/* While the transaction waits for the last flush, others work with what it has added. */
+JOB_TEST(what_others_have_made_of_it_stays)
+{
+    n = disk(g, "s", 4 * MiB, 0);
+    keeper.graph = g;
+    keeper.bad = 0;
+    keeper.store.commit = keeper_commit;
+    keeper.store.can_add = keeper_can_add;
+    keeper.store.flush = keeper_flush;
+    dirty_set_store(g, &keeper.store);
+    for (keeper.meddle = REPLACED; keeper.meddle <= HELD; keeper.meddle++) {
+        int how = keeper.meddle;
+        run_fails(g, "Failed to flush node 's': Input/output error",
+                  parse("[{'type':'block-dirty-bitmap-add','data':{'node':'s','name':'new',"
+                        "'persistent':true}}," ADD("other") "]"));
+        CHECK(!dirty_find(n, "other"));
+        struct dirty_bitmap *bm = dirty_find(n, "new");
+        CHECK(bm && dirty_inconsistent(bm) == (how == HELD));
+        dirty_set_busy(bm, false);
+        dirty_release(bm);
+        keeper.meddle = how;
+    }
+    keeper.meddle = MEDDLE_NOT;
+    keeper.store.flush = NULL;
+    dirty_set_store(g, NULL);
+    node_unref(n);
+}
+
 /* The transaction's own commit fails, or the one that gives the bitmap its base. */
 JOB_TEST(what_cannot_be_kept_has_not_happened)
 {
+    CLEANUP(memory_freep) char *path = temp_path("t.img");
+    struct stat st;
     n = disk(g, "s", 4 * MiB, 0);
-    disk(g, "t", 4 * MiB, 0);
+    struct node *t = disk(g, "t", 4 * MiB, 0);
     run_ok(g, parse("[" ADD("b") "]"));
     mark("b", 5);
     keeper.store.commit = keeper_commit;
     dirty_set_store(g, &keeper.store);
-    for (keeper.bad = 1; keeper.bad <= 2; keeper.bad++) {
-        keeper.calls = 0;
-        run_fails(g, "the keeper is full",
-                  parse("[" ON("clear",
-                               "b") ","
-                                    "{'type':'blockdev-backup','data':{'device':'s','target':'t',"
-                                    "'sync':'full','speed':1,'job-id':'j'}}]"));
-        CHECK(keeper.calls > keeper.bad); /* what holds was said again */
-        CLEANUP(json_putp) struct json_object *jobs = jobs_query(js);
-        CHECK(json_object_array_length(jobs) == 0);
-        CHECK(bitmap_get(dirty_bits(dirty_find(n, "b")), 5) && !dirty_busy(dirty_find(n, "b")));
+    for (int grouped = 0; grouped < 2; grouped++) {
+        for (keeper.bad = 1; keeper.bad <= 2; keeper.bad++) {
+            struct error err = ERROR_INIT;
+            if (grouped && keeper.bad == 2)
+                continue; /* nothing in it has to be settled */
+            keeper.calls = 0;
+            events[0] = '\0';
+            struct json_object *actions = json_object_new_array();
+            if (!grouped) {
+                json_object_array_add(actions, parse(ON("clear", "b")));
+                json_object_array_add(actions, parse(ADD("new")));
+            }
+            json_object_array_add(
+                actions, parse("{'type':'blockdev-backup','data':{'device':'s','target':'t',"
+                               "'sync':'full','speed':1,'job-id':'j'}}"));
+            json_object_array_add(actions,
+                                  parse("{'type':'drive-backup','data':{'device':'s','target':'%s',"
+                                        "'format':'raw','sync':'full','speed':1,'job-id':'k'}}",
+                                        path));
+            CHECK(run(g, &err, actions, grouped ? "grouped" : NULL) < 0);
+            CHECK_TEXT(err, "the keeper is full");
+            CHECK(keeper.calls > keeper.bad); /* what holds was said again */
+            CLEANUP(json_putp) struct json_object *jobs = jobs_query(js);
+            CHECK(json_object_array_length(jobs) == 0);
+            CHECK(bitmap_get(dirty_bits(dirty_find(n, "b")), 5) && !dirty_busy(dirty_find(n, "b")));
+            CHECK(!dirty_inconsistent(dirty_find(n, "b")));
+            CHECK(!dirty_find(n, "new") && dirty_first(n) == dirty_find(n, "b"));
+            CHECK(stat(path, &st) < 0);
+            CHECK(!!strstr(events, "k:running") == (keeper.bad == 2));
+        }
     }
+    CHECK(rmdir(dir) == 0);
     dirty_set_store(g, NULL);
+    node_unref(n);
+    node_unref(t);
 }
 
 static const struct CMUnitTest tests[] = {
@@ -607,7 +727,9 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(all_disks_have_one_instant),
     cmocka_unit_test(a_backup_that_cannot_be_prepared_undoes_those_before_it),
     cmocka_unit_test(a_group_ends_together),
+    cmocka_unit_test(a_group_takes_jobs_only),
     cmocka_unit_test(drive_backup_makes_its_target),
+    cmocka_unit_test(what_others_have_made_of_it_stays),
     cmocka_unit_test(what_cannot_be_kept_has_not_happened),
     cmocka_unit_test(the_create_job_makes_an_image_and_stays),
 };

@@ -182,3 +182,8 @@ def unlisted(found, wanted):
         if not lines:
             left.append(difference)
     return left
+
+
+def unused(wanted, seen, everything):
+    """The lines that nothing needed; None when not EVERYTHING was SEEN: only a whole run can tell."""
+    return [w for w in wanted if not w.used] if set(seen) >= set(everything) else None

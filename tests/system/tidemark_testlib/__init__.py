@@ -12,11 +12,11 @@ from .images import (
 )
 from .nbd import connect, nbd_uri
 from .qmp import QMP, QMPError, Timeout
-from .smallfs import NotAllowed, SmallFileSystem
+from .smallfs import NotAllowed, SmallFileSystem, may_be_skipped
 from .temp import temp_dir
 
 __all__ = [
     "Daemon", "DaemonError", "Exited", "NotAllowed", "QMP", "QMPError", "QSD", "SmallFileSystem",
-    "Timeout", "check_image", "compare", "connect", "create_image", "find_tidemarkd", "image_info", "map_image", "nbd_uri",
-    "qemu_img", "qemu_io", "run_to_exit", "sha256_of", "temp_dir",
+    "Timeout", "check_image", "compare", "connect", "create_image", "find_tidemarkd", "image_info",
+    "map_image", "may_be_skipped", "nbd_uri", "qemu_img", "qemu_io", "run_to_exit", "sha256_of", "temp_dir",
 ]

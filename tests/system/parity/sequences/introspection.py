@@ -2,13 +2,14 @@
 
 from ..table import sequence
 
-# What issue 2 offers. A command of ours that QEMU does not have begins with x-tidemark-.
+# What issues 2 and 3 offer of QEMU 7.2. A command of ours that QEMU does not have begins with x-tidemark-.
 OFFERED = """block-dirty-bitmap-add block-dirty-bitmap-clear block-dirty-bitmap-disable
 block-dirty-bitmap-enable block-dirty-bitmap-merge block-dirty-bitmap-remove block-export-add
 block-export-del block-job-cancel block-job-complete block-job-dismiss block-job-finalize
 block-job-pause block-job-resume block-job-set-speed block_resize blockdev-add blockdev-backup
-blockdev-create blockdev-del blockdev-reopen drive-backup job-cancel job-complete job-dismiss
-job-finalize job-pause job-resume nbd-server-add nbd-server-remove nbd-server-start nbd-server-stop
+blockdev-create blockdev-del blockdev-mirror blockdev-reopen blockdev-snapshot
+blockdev-snapshot-sync drive-backup drive-mirror job-cancel job-complete job-dismiss job-finalize
+job-pause job-resume nbd-server-add nbd-server-remove nbd-server-start nbd-server-stop
 object-add object-del qmp_capabilities query-block query-block-exports query-block-jobs
 query-blockstats query-commands query-jobs query-named-block-nodes query-qmp-schema query-version
 qom-get qom-list qom-set quit transaction x-debug-block-dirty-bitmap-sha256""".split()
@@ -126,7 +127,7 @@ def schema_of_unions(t):
         for case in ("abort", "block-dirty-bitmap-add", "block-dirty-bitmap-remove",
                      "block-dirty-bitmap-clear", "block-dirty-bitmap-enable",
                      "block-dirty-bitmap-disable", "block-dirty-bitmap-merge", "blockdev-backup",
-                     "drive-backup"):
+                     "blockdev-snapshot", "blockdev-snapshot-sync", "drive-backup"):
             found[case] = s.variant(element, case) is not None
         return found
     t.qmp_value("union-transaction", actions)
@@ -140,22 +141,36 @@ def schema_of_unions(t):
 
 @sequence()
 def schema_of_enums(t):
-    """Values of enums that tools probe: those of QEMU that issue 2 names must be there."""
+    """Values of enums that tools probe, in each command that takes them."""
+    on_error = ["auto", "enospc", "ignore", "report", "stop"]
     want = {"sync": ["bitmap", "full", "incremental", "none", "top"],
             "bitmap-mode": ["always", "never", "on-success"],
-            "on-source-error": ["enospc", "ignore", "report", "stop"]}
+            "copy-mode": ["background", "write-blocking"],
+            "mode": ["absolute-paths", "existing"],
+            "on-source-error": on_error, "on-target-error": on_error}
 
-    def look(qmp):
+    for command in ("blockdev-backup", "drive-backup", "blockdev-mirror", "drive-mirror",
+                    "blockdev-snapshot-sync"):
+        def look(qmp, command=command):
+            s = schema(qmp)
+            arguments = s.by_name[s.by_name[command]["arg-type"]]
+            found = {}
+            for member in arguments["members"]:
+                if member["name"] in want:
+                    entry = s.by_name[member["type"]]
+                    values = entry.get("values") or [m["name"] for m in entry["members"]]
+                    found[member["name"]] = [v for v in want[member["name"]] if v in values]
+            return found
+        t.qmp_value(f"enums-{command}", look)
+
+    def completion(qmp):
         s = schema(qmp)
-        arguments = s.by_name[s.by_name["blockdev-backup"]["arg-type"]]
-        found = {}
-        for member in arguments["members"]:
-            if member["name"] in want:
-                entry = s.by_name[member["type"]]
-                values = entry.get("values") or [m["name"] for m in entry["members"]]
-                found[member["name"]] = [v for v in want[member["name"]] if v in values]
-        return found
-    t.qmp_value("enums", look)
+        arguments = s.by_name[s.by_name["transaction"]["arg-type"]]
+        properties = next(m["type"] for m in arguments["members"] if m["name"] == "properties")
+        mode = next(m["type"] for m in s.by_name[properties]["members"]
+                    if m["name"] == "completion-mode")
+        return sorted(s.by_name[mode]["values"])
+    t.qmp_value("enums-completion-mode", completion)
 
 
 @sequence()

@@ -11,9 +11,8 @@ def ask(t, *mask):
 
 
 def ready(t, job="j", **more):
-    """A mirror of a to t that has become ready."""
-    more.setdefault("sync", "full")
-    t("blockdev-mirror", job_id=job, device="a", target="t", **more)
+    """A mirror, of a to t, that has become ready."""
+    t("blockdev-mirror", **{"job_id": job, "device": "a", "target": "t", "sync": "full", **more})
     t.wait_job(job, "ready")
 
 
@@ -233,6 +232,46 @@ def mirror_replaces(t):
     t("blockdev-mirror", job_id="j", device="a", target="t", sync="full", replaces="a-file")
 
 
+@sequence(disk("a", data=DATA), disk("t"), disk("u", size="8M"), disk("v", size="4M"),
+          "--object", "throttle-group,id=g", "--blockdev",
+          "throttle,node-name=over,throttle-group=g,file=a", nbd_server("over"))
+def drive_mirror_replaces_below(t):
+    """replaces names the disk below the source, which is a filter of the user's: what the guest uses
+    stays above, and writes to the target through it."""
+    m = {"job_id": "j", "device": "over", "sync": "full"}
+    t("blockdev-mirror", **m, target="t", replaces="v")     # another disk
+    t("blockdev-mirror", **m, target="u", replaces="a", auto_dismiss=False)
+    t.wait_job("j", "concluded")
+    ask(t)
+    t("job-dismiss", id="j")
+    ready(t, device="over", replaces="a")
+    t.nodes()
+    t("blockdev-del", node_name="a")
+    t.write("over", 0, 65536, 7)
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.nodes()
+    t("query-block-exports")
+    t.write("over", 65536, 65536, 9)
+    t("blockdev-del", node_name="t")
+    t("blockdev-del", node_name="a")
+    ready(t, device="over", target="v", replaces="t")
+    t("block-job-cancel", device="j")
+    t.wait_job("j", "null")
+    t("drive-mirror", job_id="j", device="over", target="$DIR/new.qcow2", sync="full",
+      format="qcow2", node_name="new", replaces="t")
+    t.wait_job("j", "ready")
+    t("block-job-complete", device="j")
+    t.wait_job("j", "null")
+    t.nodes()
+    t.write("over", 1 << 20, 65536, 5)
+    t.finish()
+    t.content("a.qcow2")
+    t.content("t.qcow2")
+    t.content("v.qcow2")
+    t.content("new.qcow2")
+
+
 @sequence(disk("a", data=DATA), disk("t"), nbd_server("a"))
 def mirror_shows_its_bitmap(t):
     """The nodes while it runs: its filter and its nameless dirty bitmap."""
@@ -280,6 +319,48 @@ def drive_mirror_full(t):
     t.finish()
     t.content("new.qcow2")
     t.content("new.raw", fmt="raw")
+
+
+@sequence(disk("a", data=DATA), disk("u"), image("there", size="2M"), nbd_server("u"))
+def drive_mirror_refused(t):
+    """What the command says of its arguments: missing, of a wrong type, unknown, out of range."""
+    m = {"job_id": "j", "device": "a", "target": "$DIR/x.qcow2", "sync": "full"}
+    t("drive-mirror")
+    for left_out in ("device", "target", "sync"):
+        t("drive-mirror", **{k: v for k, v in m.items() if k != left_out})
+    strings = ("job_id", "device", "target", "format", "node_name", "replaces", "sync", "mode",
+               "on_source_error", "on_target_error", "copy_mode")
+    for name in strings:
+        for value in (1, True, None, ["x"], {"x": 1}):
+            t("drive-mirror", **{**m, name: value})
+    for name in ("speed", "granularity", "buf_size"):
+        for value in ("1", True, None, 1.5, [1]):
+            t("drive-mirror", **{**m, name: value})
+    for name in ("unmap", "auto_finalize", "auto_dismiss"):
+        for value in ("on", 1, None, [True]):
+            t("drive-mirror", **{**m, name: value})
+    for more in ({"more": 1}, {"filter_node_name": "f"}, {"backing": "u"}, {"Device": "a"}):
+        t("drive-mirror", **{**m, **more})
+    for more in ({"device": ""}, {"device": "nosuch"}, {"sync": "some"}, {"sync": ""},
+                 {"mode": "new"}, {"copy_mode": "x"}, {"on_source_error": "x"},
+                 {"on_target_error": "x"}, {"format": "nosuch"}, {"format": ""},
+                 {"granularity": 511}, {"granularity": 1000}, {"granularity": 128 << 20},
+                 {"granularity": -1}, {"granularity": 1 << 32}, {"buf_size": -1},
+                 {"buf_size": 1 << 63}, {"speed": -1}, {"speed": 1 << 63}, {"job_id": "0"},
+                 {"job_id": ""}, {"node_name": "0"}, {"node_name": "u"}, {"node_name": ""},
+                 {"replaces": "a"}, {"replaces": "u", "node_name": "n"},
+                 {"replaces": "nosuch", "node_name": "n"}, {"target": "$DIR/nosuch/x"},
+                 {"target": "$DIR/nosuch.qcow2", "mode": "existing"},
+                 {"target": "$DIR/a.qcow2", "mode": "existing"},
+                 {"target": "$DIR/u.qcow2", "mode": "existing"},
+                 {"target": ""}, {"target": "nosuch:x"}):
+        t("drive-mirror", **{**m, **more})
+    t("drive-mirror", **{**m, "target": "$DIR/there.qcow2", "mode": "existing",
+                         "auto_dismiss": False})
+    t.wait_job("j", "concluded")
+    ask(t)
+    t("job-dismiss", id="j")
+    t("query-jobs")
 
 
 @sequence(image("base", data="write -P 3 0 2M"), image("t", data="write -P 9 0 3M"),

@@ -1,0 +1,230 @@
+"""drive-mirror with a bitmap, over QMP: which chunks it copies, and what it leaves of the bitmap, chunk
+by chunk; target-is-zero; what block-job-change refuses."""
+
+import pytest
+from tidemark_testlib import QMPError, connect, create_image, nbd_uri, qemu_img
+from tidemark_testlib.nbd import extents
+
+CHUNK = 65536
+CHUNKS = 128
+SIZE = CHUNKS * CHUNK
+
+MODES = {
+    "on-success": {"sync": "bitmap", "bitmap": "b", "bitmap_mode": "on-success"},
+    "always": {"sync": "bitmap", "bitmap": "b", "bitmap_mode": "always"},
+    "never": {"sync": "bitmap", "bitmap": "b", "bitmap_mode": "never"},
+    "incremental": {"sync": "incremental", "bitmap": "b"},
+}
+
+
+class Disk:
+    """A daemon with a disk `disk`, and a guest who writes a chunk at a time."""
+
+    def __init__(self, daemon, tmp):
+        self.tmp, self.sock = tmp, tmp / "nbd.sock"
+        image = create_image(tmp / "disk.qcow2", size=SIZE)
+        self.daemon = daemon(
+            "--blockdev", f"qcow2,node-name=disk,file.driver=file,file.filename={image}",
+            "--nbd-server", f"addr.type=unix,addr.path={self.sock}",
+            "--export", "nbd,id=guest,node-name=disk,name=guest,writable=on")
+        self.q = self.daemon.qmp
+        self.guest = connect(nbd_uri(self.sock, "guest"))
+        self.value = 0
+
+    def write(self, *chunks):
+        """Something new in each of them, which fills half of it."""
+        for chunk in chunks:
+            self.value += 1
+            self.guest.pwrite(self.value.to_bytes(2, "big") * (CHUNK // 4), chunk * CHUNK + 4096)
+        return set(chunks)
+
+    def content(self):
+        return bytes(self.guest.pread(SIZE, 0))
+
+    def dirty(self, node="disk"):
+        """The chunks that bitmap b names, as a client of NBD sees them."""
+        self.q.execute("block-export-add", type="nbd", id="look", node_name=node, name="look",
+                       bitmaps=["b"], writable=True)
+        context = "qemu:dirty-bitmap:b"
+        handle = connect(nbd_uri(self.sock, "look"), [context])
+        found = {chunk for start, length, flags in extents(handle, context) if flags
+                 for chunk in range(start // CHUNK, (start + length) // CHUNK)}
+        handle.shutdown()
+        self.q.execute("block-export-del", id="look")
+        self.q.wait_event("BLOCK_EXPORT_DELETED", id="look")
+        return found
+
+    def busy(self):
+        return self.q.bitmaps("disk")["b"]["busy"]
+
+
+def file_content(path):
+    raw = path.with_suffix(".content")
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", path, raw)
+    return raw.read_bytes()
+
+
+def different(one, two):
+    return {c for c in range(CHUNKS) if one[c * CHUNK:][:CHUNK] != two[c * CHUNK:][:CHUNK]}
+
+
+@pytest.fixture
+def mirrored(daemon, tmp):
+    """A disk whose bitmap begins with a whole copy in the file `copy`."""
+    d = Disk(daemon, tmp)
+    d.copy = tmp / "copy.qcow2"
+    d.write(*range(0, 64))
+    d.q.execute("block-dirty-bitmap-add", node="disk", name="b", granularity=CHUNK)
+    d.q.execute("drive-mirror", job_id="first", device="disk", target=str(d.copy), sync="full")
+    d.q.wait_event("BLOCK_JOB_READY", device="first")
+    d.q.execute("block-job-cancel", device="first")
+    d.q.wait_job("first", "null")
+    assert d.dirty() == set()
+    return d
+
+
+def begin(d, mode, **more):
+    d.q.execute("drive-mirror", job_id="m", device="disk", target=str(d.copy), mode="existing",
+                format="qcow2", node_name="new", **MODES[mode], **more)
+
+
+def end(d, how, event="BLOCK_JOB_COMPLETED"):
+    d.q.execute(how, device="m")
+    data = d.q.wait_event(event, device="m")["data"]
+    d.q.wait_job("m", "null")
+    assert "error" not in data and not d.busy()
+    return data
+
+
+@pytest.mark.parametrize("pivot", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_completed(mirrored, mode, pivot):
+    """What was dirty is copied, and what is written until the end; the bitmap keeps what comes after."""
+    d = mirrored
+    user = d.write(*range(5, 40, 3))
+    begin(d, mode)
+    d.q.wait_event("BLOCK_JOB_READY", device="m")
+    assert d.busy()
+    during = d.write(8, 70, 71)     # one once more, two that were clean
+    instant = d.content()
+    done = end(d, "block-job-complete" if pivot else "block-job-cancel")
+    assert done["len"] == done["offset"] == (len(user) + len(during)) * CHUNK
+    after = d.write(90)             # to the copy, after a pivot
+    expected = user | during if mode == "never" else set()
+    assert d.dirty() == expected | (set() if pivot else after)
+    if pivot:
+        assert d.q.execute("query-block-exports")[0]["node-name"] == "new"
+        assert d.content() == instant[:90 * CHUNK] + d.content()[90 * CHUNK:]
+    d.daemon.stop()
+    copy, disk = file_content(d.copy), file_content(d.tmp / "disk.qcow2")
+    assert different(copy, instant) == (after if pivot else set())
+    assert different(disk, instant) == (set() if pivot else after)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cancelled_midway_and_resumed(mirrored, mode):
+    """`always` keeps what has reached the target, the others nothing; the next run brings the rest."""
+    d = mirrored
+    user = d.write(*range(5, 45, 2))
+    # One chunk at a time, and after some the speed's budget is used up for a long time.
+    begin(d, mode, buf_size=CHUNK, speed=4 * CHUNK)
+    while d.q.job("m")["current-progress"] < 6 * CHUNK:
+        d.q.pump(0.02)
+    during = d.write(5, 60)
+    end(d, "block-job-cancel", "BLOCK_JOB_CANCELLED")
+    lacking = different(file_content(d.copy), d.content())
+    assert during <= lacking and 3 < len(user - lacking) < len(user) - 3
+    dirty = d.dirty()
+    assert dirty == (lacking if mode == "always" else user | during)
+
+    begin(d, mode)
+    d.q.wait_event("BLOCK_JOB_READY", device="m")
+    instant = d.content()
+    done = end(d, "block-job-cancel")
+    assert done["offset"] == len(dirty) * CHUNK     # not a chunk more
+    after = d.write(99)
+    assert d.dirty() == after | (user | during if mode == "never" else set())
+    d.daemon.stop()
+    assert different(file_content(d.copy), instant) == set()
+
+
+def test_target_is_zero(daemon, tmp):
+    """Its word is taken: what is zero in the source is not written; without it all is."""
+    d = Disk(daemon, tmp)
+    written = d.write(3, 4, 50)
+    for word in (True, False):
+        target = tmp / f"{word}.raw"
+        target.write_bytes(b"\xee" * SIZE)      # the word is not true, which shows who takes it
+        d.q.execute("blockdev-add", driver="raw", node_name="target",
+                    file={"driver": "file", "filename": str(target)})
+        d.q.execute("blockdev-mirror", job_id="m", device="disk", target="target", sync="full",
+                    granularity=CHUNK, target_is_zero=word)
+        d.q.wait_event("BLOCK_JOB_READY", device="m")
+        d.q.execute("block-job-cancel", device="m")
+        done = d.q.wait_event("BLOCK_JOB_COMPLETED", device="m")["data"]
+        d.q.wait_job("m", "null")
+        d.q.execute("blockdev-del", node_name="target")
+        got, disk = target.read_bytes(), d.content()
+        left = set(range(CHUNKS)) - written if word else set()
+        assert different(got, disk) == left
+        assert all(got[c * CHUNK:][:CHUNK] == b"\xee" * CHUNK for c in left)
+        assert done["offset"] == (len(written) if word else CHUNKS) * CHUNK
+
+
+def test_what_block_job_change_refuses(daemon, tmp):
+    d = Disk(daemon, tmp)
+    q = d.q
+    target = create_image(tmp / "target.qcow2", size=SIZE)
+    q.execute("blockdev-add", driver="qcow2", node_name="target",
+              file={"driver": "file", "filename": str(target)})
+
+    def refused(text, **arguments):
+        with pytest.raises(QMPError) as error:
+            q.execute("block-job-change", **arguments)
+        assert error.value.desc == text
+        return error.value.cls
+
+    change = {"id": "m", "type": "mirror", "copy_mode": "write-blocking"}
+
+    def without(name):
+        return {k: v for k, v in change.items() if k != name}
+
+    assert refused("Block job 'm' not found", **change) == "DeviceNotActive"
+    q.execute("blockdev-mirror", job_id="m", device="disk", target="target", sync="full",
+              auto_finalize=False, auto_dismiss=False)
+    q.wait_event("BLOCK_JOB_READY", device="m")
+    refused("Block job 'n' not found", **{**change, "id": "n"})
+    refused("Parameter 'id' is missing", **without("id"))
+    refused("Parameter 'type' is missing", **without("type"))
+    refused("Parameter 'copy-mode' is missing", **without("copy_mode"))
+    refused("Parameter 'copy-mode' does not accept value 'x'", **{**change, "copy_mode": "x"})
+    refused("Invalid parameter type for 'copy-mode', expected: string", **{**change, "copy_mode": 1})
+    refused("Parameter 'more' is unexpected", **change, more=1)
+    refused("Parameter 'type' does not accept value 'x'", **{**change, "type": "x"})
+    # Of another type there is nothing to change: its branch of the union is empty.
+    refused("Job 'm' is 'mirror' job, not 'backup'", id="m", type="backup")
+    q.execute("block-job-change", **{**change, "copy_mode": "background"})     # as it is
+    q.execute("block-job-change", **change)
+    q.execute("block-job-change", **change)
+    refused("Change to copy mode 'background' is not implemented",
+            **{**change, "copy_mode": "background"})
+    q.execute("block-job-cancel", device="m")
+    q.wait_job("m", "pending")
+    refused("Job 'm' in state 'pending' cannot accept command verb 'change'", **change)
+    q.execute("job-finalize", id="m")
+    q.wait_job("m", "concluded")
+    refused("Job 'm' in state 'concluded' cannot accept command verb 'change'", **change)
+    q.execute("job-dismiss", id="m")
+
+    q.execute("blockdev-backup", job_id="b", device="disk", target="target", sync="full",
+              auto_finalize=False)
+    q.wait_job("b", "pending")
+    refused("Job 'b' in state 'pending' cannot accept command verb 'change'", id="b", type="backup")
+    q.execute("job-cancel", id="b")
+    q.wait_job("b", "null")
+    q.execute("blockdev-backup", job_id="b", device="disk", target="target", sync="none")
+    q.wait_job("b", "running")
+    refused("Job 'b' is 'backup' job, not 'mirror'", **{**change, "id": "b"})
+    refused("Job type does not support change", id="b", type="backup")
+    q.execute("job-cancel", id="b")
+    q.wait_job("b", "null")
