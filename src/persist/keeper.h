@@ -31,6 +31,14 @@ enum no_witness {
     NO_WITNESS_DISTRUST, /* they are inconsistent */
 };
 
+/* When hot regions leave (checkpoint.c); 0: they do not. */
+struct checkpoint_options {
+    uint64_t idle_ns, period_ns;
+    unsigned marked_max; /* regions whose marks no copy has */
+    bool flush;
+    uint64_t flush_rest_ns; /* between two of those */
+};
+
 struct keeper_options {
     struct keepers *peers;
     char *path;          /* of the tide file; owned by who fills it in */
@@ -40,6 +48,7 @@ struct keeper_options {
     unsigned slots;
     unsigned slice; /* of the slots, that each transaction of the ring tells */
     enum no_witness no_witness;
+    struct checkpoint_options checkpoints;
 };
 
 /* What open has found, for queries. */
@@ -70,6 +79,7 @@ int keeper_begin(struct keeper *k, struct error *err) MUST_CHECK;
 int keeper_before_write(struct keeper *k, struct range r) MUST_CHECK;
 void keeper_mark(struct keeper *k, struct range r);
 void keeper_written(struct keeper *k, struct range r);
+void keeper_flushed(struct keeper *k);
 
 /* Between resizing and resized the superblock allows for both sizes. */
 int keeper_resizing(struct keeper *k, uint64_t to, struct error *err) MUST_CHECK;

@@ -22,6 +22,8 @@ struct persist {
     struct { /* of tests; slots 0: as the options say */
         unsigned region_bits, slots, slice;
     } limits;
+    struct checkpoint_options checkpoints; /* of tests; if they have set them */
+    bool has_checkpoints;
 };
 
 /* Of one node, from its opening to its closing. */
@@ -66,6 +68,11 @@ static void observer_mark(struct write_observer *o, struct range r)
 static void observer_written(struct write_observer *o, struct range r, int result)
 {
     keeper_written(observed(o), r);
+}
+
+static void observer_flushed(struct write_observer *o)
+{
+    keeper_flushed(observed(o));
 }
 
 static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t to,
@@ -118,6 +125,12 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct node *
         o.region_bits = p->limits.region_bits;
         o.slots = p->limits.slots;
         o.slice = p->limits.slice;
+        o.checkpoints.marked_max = o.slots / 2;
+    }
+    if (p->has_checkpoints) {
+        o.checkpoints.idle_ns = p->checkpoints.idle_ns;
+        o.checkpoints.period_ns = p->checkpoints.period_ns;
+        o.checkpoints.flush_rest_ns = p->checkpoints.flush_rest_ns;
     }
     r = keeper_open(n, &o, &pn->keeper, err);
     if (r < 0)
@@ -126,6 +139,7 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct node *
         .before_write = observer_before_write,
         .mark = observer_mark,
         .written = observer_written,
+        .flushed = observer_flushed,
         .resizing = observer_resizing,
         .resized = observer_resized,
     };
@@ -300,6 +314,17 @@ void persist_set_limits(struct graph *g, unsigned region_bits, unsigned slots, u
     p->limits.region_bits = region_bits;
     p->limits.slots = slots;
     p->limits.slice = slice;
+}
+
+void persist_set_checkpoints(struct graph *g, uint64_t idle_ns, uint64_t period_ns,
+                             uint64_t flush_rest_ns)
+{
+    struct persist *p = graph_get_data(g, graph_key);
+
+    p->has_checkpoints = true;
+    p->checkpoints.idle_ns = idle_ns;
+    p->checkpoints.period_ns = period_ns;
+    p->checkpoints.flush_rest_ns = flush_rest_ns;
 }
 
 struct json_object *persist_info(struct node *n)

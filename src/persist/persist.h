@@ -20,6 +20,10 @@ void persist_set_runtime(struct graph *g, const char *directory);
 /* For tests, whose disks are small: regions of 1 << REGION_BITS bytes, SLOTS of them, and so many
  * of those in each transaction of the ring. Before nodes are opened. */
 void persist_set_limits(struct graph *g, unsigned region_bits, unsigned slots, unsigned slice);
+/* For tests, whose lives are short: when hot regions leave (options.h), whatever nodes' options
+ * say, and how long there is rest between two flushes that make them. Before nodes are opened. */
+void persist_set_checkpoints(struct graph *g, uint64_t idle_ns, uint64_t period_ns,
+                             uint64_t flush_rest_ns);
 /* x-tidemark-recovery of query-named-block-nodes; NULL: nothing is kept for this node. */
 struct json_object *persist_info(struct node *n);
 /* x-tidemark-hot-regions: what keeping the bitmaps costs; NULL: nothing so far. */

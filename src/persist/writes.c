@@ -1,4 +1,5 @@
 /* The write path of a kept disk: regions become hot, their bits durable. See hot.h. */
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "persist/keeper_internal.h"
@@ -89,7 +90,7 @@ static int hot_op_clean(void *owner, const uint32_t *regions, size_t n)
     int r = write_sets(k, false, ranges, n);
     if (r < 0 || k->tide != t)
         return r;
-    return tide_sync(k->tide);
+    return BROKEN(clean_not_synced) ? 0 : tide_sync(k->tide);
 }
 
 /* A task: the tide file has failed. */
@@ -173,7 +174,7 @@ static int begin_use(struct keeper *k)
     return 0;
 }
 
-int keeper_before_write(struct keeper *k, struct range r)
+static int let_pass(struct keeper *k, struct range r)
 {
     if (!k->in_use && !k->lost) {
         if (!k->tide && !k->recording)
@@ -198,6 +199,15 @@ int keeper_before_write(struct keeper *k, struct range r)
     return 0;
 }
 
+int keeper_before_write(struct keeper *k, struct range r)
+{
+    int result = let_pass(k, r);
+
+    if (result == 0)
+        checkpoint_write_begun(k);
+    return result;
+}
+
 void keeper_mark(struct keeper *k, struct range r)
 {
     if (k->hot && k->recording)
@@ -210,4 +220,5 @@ void keeper_written(struct keeper *k, struct range r)
         hot_give(k->hot, r);
     if (k->stamp)
         stamp_write_done(k->stamp);
+    checkpoint_write_ended(k);
 }
