@@ -131,6 +131,10 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct node *
         o.checkpoints.idle_ns = p->checkpoints.idle_ns;
         o.checkpoints.period_ns = p->checkpoints.period_ns;
         o.checkpoints.flush_rest_ns = p->checkpoints.flush_rest_ns;
+        if (o.checkpoints.flush_rest_ns == UINT64_MAX) {
+            o.checkpoints.flush = false;
+            o.checkpoints.marked_max = 0;
+        }
     }
     r = keeper_open(n, &o, &pn->keeper, err);
     if (r < 0)

@@ -87,7 +87,7 @@ struct history {
     struct { /* of tide files; slots 0: as the options say */
         unsigned region_bits, slots, slice;
     } limits;
-    struct { /* when hot regions leave; 0: they do not, but for rest: at each flush */
+    struct { /* when hot regions leave: persist_set_checkpoints() */
         uint64_t idle_ns, period_ns, rest_ns;
     } checkpoints;
     struct life *life;       /* that runs; NULL: between */
