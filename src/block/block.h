@@ -263,6 +263,9 @@ struct write_observer {
     /* The node's size has changed from..to; no request is under way, none has seen the new size.
      * (A write that grows a node from above calls it, too, just before its mark.) */
     void (*resized)(struct write_observer *o, uint64_t from, uint64_t to); /* may be NULL */
+    /* A flush that a user or a parent asked for has succeeded; must not wait: it is not over for
+     * who asked before this returns. May be NULL. */
+    void (*flushed)(struct write_observer *o);
     /* Content has changed without a write (a reopen); after `mark`, no request is under way. */
     void (*changed)(struct write_observer *o, struct range r); /* may be NULL */
     TAILQ_ENTRY(write_observer) link;

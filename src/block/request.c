@@ -349,6 +349,16 @@ static void announce_end(struct node *n, struct range r, int result)
             o->written(o, r, result);
 }
 
+static void announce_flush(struct node *n)
+{
+    struct write_observer *o;
+    NOSUSPEND();
+
+    TAILQ_FOREACH (o, &n->observers, link)
+        if (o->flushed)
+            o->flushed(o);
+}
+
 void node_content_changed(struct node *n, struct range r)
 {
     struct write_observer *o;
@@ -608,8 +618,11 @@ int edge_flush(struct edge *e)
     struct node *n = request_enter(e);
     int result = n->read_only ? 0 : node_flush(n);
 
-    if (result == 0)
+    if (result == 0) {
         n->counters.flush_ops++;
+        if (!n->read_only)
+            announce_flush(n);
+    }
     request_leave(n);
     return result;
 }

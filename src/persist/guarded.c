@@ -111,17 +111,21 @@ int keeper_engage(struct keeper *k, struct error *err)
     if (!k->in_use && !k->lost)
         keeper_begin_use(k);
     vouch(k);
+    checkpoint_changed(k); /* what is to be saved when the disk is idle */
     return image_use(k->options.image, err);
 }
 
-void keeper_save_idle(struct keeper *k)
+bool keeper_save_idle(struct keeper *k)
 {
+    SHIELD();
     struct graph *g = node_graph(k->node);
     struct error err = ERROR_INIT;
 
     /* Who closes the node has the graph, and waits for us. */
-    if (!k->options.image || !image_in_use(k->options.image) || !graph_trylock(g))
-        return;
+    if (!k->options.image || !image_in_use(k->options.image))
+        return true;
+    if (!graph_trylock(g))
+        return false;
     if (!BROKEN(guard_save_without_gate))
         graph_quiesce_begin(g, &k->node, 1);
     int r;
@@ -135,6 +139,7 @@ void keeper_save_idle(struct keeper *k)
     if (r < 0 && r != -EBUSY)
         log_warning("Node '%s': %s: its bitmaps are not saved while it is idle", node_name(k->node),
                     err.text);
+    return r != -EBUSY;
 }
 
 /* Others may yet ask for the records of a group: the file stays with them alone. */
@@ -179,6 +184,7 @@ void keeper_end_guarded(struct keeper *k)
 {
     struct error err = ERROR_INIT;
 
+    checkpoint_stop(k);
     hot_free(steal(k->hot));
     if (k->node->read_only)
         return;

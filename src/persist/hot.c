@@ -2,15 +2,16 @@
  *
  * What must hold, and what breaks when it does not (CRASH-STUDY.md, hole 4 and section 5):
  *
- *     a region is hot only when its transaction has completed     else its writes are forgotten
- *     a pinned region does not leave                              its marks may come yet
- *     the marks since the last copy are counted before the copy   else they leave with the region
- *     a region whose removal is submitted is not hot              a write would pass, and be
- * forgotten a waiting write gets all its regions in one step            else two wait for each
- * other
+ *     a region is hot only when its transaction has completed    else its writes are forgotten
+ *     a pinned region does not leave                             its marks may come yet
+ *     the marks since the last copy are counted before the copy  else they leave with the region
+ *     a region whose removal is submitted is not hot             else a write passes, is forgotten
+ *     a slot is free when its removal has completed              else one block changes it twice
+ *     a waiting write gets all its regions in one step           else two wait for each other
  *
- * Slots stand in two lists, least recently used first: `clean` (may leave now) and `used` (hot; may
- * be pinned). A region is found through a hash of slots, open addressing over a power of two. */
+ * Slots stand in lists, least recently used first: `clean` (may leave now), `used` (hot; may be
+ * pinned), `leaving`, `free`. A region is found through a hash of slots, open addressing over a
+ * power of two. */
 #include "persist/hot.h"
 
 #include "base/broken.h"
@@ -18,7 +19,7 @@
 #include <errno.h>
 #include <sys/queue.h>
 
-enum slot_state { SLOT_FREE, SLOT_ENTERING, SLOT_HOT };
+enum slot_state { SLOT_FREE, SLOT_ENTERING, SLOT_HOT, SLOT_LEAVING };
 
 struct slot {
     uint32_t region;
@@ -26,7 +27,9 @@ struct slot {
     enum slot_state state;
     bool marked;            /* since the copy that the cleaner has taken, or ever */
     bool clean;             /* in the list of those that may leave */
-    TAILQ_ENTRY(slot) link; /* in `clean`, `used` or `free` */
+    bool asked;             /* by a checkpoint, to leave; hot, and nobody has taken it since */
+    uint32_t period;        /* in which it was last taken, see HOT_UNUSED */
+    TAILQ_ENTRY(slot) link; /* in `clean`, `used`, `leaving` or `free` */
 };
 TAILQ_HEAD(slot_list, slot);
 
@@ -46,13 +49,17 @@ struct hot {
     uint32_t *table; /* what the ring says, or will when the transaction under way has completed */
     uint16_t *index; /* hash of regions to slot + 1 */
     uint32_t index_mask;
-    struct slot_list free, clean, used;
-    unsigned n_free, n_clean, n_used;
+    struct slot_list free, clean, used, leaving;
+    unsigned n_free, n_clean, n_used, n_leaving;
+    unsigned n_marked, n_asked;
+    uint64_t n_pins;
+    uint32_t period;
     TAILQ_HEAD(, taker) takers; /* the oldest first */
     unsigned n_takers;
     struct waitq commit_wanted, clean_wanted;
-    struct event go; /* not set: something has failed */
-    bool starved;    /* the committer finds no slot for what is waited for */
+    struct waitq asked; /* who waits until nobody is asked to leave, and those asked have left */
+    struct event go;    /* not set: something has failed */
+    bool starved;       /* the committer finds no slot for what is waited for */
     bool stopping, dead;
     struct scope tasks;
     struct hot_stats stats;
@@ -121,9 +128,25 @@ static void touch(struct hot *h, struct slot *s)
     TAILQ_INSERT_TAIL(l, s, link);
 }
 
+static void set_marked(struct hot *h, struct slot *s, bool marked)
+{
+    h->n_marked += (unsigned)marked - (unsigned)s->marked;
+    s->marked = marked;
+}
+
+/* It has left, or is in use again. */
+static void unask(struct hot *h, struct slot *s)
+{
+    if (!s->asked)
+        return;
+    s->asked = false;
+    h->n_asked--;
+}
+
 static bool is_hot(const struct slot *s)
 {
-    return s && s->state == SLOT_HOT;
+    return s && (s->state == SLOT_HOT ||
+                 (s->state == SLOT_LEAVING && BROKEN(checkpoint_left_still_hot)));
 }
 
 static struct range regions_of(const struct hot *h, struct range r)
@@ -147,14 +170,25 @@ static bool all_hot(const struct hot *h, struct range regions)
     return true;
 }
 
+static void tell_leavers(struct hot *h)
+{
+    if (!h->n_asked && !h->n_leaving)
+        waitq_wake_all(&h->asked);
+}
+
 static void pin(struct hot *h, struct range regions)
 {
     for (uint64_t i = regions.start; i < range_end(regions); i++) {
         struct slot *s = find(h, (uint32_t)i);
         s->pins++;
-        if (!s->clean)
+        h->n_pins++;
+        s->period = h->period;
+        if (!BROKEN(checkpoint_leaves_marked))
+            unask(h, s);
+        if (!s->clean && s->state == SLOT_HOT)
             touch(h, s);
     }
+    tell_leavers(h);
 }
 
 /* ---- writes ---- */
@@ -208,6 +242,17 @@ static void grant(struct hot *h)
     }
 }
 
+static bool too_many_marked(const struct hot *h)
+{
+    return h->options.marked_max && h->n_marked > h->options.marked_max;
+}
+
+/* Deliberate faults: marks since the copy are not looked at. */
+static bool leaves_marked(const struct slot *s)
+{
+    return BROKEN(hot_leaves_marked) || (s->asked && BROKEN(checkpoint_leaves_marked));
+}
+
 void hot_marked(struct hot *h, struct range r)
 {
     const struct range regions = regions_of(h, r);
@@ -218,10 +263,12 @@ void hot_marked(struct hot *h, struct range r)
         struct slot *s = find(h, (uint32_t)i);
         if (!s)
             continue;
-        s->marked = true;
-        if (s->state == SLOT_HOT && !BROKEN(hot_leaves_marked))
+        set_marked(h, s, true);
+        if (s->state == SLOT_HOT && !leaves_marked(s))
             set_clean(h, s, false);
     }
+    if (too_many_marked(h))
+        waitq_wake_one(&h->clean_wanted);
 }
 
 void hot_give(struct hot *h, struct range r)
@@ -232,10 +279,13 @@ void hot_give(struct hot *h, struct range r)
         return;
     for (uint64_t i = regions.start; i < range_end(regions); i++) {
         struct slot *s = find(h, (uint32_t)i);
-        if (s && s->pins > 0 && --s->pins == 0 && h->n_takers)
+        if (!s || s->pins == 0)
+            continue;
+        h->n_pins--;
+        if (--s->pins == 0 && h->n_takers)
             waitq_wake_one(&h->commit_wanted);
     }
-    if (h->n_takers)
+    if (h->n_takers || too_many_marked(h))
         waitq_wake_one(&h->clean_wanted);
 }
 
@@ -253,6 +303,22 @@ static bool is_wanted_by_oldest(const struct hot *h, uint32_t region)
     return t && region >= t->r.start && region < range_end(t->r);
 }
 
+static bool may_leave(const struct hot *h, const struct slot *s)
+{
+    return !s->pins && !is_wanted_by_oldest(h, s->region);
+}
+
+/* S, which is clean, has left, or will have when the transaction is durable. */
+static void leave(struct hot *h, struct slot *s)
+{
+    assert(!s->marked || leaves_marked(s));
+    TAILQ_REMOVE(&h->clean, s, link);
+    h->n_clean--;
+    s->clean = false;
+    set_marked(h, s, false);
+    unask(h, s);
+}
+
 /* A slot that something else may have: a free one, or that of a region that leaves. */
 static struct slot *take_slot(struct hot *h)
 {
@@ -264,12 +330,9 @@ static struct slot *take_slot(struct hot *h)
         return s;
     }
     TAILQ_FOREACH (s, &h->clean, link) {
-        if (s->pins || is_wanted_by_oldest(h, s->region))
+        if (!may_leave(h, s))
             continue;
-        assert(!s->marked || BROKEN(hot_leaves_marked));
-        TAILQ_REMOVE(&h->clean, s, link);
-        h->n_clean--;
-        s->clean = false;
+        leave(h, s);
         index_remove(h, s);
         return s;
     }
@@ -281,7 +344,8 @@ static void enter(struct hot *h, struct ring_block *b, struct slot *s, uint32_t 
     s->region = region;
     s->state = BROKEN(hot_before_durable) ? SLOT_HOT : SLOT_ENTERING;
     s->pins = 0;
-    s->marked = false;
+    set_marked(h, s, false);
+    s->period = h->period;
     TAILQ_INSERT_TAIL(&h->used, s, link);
     h->n_used++;
     index_add(h, s);
@@ -290,11 +354,10 @@ static void enter(struct hot *h, struct ring_block *b, struct slot *s, uint32_t 
 }
 
 /* What waiting writes miss, the oldest first, as much as there is room for. */
-static void gather(struct hot *h, struct ring_block *b)
+static void gather_missing(struct hot *h, struct ring_block *b)
 {
     struct taker *t;
 
-    b->n_changes = 0;
     TAILQ_FOREACH (t, &h->takers, link) {
         for (uint64_t i = t->r.start; i < range_end(t->r); i++) {
             if (b->n_changes == RING_CHANGES)
@@ -309,14 +372,53 @@ static void gather(struct hot *h, struct ring_block *b)
     }
 }
 
-static void entered(struct hot *h, const struct ring_block *b)
+/* Those that a checkpoint has asked and that have been cleaned, in what room is left. */
+static void gather_leaving(struct hot *h, struct ring_block *b)
+{
+    struct slot *s, *next;
+
+    for (s = h->n_asked ? TAILQ_FIRST(&h->clean) : NULL; s; s = next) {
+        next = TAILQ_NEXT(s, link);
+        if (b->n_changes == RING_CHANGES)
+            return;
+        if (!s->asked || !may_leave(h, s))
+            continue;
+        leave(h, s);
+        s->state = SLOT_LEAVING;
+        if (!BROKEN(checkpoint_left_still_hot))
+            index_remove(h, s);
+        TAILQ_INSERT_TAIL(&h->leaving, s, link);
+        h->n_leaving++;
+        b->changes[b->n_changes++] = (struct ring_change){(uint16_t)(s - h->slots), REGION_NONE};
+        h->table[s - h->slots] = REGION_NONE;
+    }
+}
+
+/* B's transaction has completed. */
+static void committed(struct hot *h, const struct ring_block *b)
 {
     for (unsigned i = 0; i < b->n_changes; i++) {
         struct slot *s = &h->slots[b->changes[i].slot];
-        s->state = SLOT_HOT;
+        if (s->state != SLOT_LEAVING) {
+            s->state = SLOT_HOT;
+            h->stats.entered++;
+            continue;
+        }
+        if (BROKEN(checkpoint_left_still_hot)) {
+            index_remove(h, s);
+            h->n_pins -= s->pins;
+            s->pins = 0;
+            set_marked(h, s, false);
+        }
+        s->state = SLOT_FREE;
+        TAILQ_REMOVE(&h->leaving, s, link);
+        h->n_leaving--;
+        TAILQ_INSERT_TAIL(&h->free, s, link);
+        h->n_free++;
+        h->stats.left++;
     }
     h->stats.commits++;
-    h->stats.entered += b->n_changes;
+    tell_leavers(h);
 }
 
 /* Until the owner has put right what has failed. False: it could not. */
@@ -335,8 +437,10 @@ static int committer(void *arg)
 
     SHIELD();
     while (!h->stopping && !h->dead) {
-        gather(h, b);
+        b->n_changes = 0;
+        gather_missing(h, b);
         h->starved = b->n_changes == 0 && h->n_takers;
+        gather_leaving(h, b);
         if (b->n_changes == 0) {
             if (h->starved)
                 waitq_wake_one(&h->clean_wanted);
@@ -354,7 +458,7 @@ static int committer(void *arg)
         while (r < 0 && wait_after_failure(h, r));
         if (r < 0)
             break;
-        entered(h, b);
+        committed(h, b);
         grant(h);
     }
     free(b);
@@ -363,21 +467,24 @@ static int committer(void *arg)
 
 /* ---- cleaning ---- */
 
-/* The least recently used ones that nobody has pinned. Their marks count from here on. */
-static size_t choose(struct hot *h, uint32_t *regions, struct slot **slots, size_t max)
+/* Those that a checkpoint has asked to leave, and if slots will be needed half of all, the least
+ * recently used ones; nobody has pinned them. Their marks count from here on. */
+static size_t choose(struct hot *h, uint32_t *regions, struct slot **slots)
 {
+    bool by_need = need_cleaning(h), by_amount = too_many_marked(h);
+    size_t ahead = by_need || by_amount ? (h->options.slots + 1) / 2 : 0, n = 0;
     struct slot *s;
-    size_t n = 0;
 
+    if (!ahead && !h->n_asked)
+        return 0;
     TAILQ_FOREACH (s, &h->used, link) {
-        if (n == max)
-            break;
-        if (s->state != SLOT_HOT || s->pins)
+        if (s->state != SLOT_HOT || s->pins || !(s->asked || n < ahead))
             continue;
-        s->marked = false;
+        set_marked(h, s, false);
         slots[n] = s;
         regions[n++] = s->region;
     }
+    h->stats.amount_cleanings += n && by_amount && !by_need;
     return n;
 }
 
@@ -390,13 +497,13 @@ static int by_region(const void *a, const void *b)
 static int cleaner(void *arg)
 {
     struct hot *h = arg;
-    size_t max = (h->options.slots + 1) / 2;
-    CLEANUP(memory_freep) uint32_t *regions = xcalloc(max, sizeof *regions);
-    CLEANUP(memory_freep) struct slot **slots = xcalloc(max, sizeof(struct slot *));
+    CLEANUP(memory_freep) uint32_t *regions = xcalloc(h->options.slots, sizeof *regions);
+    CLEANUP(memory_freep)
+    struct slot **slots = xcalloc(h->options.slots, sizeof(struct slot *));
 
     SHIELD();
     while (!h->stopping && !h->dead) {
-        size_t n = need_cleaning(h) ? choose(h, regions, slots, max) : 0;
+        size_t n = choose(h, regions, slots);
         if (n == 0) {
             int r = waitq_wait(&h->clean_wanted);
             assert(r == 0); /* shielded */
@@ -411,8 +518,8 @@ static int cleaner(void *arg)
             break;
         /* None of them can have left meanwhile: they were not clean. */
         for (size_t i = 0; i < n; i++)
-            if (!slots[i]->marked || BROKEN(hot_leaves_marked)) {
-                slots[i]->marked = false;
+            if (!slots[i]->marked || leaves_marked(slots[i])) {
+                set_marked(h, slots[i], false);
                 set_clean(h, slots[i], true);
             }
         h->stats.cleanings++;
@@ -420,6 +527,39 @@ static int cleaner(void *arg)
         waitq_wake_one(&h->commit_wanted);
     }
     return 0;
+}
+
+/* ---- checkpoints ---- */
+
+int hot_leave(struct hot *h, enum hot_which which)
+{
+    for (unsigned i = 0; i < h->options.slots && !h->dead; i++) {
+        struct slot *s = &h->slots[i];
+        if (s->state != SLOT_HOT || s->pins || s->asked ||
+            (which == HOT_UNUSED && s->period == h->period))
+            continue;
+        s->asked = true;
+        h->n_asked++;
+    }
+    if (which == HOT_UNUSED)
+        h->period++;
+    if (h->n_asked) {
+        waitq_wake_one(&h->clean_wanted);
+        waitq_wake_one(&h->commit_wanted);
+    }
+    while (!h->dead && (h->n_asked || h->n_leaving)) {
+        int r = waitq_wait(&h->asked);
+        if (r < 0)
+            return r;
+    }
+    return h->dead ? -EIO : 0;
+}
+
+bool hot_is_cheap(const struct hot *h)
+{
+    unsigned hot = h->n_clean + h->n_used;
+
+    return !h->dead && !h->n_takers && !h->n_pins && !h->n_leaving && hot && hot <= RING_CHANGES;
 }
 
 /* ---- the whole ---- */
@@ -442,6 +582,7 @@ struct hot *hot_new(const struct hot_options *o, const struct hot_ops *ops, void
     TAILQ_INIT(&h->free);
     TAILQ_INIT(&h->clean);
     TAILQ_INIT(&h->used);
+    TAILQ_INIT(&h->leaving);
     TAILQ_INIT(&h->takers);
     for (unsigned i = 0; i < o->slots; i++) {
         h->table[i] = REGION_NONE;
@@ -450,6 +591,7 @@ struct hot *hot_new(const struct hot_options *o, const struct hot_ops *ops, void
     h->n_free = o->slots;
     waitq_init(&h->commit_wanted);
     waitq_init(&h->clean_wanted);
+    waitq_init(&h->asked);
     event_init(&h->go);
     scope_init(&h->tasks);
     scope_spawn(&h->tasks, committer, h);
@@ -461,7 +603,7 @@ void hot_free(struct hot *h)
 {
     if (!h)
         return;
-    assert(h->n_takers == 0);
+    assert(h->n_takers == 0 && waitq_empty(&h->asked));
     h->stopping = true;
     waitq_wake_all(&h->commit_wanted);
     waitq_wake_all(&h->clean_wanted);
@@ -495,6 +637,7 @@ void hot_fail(struct hot *h)
     event_set(&h->go);
     waitq_wake_all(&h->commit_wanted);
     waitq_wake_all(&h->clean_wanted);
+    waitq_wake_all(&h->asked);
     grant(h);
 }
 
@@ -503,13 +646,15 @@ void hot_stats(const struct hot *h, struct hot_stats *ret)
     *ret = h->stats;
     ret->clean = h->n_clean;
     ret->waiting = h->n_takers;
+    ret->marked = h->n_marked;
     for (unsigned i = 0; i < h->options.slots; i++)
         ret->hot += h->slots[i].state == SLOT_HOT;
 }
 
 bool hot_valid(const struct hot *h, const char **broken)
 {
-    unsigned n_free = 0, n_clean = 0, n_used = 0;
+    unsigned n_free = 0, n_clean = 0, n_used = 0, n_leaving = 0, n_marked = 0, n_asked = 0;
+    uint64_t n_pins = 0;
     const struct slot *s;
     const char *why = NULL;
 
@@ -525,16 +670,29 @@ bool hot_valid(const struct hot *h, const char **broken)
         if (s->clean || s->state == SLOT_FREE)
             why = "a used slot is free or clean";
     }
+    TAILQ_FOREACH (s, &h->leaving, link) {
+        n_leaving++;
+        if (s->clean || s->asked || s->marked || s->pins || s->state != SLOT_LEAVING)
+            why = "a slot that leaves is in use";
+    }
     if (n_free != h->n_free || n_clean != h->n_clean || n_used != h->n_used ||
-        n_free + n_clean + n_used != h->options.slots)
+        n_leaving != h->n_leaving || n_free + n_clean + n_used + n_leaving != h->options.slots)
         why = "the lists do not add up";
     for (unsigned i = 0; !why && i < h->options.slots; i++) {
         s = &h->slots[i];
-        if (s->state != SLOT_FREE && find(h, s->region) != s)
-            why = "a region is not found";
-        if (s->state != SLOT_FREE && h->table[i] != s->region)
+        bool held = s->state == SLOT_ENTERING || s->state == SLOT_HOT;
+        if (held ? find(h, s->region) != s : find(h, s->region) == s)
+            why = "a region is not found, or is though it is not there";
+        if (h->table[i] != (held ? s->region : REGION_NONE))
             why = "the table says another region";
+        if (s->asked && (s->pins || s->state != SLOT_HOT))
+            why = "a slot in use is asked to leave";
+        n_marked += s->marked;
+        n_asked += s->asked;
+        n_pins += s->pins;
     }
+    if (!why && (n_marked != h->n_marked || n_asked != h->n_asked || n_pins != h->n_pins))
+        why = "the counts do not add up";
     if (broken)
         *broken = why;
     return !why;

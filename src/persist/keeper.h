@@ -32,6 +32,14 @@ enum no_witness {
     NO_WITNESS_DISTRUST, /* they are inconsistent */
 };
 
+/* When hot regions leave (checkpoint.c); 0: they do not. */
+struct checkpoint_options {
+    uint64_t idle_ns, period_ns;
+    unsigned marked_max; /* regions whose marks no copy has */
+    bool flush;
+    uint64_t flush_rest_ns; /* between two of those */
+};
+
 struct keeper_options {
     struct keepers *peers;
     struct image *image; /* of a qcow2 node, which says by itself whether others have written it and
@@ -43,6 +51,7 @@ struct keeper_options {
     unsigned slots;
     unsigned slice; /* of the slots, that each transaction of the ring tells */
     enum no_witness no_witness;
+    struct checkpoint_options checkpoints;
 };
 
 /* What open has found, for queries. */
@@ -77,6 +86,7 @@ int keeper_begin(struct keeper *k, struct error *err) MUST_CHECK;
 int keeper_before_write(struct keeper *k, struct range r) MUST_CHECK;
 void keeper_mark(struct keeper *k, struct range r);
 void keeper_written(struct keeper *k, struct range r);
+void keeper_flushed(struct keeper *k);
 
 /* Between resizing and resized the superblock allows for both sizes. */
 int keeper_resizing(struct keeper *k, uint64_t to, struct error *err) MUST_CHECK;
@@ -84,9 +94,9 @@ void keeper_resized(struct keeper *k);
 int keeper_grow(struct keeper *k, struct bitmap *bits, uint64_t to) MUST_CHECK;
 
 /* The disk has been idle: its image gets the bitmaps, which are in use there no more until the next
- * change. Guests wait meanwhile. Nothing happens when a job has one of them, or the graph is being
- * changed; what else goes wrong is told in the log. A task of its own. */
-void keeper_save_idle(struct keeper *k);
+ * change. Guests wait meanwhile. False: not now, because a job has one of them or the graph is
+ * being changed. What goes wrong is told in the log. In a task of its own. */
+bool keeper_save_idle(struct keeper *k);
 
 void keeper_bits_gone(struct keeper *k, struct bitmap *bits);
 /* x-tidemark-recovery of query-named-block-nodes; NULL: it has no bitmaps to recover. */

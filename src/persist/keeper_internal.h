@@ -5,6 +5,7 @@
  *     session.c    from the first change to the close
  *     writes.c     the write path
  *     guarded.c    a qcow2 image beside the tide file
+ *     checkpoint.c when hot regions leave
  *     group.c      changes of several disks at once
  *     recover.c    open
  */
@@ -37,6 +38,20 @@ struct kept_bitmap {
     unsigned sets;
 };
 
+/* See checkpoint.c. */
+struct checkpoints {
+    struct scope tasks;
+    struct event wanted;    /* there is something to do, or to wait for */
+    bool resting;           /* nothing has changed since an idle checkpoint */
+    bool flush_wanted;      /* a guest has flushed, and it is cheap */
+    unsigned writes;        /* under way */
+    uint64_t last_ns;       /* when the last write ended */
+    uint64_t idle_since_ns; /* that, when the last idle checkpoint began */
+    uint64_t period_began_ns;
+    uint64_t next_flush_ns; /* no sooner */
+    uint64_t done[3];       /* by reason */
+};
+
 struct keeper {
     LIST_ENTRY(keeper) in_peers;
     struct node *node;
@@ -49,6 +64,7 @@ struct keeper {
     struct scope tasks;
     struct hot *hot; /* level power, while a session is open */
     LIST_HEAD(, kept_set) sets;
+    struct checkpoints checkpoints;
 
     bool collecting;   /* a task is about to free sets */
     bool beating;      /* a task does it for the stamp, as long as writes are in flight */
@@ -172,6 +188,23 @@ extern const struct hot_ops keeper_hot_ops;
 int keeper_void_others(struct keeper *k) MUST_CHECK;
 /* From now on the image's times may be of a write of ours. */
 void keeper_stamp_begun(struct keeper *k);
+
+/* ---- checkpoint.c ---- */
+
+void checkpoint_init(struct keeper *k);
+void checkpoint_start(struct keeper *k); /* the session begins */
+void checkpoint_stop(struct keeper *k);  /* before it ends: waits */
+/* Around each write that the keeper has let pass. */
+void checkpoint_write_begun(struct keeper *k);
+void checkpoint_write_ended(struct keeper *k);
+/* Something has changed that an idle checkpoint is to save: the disk rests no more. */
+void checkpoint_changed(struct keeper *k);
+/* The disk has been idle: called in a task that is cancelled and waited for before the session
+ * ends, so it must not take the graph's lock, and what must not be cut is to be shielded. */
+void keeper_idle(struct keeper *k);
+/* In keeper_idle: has nobody written since? */
+bool keeper_rests(const struct keeper *k);
+void checkpoint_info(const struct keeper *k, struct json_object *info);
 
 /* ---- group.c ---- */
 

@@ -25,6 +25,8 @@ struct persist {
     struct { /* of tests; slots 0: as the options say */
         unsigned region_bits, slots, slice;
     } limits;
+    struct checkpoint_options checkpoints; /* of tests; if they have set them */
+    bool has_checkpoints;
 };
 
 /* Of one node, from its opening to its closing. */
@@ -93,6 +95,12 @@ static void observer_written(struct write_observer *o, struct range r, int resul
         keeper_written(observed(o)->keeper, r);
 }
 
+static void observer_flushed(struct write_observer *o)
+{
+    if (observed(o)->keeper)
+        keeper_flushed(observed(o)->keeper);
+}
+
 static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t to,
                              struct error *err)
 {
@@ -149,6 +157,16 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct error 
         o.region_bits = p->limits.region_bits;
         o.slots = p->limits.slots;
         o.slice = p->limits.slice;
+        o.checkpoints.marked_max = o.slots / 2;
+    }
+    if (p->has_checkpoints) {
+        o.checkpoints.idle_ns = p->checkpoints.idle_ns;
+        o.checkpoints.period_ns = p->checkpoints.period_ns;
+        o.checkpoints.flush_rest_ns = p->checkpoints.flush_rest_ns;
+        if (o.checkpoints.flush_rest_ns == UINT64_MAX) {
+            o.checkpoints.flush = false;
+            o.checkpoints.marked_max = 0;
+        }
     }
     return keeper_open(n, &o, &pn->keeper, err);
 }
@@ -209,6 +227,7 @@ static int hook_opened(struct graph_hook *h, struct node *n, struct error *err)
             .before_write = observer_before_write,
             .mark = observer_mark,
             .written = observer_written,
+            .flushed = observer_flushed,
             .resizing = observer_resizing,
             .resized = observer_resized,
         };
@@ -383,7 +402,18 @@ void persist_set_limits(struct graph *g, unsigned region_bits, unsigned slots, u
 void persist_save_idle(struct node *n)
 {
     if (keeper_of(n))
-        keeper_save_idle(keeper_of(n));
+        (void)keeper_save_idle(keeper_of(n));
+}
+
+void persist_set_checkpoints(struct graph *g, uint64_t idle_ns, uint64_t period_ns,
+                             uint64_t flush_rest_ns)
+{
+    struct persist *p = graph_get_data(g, graph_key);
+
+    p->has_checkpoints = true;
+    p->checkpoints.idle_ns = idle_ns;
+    p->checkpoints.period_ns = period_ns;
+    p->checkpoints.flush_rest_ns = flush_rest_ns;
 }
 
 struct json_object *persist_info(struct node *n)

@@ -25,6 +25,11 @@ void persist_set_runtime(struct graph *g, const char *directory);
 void persist_set_limits(struct graph *g, unsigned region_bits, unsigned slots, unsigned slice);
 /* For tests: as if N had been idle for long. */
 void persist_save_idle(struct node *n);
+/* For tests, whose lives are short: when hot regions leave (options.h), whatever nodes' options
+ * say, and how long there is rest between two flushes that make them. UINT64_MAX: neither
+ * flushes nor amounts make any. Before nodes are opened. */
+void persist_set_checkpoints(struct graph *g, uint64_t idle_ns, uint64_t period_ns,
+                             uint64_t flush_rest_ns);
 /* x-tidemark-recovery of query-named-block-nodes; NULL: nothing is kept for this node. */
 struct json_object *persist_info(struct node *n);
 /* x-tidemark-hot-regions: what keeping the bitmaps costs; NULL: nothing so far. */

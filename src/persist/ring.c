@@ -8,7 +8,8 @@
  *     32    8    sequence
  *     40    2    first slot of the slice
  *     42    6    zero
- *     48    512  changes: slot (2), zero (2), region (4); those not used are zero
+ *     48    512  changes: slot (2), zero (2), region (4; 0xffffffff: it becomes free); those not
+ *                used are zero
  *     560   3520 slice: regions (4), 0xffffffff for a free slot; those not used are zero
  *     4080  16   zero
  *

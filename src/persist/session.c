@@ -128,7 +128,10 @@ void keeper_session_begun(struct keeper *k)
     k->stale = k->void_tide = false;
     k->ring_next = s->ring_sequence;
     if (k->options.level == TIDE_POWER)
-        k->hot = hot_new(&(struct hot_options){s->region_bits, s->slots}, &keeper_hot_ops, k);
+        k->hot = hot_new(
+            &(struct hot_options){s->region_bits, s->slots, k->options.checkpoints.marked_max},
+            &keeper_hot_ops, k);
+    checkpoint_start(k);
 }
 
 /* ---- opening and closing ---- */
@@ -146,6 +149,7 @@ int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **
     mutex_init(&k->area_lock);
     mutex_init(&k->ring_lock);
     scope_init(&k->tasks);
+    checkpoint_init(k);
     LIST_INIT(&k->sets);
     LIST_INSERT_HEAD(k->options.peers, k, in_peers);
     int r = keeper_recover(k, err);
@@ -167,6 +171,7 @@ void keeper_free(struct keeper *k)
     LIST_FOREACH (peer, k->options.peers, in_peers)
         if (!strcmp(peer->options.path, k->options.path))
             peer->voided = false; /* a tide file is left */
+    checkpoint_stop(k);
     hot_free(k->hot);
     keeper_forget_doubt(k);
     scope_fini(&k->tasks);
@@ -246,6 +251,7 @@ static void end_session(struct keeper *k)
     }
     if (k->stale && !k->node->read_only && k->tide)
         r = keeper_commit(k, &err); /* what recovery has found is not found twice */
+    checkpoint_stop(k);
     hot_free(steal(k->hot));
     if (!k->in_use || !k->tide || k->lost)
         return;
@@ -405,5 +411,9 @@ struct json_object *keeper_hot_info(const struct keeper *k)
     json_add_uint(info, "entered", now.entered);
     json_add_uint(info, "cleanings", now.cleanings);
     json_add_uint(info, "cleaned", now.cleaned);
+    json_add_uint(info, "marked", now.marked);
+    json_add_uint(info, "left", now.left);
+    json_add_uint(info, "amount-cleanings", now.amount_cleanings);
+    checkpoint_info(k, info);
     return info;
 }

@@ -23,8 +23,55 @@ static int hot_op_commit(void *owner, struct ring_block *b, const uint32_t *tabl
     return r;
 }
 
-/* Both sets of every bitmap, looked up anew after each wait: a change of state may drop one
- * meanwhile (then its bits are in another), and what it adds was empty or has been written. */
+/* The entry of the superblock that names this epoch; NULL: none does any more. */
+static const struct tide_bitmap *entry_at(const struct keeper *k, uint64_t epoch,
+                                          struct tide_area *area)
+{
+    const struct tide_table *t = &tide_super(k->tide)->table;
+
+    for (size_t i = 0; i < t->n; i++) {
+        const struct tide_bitmap *e = &t->items[i];
+        if (e->current.epoch != epoch && e->successor.epoch != epoch)
+            continue;
+        *area = e->current.epoch == epoch ? e->current : e->successor;
+        return e;
+    }
+    return NULL;
+}
+
+/* The areas of the sets that the superblock names at this moment, or of those alone that record. A
+ * change of state may be made durable while they are written, so that the table has another order,
+ * and a set another place in it, or none (then its bits are in another, or not needed): so each is
+ * known by its epoch, and looked up anew. What comes into the table meanwhile was empty, or has
+ * been written. Under k->area_lock. */
+static int write_sets(struct keeper *k, bool recording, const struct range *ranges, size_t n)
+{
+    const struct tide *t = k->tide;
+    const struct tide_table *table = &tide_super(t)->table;
+    CLEANUP(memory_freep) uint64_t *epochs = xcalloc(2 * table->n + 1, sizeof *epochs);
+    size_t count = 0;
+    int r = 0;
+
+    for (size_t i = 0; i < table->n; i++) {
+        const struct tide_bitmap *e = &table->items[i];
+        if (recording && !e->enabled)
+            continue;
+        if (!recording || !e->successor.epoch)
+            epochs[count++] = e->current.epoch;
+        if (e->successor.epoch)
+            epochs[count++] = e->successor.epoch;
+    }
+    for (size_t i = 0; r == 0 && i < count && k->tide == t; i++) { /* a new file has all of it */
+        struct tide_area area;
+        const struct tide_bitmap *e = entry_at(k, epochs[i], &area);
+        const struct kept_set *s = e ? keeper_set_at(k, epochs[i]) : NULL;
+        if (s)
+            r = keeper_write_area(k, e, area, s->bits, ranges, n);
+    }
+    return r;
+}
+
+/* Both sets of every bitmap. */
 static int hot_op_clean(void *owner, const uint32_t *regions, size_t n)
 {
     struct keeper *k = owner;
@@ -40,24 +87,11 @@ static int hot_op_clean(void *owner, const uint32_t *regions, size_t n)
         ranges[i] = start < size ? range_between(start, min_u64(start + (1ull << shift), size))
                                  : range_make(0, 0);
     }
-    struct tide *t = k->tide;
-    for (size_t i = 0; i < tide_super(t)->table.n; i++) {
-        for (unsigned j = 0; j < 2; j++) {
-            if (k->tide != t)
-                return 0; /* a new file has all of it */
-            if (i >= tide_super(t)->table.n)
-                break;
-            const struct tide_bitmap *e = &tide_super(t)->table.items[i];
-            struct tide_area area = j ? e->successor : e->current;
-            struct kept_set *s = keeper_set_at(k, area.epoch);
-            if (!s)
-                continue;
-            int r = keeper_write_area(k, e, area, s->bits, ranges, n);
-            if (r < 0)
-                return r;
-        }
-    }
-    return tide_sync(t);
+    const struct tide *t = k->tide;
+    int r = write_sets(k, false, ranges, n);
+    if (r < 0 || k->tide != t)
+        return r;
+    return BROKEN(clean_not_synced) ? 0 : tide_sync(k->tide);
 }
 
 /* A task: the tide file has failed. */
@@ -91,16 +125,9 @@ const struct hot_ops keeper_hot_ops = {hot_op_commit, hot_op_clean, hot_op_faile
 /* The bits of R are durable in every set that records. */
 static int sync_marks(struct keeper *k, struct range r)
 {
-    int result = 0;
     LOCKED(&k->area_lock);
 
-    for (size_t i = 0; k->tide && result == 0 && i < tide_super(k->tide)->table.n; i++) {
-        const struct tide_bitmap *e = &tide_super(k->tide)->table.items[i];
-        const struct tide_area area = e->successor.epoch ? e->successor : e->current;
-        struct kept_set *s = e->enabled ? keeper_set_at(k, area.epoch) : NULL;
-        if (s)
-            result = keeper_write_area(k, e, area, s->bits, &r, 1);
-    }
+    int result = k->tide ? write_sets(k, true, &r, 1) : 0;
     if (result == 0)
         result = k->tide ? tide_sync(k->tide) : -EIO;
     return result;
@@ -263,7 +290,7 @@ void keeper_stamp_begun(struct keeper *k)
 
 /* ---- around a write ---- */
 
-int keeper_before_write(struct keeper *k, struct range r)
+static int let_pass(struct keeper *k, struct range r)
 {
     /* Asked before "is it hot?": a write to a hot region is a first change, too. */
     int result = is_first(k) ? begin_use(k) : 0;
@@ -287,6 +314,15 @@ int keeper_before_write(struct keeper *k, struct range r)
     return 0;
 }
 
+int keeper_before_write(struct keeper *k, struct range r)
+{
+    int result = let_pass(k, r);
+
+    if (result == 0)
+        checkpoint_write_begun(k);
+    return result;
+}
+
 void keeper_mark(struct keeper *k, struct range r)
 {
     if (k->hot && k->recording)
@@ -299,4 +335,5 @@ void keeper_written(struct keeper *k, struct range r)
         hot_give(k->hot, r);
     if (k->stamp)
         stamp_write_done(k->stamp);
+    checkpoint_write_ended(k);
 }

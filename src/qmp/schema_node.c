@@ -144,7 +144,9 @@ static SCHEMA_ENUM(XTidemarkNoWitness, VALUE("believe"), VALUE("refuse"), VALUE(
 SCHEMA_OBJECT(XTidemarkPersistOptions, OPT("level", XTidemarkPersistLevel),
               OPT("region-size", size), OPT("budget", size), OPT("tide-file", str),
               OPT("state-directory", str), OPT("runtime-directory", str),
-              OPT("no-witness", XTidemarkNoWitness));
+              OPT("no-witness", XTidemarkNoWitness), OPT("checkpoint-idle", uint32),
+              OPT("checkpoint-period", uint32), OPT("checkpoint-amount", size),
+              OPT("checkpoint-flush", bool));
 
 SCHEMA_UNION(BlockdevOptions, "driver",
              MEMBERS(REQ("driver", BlockdevDriver), OPT("node-name", str),

@@ -531,11 +531,13 @@ static void opened(void *self, struct life *l)
     } else if (b->running) {
         int moved = b->keeps ? has_moved(c, b) : 0;
         struct node *n = NULL;
+        /* One of mode always says so of one that has failed, too: what its target has counts. */
+        bool perhaps = moved > 0 && b->always && !b->full;
+        struct inode *file = store_find(&c->h->m.store, b->path);
         if (moved > 0 && open_target(c, l, b->path, &n) < 0)
             violation(c->h, "the backup %s moved its bitmap on, and is lost", b->path);
-        /* In mode always it is told of what a failed one has achieved, too. */
-        b->succeeded = moved > 0 && !b->always;
-        if (moved > 0)
+        b->succeeded = moved > 0 && !perhaps;
+        if (b->succeeded || (perhaps && !file->syncs_failed))
             conclude(c, n);
         else /* who cannot know, or has not kept what mode always counts, starts anew */
             c->has_chain = c->has_chain && !moved && !b->always && !b->full;

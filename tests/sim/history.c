@@ -423,6 +423,19 @@ static void enough_room(struct history *h)
         h->m.store.free_blocks += INT32_MAX;
 }
 
+static void count_checkpoints(struct history *h)
+{
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        CLEANUP(json_putp) struct json_object *info = persist_hot_info(h->disks[i].n);
+        if (!info)
+            continue;
+        h->checkpoints_done.idle += json_get_uint(info, "idle-checkpoints", 0);
+        h->checkpoints_done.period += json_get_uint(info, "period-checkpoints", 0);
+        h->checkpoints_done.flush += json_get_uint(info, "flush-checkpoints", 0);
+        h->checkpoints_done.left += json_get_uint(info, "left", 0);
+    }
+}
+
 static void live(struct life *l)
 {
     struct history *h = l->h;
@@ -455,6 +468,7 @@ static void live(struct life *l)
     enough_room(h);
     h->m.faults = (struct faults){.path = ""};
     ALL_CLIENTS(h, quiet, l);
+    count_checkpoints(h);
     /* Idle, and then it dies. */
     if (settings.persist && one_in(&h->more_dice, 6)) {
         for (unsigned i = 0; i < h->n_disks; i++)
@@ -473,6 +487,8 @@ static int life_main(void *arg)
     persist_init(l->g);
     if (h->limits.slots)
         persist_set_limits(l->g, h->limits.region_bits, h->limits.slots, h->limits.slice);
+    persist_set_checkpoints(l->g, h->checkpoints.idle_ns, h->checkpoints.period_ns,
+                            h->checkpoints.rest_ns);
     if (h->with_runtime)
         persist_set_runtime(l->g, "/run/tidemark");
     copy_register_drivers(l->g);
@@ -611,6 +627,22 @@ static void draw_limits(struct history *h)
     h->limits.slice = 1 + (unsigned)dice_below(more, h->limits.slots);
 }
 
+/* Guests rest for up to 2 ms, clients for 20: some of it is long enough to be idle. Half of the
+ * histories have none: who copies bits all the time puts right what something else has lost. */
+static void draw_checkpoints(struct history *h)
+{
+    static const uint64_t idle_us[] = {0, 10, 100, 500, 1500, 5000, 2000000};
+    static const uint64_t period_us[] = {0, 500, 5000, 50000};
+    static const uint64_t rest_us[] = {0, 0, 5000, 1000000};
+    struct dice d = {h->seed ^ 0xc4ec}; /* of its own, so that the rest stays as it was */
+    h->checkpoints.rest_ns = UINT64_MAX;
+    if (one_in(&d, 2))
+        return;
+    h->checkpoints.idle_ns = 1000 * idle_us[dice_below(&d, ARRAY_SIZE(idle_us))];
+    h->checkpoints.period_ns = 1000 * period_us[dice_below(&d, ARRAY_SIZE(period_us))];
+    h->checkpoints.rest_ns = 1000 * rest_us[dice_below(&d, ARRAY_SIZE(rest_us))];
+}
+
 static struct faults draw_faults(struct history *h)
 {
     static const unsigned rates[] = {0, 0, 50, 200, 1000};
@@ -690,6 +722,7 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     h->m.slow = (unsigned)dice_below(&h->dice, 20000);
     draw_mood(h);
     draw_limits(h);
+    draw_checkpoints(h);
     h->with_runtime = !one_in(&h->dice, 6);
     for (unsigned i = 0; i < h->n_disks; i++) {
         draw_disk(h, i);
@@ -731,6 +764,10 @@ uint64_t history_run(uint64_t seed, struct history *totals)
         totals->bitmaps[i].before += h->bitmaps[i].before;
         totals->bitmaps[i].good += h->bitmaps[i].good;
     }
+    totals->checkpoints_done.idle += h->checkpoints_done.idle;
+    totals->checkpoints_done.period += h->checkpoints_done.period;
+    totals->checkpoints_done.flush += h->checkpoints_done.flush;
+    totals->checkpoints_done.left += h->checkpoints_done.left;
     totals->glimpses += h->glimpses;
     totals->power_losses += h->power_losses;
     totals->m.events += h->m.events;

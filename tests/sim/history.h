@@ -90,10 +90,16 @@ struct history {
     struct { /* of tide files; slots 0: as the options say */
         unsigned region_bits, slots, slice;
     } limits;
+    struct { /* when hot regions leave: persist_set_checkpoints() */
+        uint64_t idle_ns, period_ns, rest_ns;
+    } checkpoints;
     struct life *life;       /* that runs; NULL: between */
     struct bitmaps_counted { /* persistent ones, by how the last life was left */
         uint64_t before, good;
     } bitmaps[LEFTS];
+    struct { /* in lives that ended well */
+        uint64_t idle, period, flush, left;
+    } checkpoints_done;
     uint64_t last_life_events;
     uint64_t writes, flushes, jobs, kills, power_losses, glimpses;
 };

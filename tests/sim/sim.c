@@ -129,6 +129,13 @@ int main(int argc, char **argv)
                (unsigned long long)totals.flushes, (unsigned long long)totals.jobs,
                (unsigned long long)totals.kills, (unsigned long long)totals.power_losses,
                (unsigned long long)totals.glimpses, (unsigned long long)totals.m.n_faults);
+    if (!quiet)
+        printf("checkpoints in lives that ended well: %llu idle, %llu of a period, %llu after a "
+               "flush; %llu regions left\n",
+               (unsigned long long)totals.checkpoints_done.idle,
+               (unsigned long long)totals.checkpoints_done.period,
+               (unsigned long long)totals.checkpoints_done.flush,
+               (unsigned long long)totals.checkpoints_done.left);
     static const char *const lefts[] = {"clean closes", "failing closes", "kills", "power losses"};
     for (int i = 0; i < LEFTS && !quiet; i++)
         printf("persistent bitmaps good after %s: %llu of %llu\n", lefts[i],

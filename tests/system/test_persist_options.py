@@ -3,11 +3,16 @@ import json
 import os
 import shutil
 import subprocess
+import time
 
 import pytest
 from tidemark_testlib import QMP, Daemon, QMPError, connect, nbd_uri, run_to_exit
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+
+
+NO_CHECKPOINTS = {"checkpoint-idle": 0, "checkpoint-period": 0, "checkpoint-amount": 0,
+                  "checkpoint-flush": False}
 
 
 @pytest.fixture
@@ -42,12 +47,14 @@ def start(tmp, tidemarkd):
         d.kill()
 
 
-def write(daemon, tmp, *offsets):
+def write(daemon, tmp, *offsets, flush=False):
     daemon.qmp.execute("block-export-add", **{"type": "nbd", "id": "e", "node-name": "a",
                                               "writable": True})
     nbd = connect(nbd_uri(tmp / "nbd.sock", "a"))
     for offset in offsets:
         nbd.pwrite(b"1" * 512, offset)
+    if flush:
+        nbd.flush()
     nbd.shutdown()
     daemon.qmp.execute("block-export-del", id="e", mode="hard")
     daemon.qmp.wait_event("BLOCK_EXPORT_DELETED")
@@ -70,7 +77,7 @@ def add(daemon):
     ("power", False, "exact"), ("power", True, "superset")])
 def test_what_a_level_promises(tmp, image, start, level, lost, expected):
     """Killed; and with the run segments gone, as after a power loss."""
-    daemon = start(image, {"level": level, "region-size": 2 * MiB, "budget": 64 * MiB})
+    daemon = start(image, {"level": level, "region-size": 2 * MiB, "budget": 64 * MiB, **NO_CHECKPOINTS})
     add(daemon)
     write(daemon, tmp, 0, 100 * MiB)
     daemon.kill()
@@ -82,6 +89,48 @@ def test_what_a_level_promises(tmp, image, start, level, lost, expected):
         assert bitmap(daemon)["inconsistent"]
     else:
         assert bitmap(daemon)["count"] == (4 * MiB if lost else 128 * KiB)
+    daemon.stop()
+
+
+def hot(daemon):
+    return node(daemon)["x-tidemark-hot-regions"]
+
+
+@pytest.mark.parametrize("options, counter", [
+    ({"checkpoint-idle": 200}, "idle-checkpoints"),
+    ({"checkpoint-period": 200}, "period-checkpoints"),
+    ({"checkpoint-flush": True}, "flush-checkpoints"),
+    ({}, None)])
+def test_a_power_loss_adds_nothing_after_a_checkpoint(tmp, image, start, options, counter):
+    daemon = start(image, {**NO_CHECKPOINTS, **options, "region-size": MiB, "budget": 64 * MiB})
+    add(daemon)
+    write(daemon, tmp, *range(0, 20 * MiB, MiB), flush=True)
+    deadline = time.monotonic() + (20 if counter else 1)
+    while hot(daemon)["hot"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = hot(daemon)
+    assert found["hot"] == found["entered"] - found["left"] == (0 if counter else 20)
+    kinds = ("idle-checkpoints", "period-checkpoints", "flush-checkpoints")
+    assert all(bool(found[kind]) == (kind == counter) for kind in kinds), found
+    daemon.kill()
+    shutil.rmtree(tmp / "run")
+    daemon = start(image)
+    info = node(daemon)["x-tidemark-recovery"]
+    assert info["state"] == "superset" and info["bytes-added"] == (0 if counter else 20 * MiB)
+    assert bitmap(daemon)["count"] == (20 * 64 * KiB if counter else 20 * MiB)
+    daemon.stop()
+
+
+def test_bits_of_many_regions_are_written(tmp, image, start):
+    daemon = start(image, {**NO_CHECKPOINTS, "region-size": MiB, "budget": 64 * MiB,
+                           "checkpoint-amount": 10 * MiB})
+    add(daemon)
+    write(daemon, tmp, *range(0, 20 * MiB, MiB))
+    deadline = time.monotonic() + 20
+    while hot(daemon)["marked"] > 10 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = hot(daemon)
+    assert found["marked"] <= 10 and found["amount-cleanings"] and found["hot"] == 20
     daemon.stop()
 
 
@@ -147,6 +196,8 @@ def test_the_tide_file_is_elsewhere(tmp, image, start, where):
     ({"tide-file": ""}, "Parameter 'tide-file' is empty"),
     ({"state-directory": "/nowhere"}, "directory '/nowhere/': No such file or directory"),
     ({"state-directory": "/dev/shm"}, "is on tmpfs, which is gone with the power: level 'power'"),
+    ({"checkpoint-idle": -1}, "Parameter 'checkpoint-idle' expects uint32"),
+    ({"checkpoint-flush": "yes"}, "Invalid parameter type for 'x-tidemark-persist.checkpoint-flush'"),
     ({"no-witness": "maybe"}, "Parameter 'no-witness' does not accept value 'maybe'"),
 ])
 def test_refused(image, start, options, text):
@@ -194,7 +245,8 @@ def test_the_short_form(tmp, tidemarkd, image):
     os.mkdir(tmp / "state")
     env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp)}
     process = subprocess.Popen([tidemarkd, "--x-tidemark-persist",
-                                f"process,state-directory={tmp}/state,budget=1G", str(image)],
+                                f"process,state-directory={tmp}/state,budget=1G,checkpoint-idle=500,"
+                                "checkpoint-flush=off", str(image)],
                                stdout=subprocess.PIPE, text=True, env=env)
     try:
         lines = [process.stdout.readline() for _ in range(2)]

@@ -440,6 +440,42 @@ TEST(observers_are_asked_all_before_any_marks_and_all_mark_before_the_data)
 
 /* ---- flush ---- */
 
+struct flush_watcher {
+    struct write_observer o;
+    unsigned flushed, marked;
+};
+
+static void count_mark(struct write_observer *o, struct range r)
+{
+    container_of(o, struct flush_watcher, o)->marked++;
+}
+
+static void count_flushed(struct write_observer *o)
+{
+    container_of(o, struct flush_watcher, o)->flushed++;
+}
+
+TEST(observers_hear_of_flushes_that_succeed)
+{
+    CLEANUP(node_unrefp)
+    struct node *n = open_ok(g, "{'driver':'fake','node-name':'disk','size':65536}");
+    CLEANUP(node_unrefp)
+    struct node *raw = open_ok(g, "{'driver':'raw','node-name':'top','file':'disk'}");
+    struct flush_watcher w = {{.mark = count_mark, .flushed = count_flushed}, 0, 0};
+    struct test_user u;
+    struct edge *e = attach(&u, raw, PERM_WRITE, PERM_ALL);
+    uint8_t buf[512] = {1};
+
+    node_observe(raw, &w.o);
+    CHECK(edge_flush(e) == 0 && w.flushed == 1); /* also when there was nothing to flush */
+    CHECK(edge_write(e, range_make(0, 512), buf, 0) == 0 && w.marked == 1);
+    fake_of(n)->fail_flush = -EIO;
+    CHECK(edge_flush(e) == -EIO && w.flushed == 1);
+    CHECK(edge_flush(e) == 0 && w.flushed == 2);
+    node_unobserve(raw, &w.o);
+    edge_detach(e);
+}
+
 TEST(a_flush_with_nothing_written_costs_nothing)
 {
     CLEANUP(node_unrefp)
@@ -711,6 +747,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(parents_are_quiesced_before_their_children),
     cmocka_unit_test(a_serialising_request_is_alone_on_its_range),
     cmocka_unit_test(observers_are_asked_all_before_any_marks_and_all_mark_before_the_data),
+    cmocka_unit_test(observers_hear_of_flushes_that_succeed),
     cmocka_unit_test(a_flush_with_nothing_written_costs_nothing),
     cmocka_unit_test(a_flush_reaches_what_was_written_by_one_who_has_gone),
     cmocka_unit_test(a_write_that_waits_for_a_shrink_does_not_grow_the_node),

@@ -20,6 +20,7 @@ struct model {
     bool committing, cleaning, repairing;
     unsigned failures; /* in a hundred */
     unsigned writes;
+    unsigned guests; /* that have not ended */
     struct scope repairs;
 };
 
@@ -61,8 +62,11 @@ static int op_commit(void *owner, struct ring_block *b, const uint32_t *table)
         pass_time(w, 10);
     assert_true(b->n_changes > 0 && b->n_changes <= RING_CHANGES);
     memcpy(w->coming, table, w->slots * sizeof *table);
-    for (unsigned i = 0; i < b->n_changes; i++)
+    for (unsigned i = 0; i < b->n_changes; i++) {
         assert_int_equal(table[b->changes[i].slot], b->changes[i].region);
+        for (unsigned j = 0; j < i; j++)
+            assert_int_not_equal(b->changes[i].slot, b->changes[j].slot);
+    }
     w->committing = true;
     check(w);
     pass_time(w, 100);
@@ -153,6 +157,22 @@ static int guest(void *arg)
         if (rng_below(&w->rng, 8) == 0)
             pass_time(w, 1000);
     }
+    w->guests--;
+    return 0;
+}
+
+/* Now and then, in the midst of all that, regions are asked to leave. */
+static int checkpoints(void *arg)
+{
+    struct model *w = arg;
+    unsigned pause_us = 1 << (4 + rng_below(&w->rng, 9));
+
+    while (w->guests) {
+        pass_time(w, pause_us);
+        enum hot_which which = rng_below(&w->rng, 2) ? HOT_ALL : HOT_UNUSED;
+        assert_int_equal(hot_leave(w->hot, which), 0);
+        check(w);
+    }
     return 0;
 }
 
@@ -165,16 +185,27 @@ static int history(void *arg)
     for (unsigned i = 0; i < SLOTS_MAX; i++)
         w->told[i] = REGION_NONE;
     scope_init(&w->repairs);
-    w->hot = hot_new(&(struct hot_options){REGION_BITS, w->slots}, &ops, w);
+    unsigned marked_max = (unsigned)rng_below(&w->rng, w->slots + 1);
+    w->hot = hot_new(&(struct hot_options){REGION_BITS, w->slots, marked_max}, &ops, w);
     {
         SCOPE(guests);
+        w->guests = GUESTS;
         for (unsigned i = 0; i < GUESTS; i++)
             scope_spawn(&guests, guest, w);
+        if (rng_below(&w->rng, 4))
+            scope_spawn(&guests, checkpoints, w);
         assert_int_equal(scope_join(&guests), 0);
     }
+    /* Nobody writes: all leave, and a power loss adds nothing. */
+    assert_int_equal(hot_leave(w->hot, HOT_ALL), 0);
     assert_int_equal(scope_join(&w->repairs), 0);
     hot_stats(w->hot, &stats);
     assert_true(stats.commits > 0 && stats.cleanings > 0 && stats.waiting == 0);
+    assert_true(stats.left > 0 && stats.hot == 0 && stats.marked == 0);
+    for (unsigned i = 0; i < w->slots; i++)
+        assert_int_equal(w->told[i], REGION_NONE);
+    for (uint32_t i = 0; i < REGIONS; i++)
+        assert_int_equal(w->marks[i], w->durable[i]);
     hot_free(w->hot);
     scope_fini(&w->repairs);
     return 0;
@@ -207,7 +238,7 @@ static int too_large(void *arg)
     static const struct hot_ops ops = {op_commit, op_clean, op_failed};
     struct model w = {.slots = 8};
 
-    w.hot = hot_new(&(struct hot_options){REGION_BITS, w.slots}, &ops, &w);
+    w.hot = hot_new(&(struct hot_options){REGION_BITS, w.slots, 0}, &ops, &w);
     assert_int_equal(hot_take(w.hot, range_make(0, 5 << REGION_BITS)), -E2BIG);
     hot_marked(w.hot, range_make(0, 5 << REGION_BITS));
     hot_give(w.hot, range_make(0, 5 << REGION_BITS));
@@ -223,9 +254,142 @@ static void a_large_write_is_the_callers(void **state)
     assert_int_equal(run_virtually(too_large, NULL), 0);
 }
 
+/* ---- what a checkpoint takes, and what stays ---- */
+
+static struct range region(uint32_t i)
+{
+    return range_make((uint64_t)i << REGION_BITS, 1 << REGION_BITS);
+}
+
+static void begin_write(struct model *w, uint32_t i)
+{
+    assert_int_equal(hot_take(w->hot, region(i)), 0);
+    w->marks[i]++;
+    hot_marked(w->hot, region(i));
+}
+
+static void write_to(struct model *w, uint32_t i)
+{
+    begin_write(w, i);
+    hot_give(w->hot, region(i));
+}
+
+static unsigned count_hot(struct model *w)
+{
+    struct hot_stats stats;
+
+    hot_stats(w->hot, &stats);
+    return stats.hot;
+}
+
+static void with_table(struct model *w, unsigned slots, unsigned marked_max)
+{
+    static const struct hot_ops ops = {op_commit, op_clean, op_failed};
+
+    *w = (struct model){.rng = {test_seed()}, .slots = slots};
+    for (unsigned i = 0; i < SLOTS_MAX; i++)
+        w->told[i] = REGION_NONE;
+    w->hot = hot_new(&(struct hot_options){REGION_BITS, slots, marked_max}, &ops, w);
+}
+
+static int what_is_in_use(void *arg)
+{
+    struct model w;
+
+    with_table(&w, 8, 0);
+    assert_false(hot_is_cheap(w.hot)); /* none is there */
+    write_to(&w, 0);
+    assert_true(hot_is_cheap(w.hot));
+    begin_write(&w, 1);
+    assert_false(hot_is_cheap(w.hot));
+    assert_int_equal(hot_leave(w.hot, HOT_ALL), 0);
+    assert_true(!in_table(&w, w.told, 0) && in_table(&w, w.told, 1));
+    hot_give(w.hot, region(1));
+
+    /* In a period the region is used, in the next it is not. */
+    write_to(&w, 2);
+    assert_int_equal(hot_leave(w.hot, HOT_UNUSED), 0);
+    assert_int_equal(count_hot(&w), 2);
+    write_to(&w, 2);
+    assert_int_equal(hot_leave(w.hot, HOT_UNUSED), 0);
+    assert_true(in_table(&w, w.told, 2) && count_hot(&w) == 1);
+    assert_int_equal(hot_leave(w.hot, HOT_UNUSED), 0);
+    assert_int_equal(count_hot(&w), 0);
+
+    hot_fail(w.hot);
+    assert_int_equal(hot_leave(w.hot, HOT_ALL), -EIO);
+    hot_free(w.hot);
+    return 0;
+}
+
+static void a_checkpoint_leaves_what_is_in_use(void **state)
+{
+    assert_int_equal(run_virtually(what_is_in_use, NULL), 0);
+}
+
+static int many_marked(void *arg)
+{
+    struct hot_stats stats;
+    struct model w;
+
+    with_table(&w, 16, 4);
+    for (uint32_t i = 0; i < 4; i++)
+        write_to(&w, i);
+    pass_time(&w, 1);
+    hot_stats(w.hot, &stats);
+    assert_true(stats.marked == 4 && stats.cleanings == 0);
+    write_to(&w, 4);
+    assert_int_equal(sleep_until(clock_after_ns(NSEC_PER_SEC)), 0);
+    hot_stats(w.hot, &stats);
+    assert_true(stats.marked == 0 && stats.cleanings == 1 && stats.amount_cleanings == 1);
+    assert_true(stats.hot == 5); /* they are cleaned, and stay */
+    hot_free(w.hot);
+    return 0;
+}
+
+static void too_many_marks_are_copied(void **state)
+{
+    assert_int_equal(run_virtually(many_marked, NULL), 0);
+}
+
+static int waiter_task(void *arg)
+{
+    struct model *w = arg;
+    int r = hot_leave(w->hot, HOT_ALL);
+
+    assert_int_equal(r, -ECANCELED);
+    return 0;
+}
+
+static int cancelled_checkpoint(void *arg)
+{
+    struct model w;
+
+    with_table(&w, 8, 0);
+    write_to(&w, 0);
+    {
+        SCOPE(tasks);
+        scope_spawn(&tasks, waiter_task, &w);
+        assert_int_equal(task_yield(), 0);
+        scope_cancel(&tasks);
+        SHIELD();
+        (void)!scope_join(&tasks);
+    }
+    hot_free(w.hot);
+    return 0;
+}
+
+static void a_checkpoint_can_be_given_up(void **state)
+{
+    assert_int_equal(run_virtually(cancelled_checkpoint, NULL), 0);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(nothing_marked_is_forgotten),
     cmocka_unit_test(failures_are_put_right),
     cmocka_unit_test(a_large_write_is_the_callers),
+    cmocka_unit_test(a_checkpoint_leaves_what_is_in_use),
+    cmocka_unit_test(too_many_marks_are_copied),
+    cmocka_unit_test(a_checkpoint_can_be_given_up),
 };
 UNIT_MAIN(tests)
