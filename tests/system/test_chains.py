@@ -346,10 +346,11 @@ def test_killed_among_snapshots(tidemarkd, tmp):
     rng = random.Random(1)
     with Stage(tmp) as s:
         tops, instants = ["a"], []
-        killer = threading.Timer(rng.uniform(0.2, 0.6), s.daemon.process.kill)
-        killer.start()
+        killer = threading.Timer(rng.uniform(0.05, 0.5), s.daemon.process.kill)
         try:
             while True:
+                if len(tops) == 3:      # some are there, however slow this machine is
+                    killer.start()
                 top = f"o{len(tops)}"
                 with s.paused() as then:
                     s.q.execute("blockdev-snapshot-sync", node_name=tops[-1],
