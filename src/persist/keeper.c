@@ -381,7 +381,19 @@ int keeper_grow(struct keeper *k, struct bitmap *bits, uint64_t to)
 {
     struct kept_set *s = keeper_set_of(k, bits);
 
-    return s && s->segment ? segment_grow(s->segment, bits, to, NULL) : 0;
+    if (!s || !s->segment)
+        return 0;
+    if (!s->segment_ended)
+        return segment_grow(s->segment, bits, to, NULL);
+    /* Its file is gone; the next session makes another. */
+    struct bitmap *own = bitmap_dup(bits);
+    if (!own)
+        return -ENOMEM;
+    bitmap_swap(bits, own);
+    bitmap_free(own);
+    segment_close(steal(s->segment));
+    s->segment_ended = false;
+    return 0;
 }
 
 static int collect_later(void *arg)

@@ -16,7 +16,8 @@
  * job held is its current OR its successor: as if the job had failed.
  *
  * Nothing is written here. What has been found is written anew when the node is first written to or
- * closed (keeper.c: a session begins); until then the next open finds no less. */
+ * closed (keeper.c: a session begins); until then the next open finds no less. Only that bitmaps
+ * are inconsistent is written at once (session.c): what has told it may be gone next time. */
 #include "base/log.h"
 #include "block/driver.h"
 #include "persist/keeper_internal.h"

@@ -1,4 +1,5 @@
 /* Sessions of a kept disk: from its first change to its close. See keeper.h. */
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "block/file.h"
@@ -127,6 +128,25 @@ void keeper_session_begun(struct keeper *k)
 
 /* ---- opening and closing ---- */
 
+/* What tells that others have written the image, or that a segment is gone, may itself be gone
+ * after the next crash: a file's times go with the power. So before anybody hears that the bitmaps
+ * are inconsistent, the tide file says it. */
+static void keep_verdict(struct keeper *k)
+{
+    struct error err = ERROR_INIT;
+    bool any = false;
+
+    for (size_t i = 0; k->tide && i < tide_super(k->tide)->table.n; i++)
+        any |= !tide_super(k->tide)->table.items[i].inconsistent;
+    if (!any)
+        return;
+    LOCKED(&k->lock);
+    if (keeper_change_state(k, &err) < 0)
+        log_warning(
+            "Node '%s': %s: that its bitmaps are inconsistent may be forgotten after a crash",
+            node_name(k->node), err.text);
+}
+
 int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **ret,
                 struct error *err)
 {
@@ -148,6 +168,8 @@ int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **
         return r;
     }
     keeper_look(k);
+    if (k->recovery.verdict == RECOVERY_NONE && !n->read_only && !BROKEN(verdict_not_kept))
+        keep_verdict(k);
     *ret = k;
     return 0;
 }
@@ -304,6 +326,8 @@ static int go_on(struct keeper *k, struct error *err)
         if (keeper_keeps(bm))
             dirty_set_inconsistent(bm);
     k->stale = true;
+    if (!BROKEN(verdict_not_kept))
+        keep_verdict(k);
     return 0;
 }
 

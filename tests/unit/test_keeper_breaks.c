@@ -407,6 +407,55 @@ static void a_disk_is_reopened(void **state)
     run_life(has_all_three);
 }
 
+static void reopen_and_grow(struct life *l)
+{
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    edge_detach(l->e[0]);
+    reopen(l, true);
+    reopen(l, false);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+    CHECK_OK(edge_truncate(l->e[0], 2 * DISK_BYTES, true, &err), err);
+    CHECK(write_at(l, 0, 2 * DISK_BYTES - 4096) == 0);
+}
+
+static void has_first_and_last(struct life *l)
+{
+    CHECK(is_dirty(l, 0, 0) && is_dirty(l, 0, 2 * DISK_BYTES - 4096));
+}
+
+/* The segments of the session before the reopen are gone, and cannot grow. */
+static void a_disk_grows_after_a_reopen(void **state)
+{
+    run_life(reopen_and_grow);
+    run_life(has_first_and_last);
+}
+
+static void is_inconsistent(struct life *l)
+{
+    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
+
+    CHECK(bm && dirty_inconsistent(bm));
+}
+
+/* What told it, a file's times or the stamp, does not outlive the power: the tide file must. */
+static void that_others_wrote_is_told_once_and_for_all(void **state)
+{
+    char path[80];
+
+    run_life(write_and_die);
+    usleep(100000);
+    snprintf(path, sizeof path, "%s/0", dir);
+    int fd = open(path, O_RDWR);
+    assert_true(fd >= 0 && pwrite(fd, path, sizeof path, AT) == sizeof path);
+    close(fd);
+    run_life(is_inconsistent);
+    lose_segments();
+    run_life(is_inconsistent);
+}
+
 /* The session does not end well, and the next one begins in the same program. */
 static void reopen_badly(struct life *l)
 {
@@ -528,6 +577,8 @@ static const struct CMUnitTest tests[] = {
     T(a_resize_is_ours),
     T(a_second_clear_while_the_first_is_pending),
     T(a_disk_is_reopened),
+    T(a_disk_grows_after_a_reopen),
+    T(that_others_wrote_is_told_once_and_for_all),
     T(a_session_that_could_not_end),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
