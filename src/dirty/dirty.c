@@ -500,6 +500,18 @@ static struct dirty_bitmap *enlist(struct dirty_node *home, const char *name, st
     return bm;
 }
 
+/* A bitmap that takes the place of one that the same transaction removes goes on with its
+ * generation: who was not told the end must see which of the two it is. */
+static uint64_t generation_before(const struct dirty_node *home, const char *name)
+{
+    const struct dirty_bitmap *bm;
+
+    TAILQ_FOREACH (bm, &home->list, link)
+        if (bm->hidden && bm->name && name && !strcmp(bm->name, name))
+            return bm->generation;
+    return 0;
+}
+
 int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsigned flags,
               struct dirty_bitmap **ret, struct error *err)
 {
@@ -523,7 +535,9 @@ int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsi
         return no_memory(n, name, granularity_bytes, err);
     if (!(flags & DIRTY_DISABLED))
         assert_quiet(n);
+    uint64_t generation = BROKEN(added_again_unseen) ? 0 : generation_before(make_home(n), name);
     struct dirty_bitmap *bm = enlist(make_home(n), name, bits);
+    bm->generation = generation;
     bm->enabled = !(flags & DIRTY_DISABLED);
     bm->persistent = bm->kept = flags & DIRTY_PERSISTENT;
     if (flags & DIRTY_LOADED)

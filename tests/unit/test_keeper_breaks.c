@@ -433,6 +433,34 @@ static void a_disk_grows_after_a_reopen(void **state)
     run_life(has_first_and_last);
 }
 
+static void add_again(struct life *l)
+{
+    CLEANUP(json_putp)
+    struct json_object *actions = json_tokener_parse(
+        "[{\"type\":\"block-dirty-bitmap-remove\",\"data\":{\"node\":\"d0\",\"name\":\"b\"}},"
+        "{\"type\":\"block-dirty-bitmap-add\",\"data\":{\"node\":\"d0\",\"name\":\"b\","
+        "\"persistent\":true}}]");
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK(generation_of(l, 0) == 1);
+    CHECK_OK(transaction_run(l->g, l->js, actions, NULL, &err), err);
+    CHECK(generation_of(l, 0) == 2);
+}
+
+static void has_generation_two(struct life *l)
+{
+    CHECK(generation_of(l, 0) == 2);
+}
+
+/* Or who was cut off from the reply would take the new one for the old one, and miss what was
+ * written before. */
+static void one_that_is_added_again_is_not_the_old_one(void **state)
+{
+    run_life(add_again);
+    run_life(has_generation_two);
+}
+
 static void is_inconsistent(struct life *l)
 {
     struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
@@ -578,6 +606,7 @@ static const struct CMUnitTest tests[] = {
     T(a_second_clear_while_the_first_is_pending),
     T(a_disk_is_reopened),
     T(a_disk_grows_after_a_reopen),
+    T(one_that_is_added_again_is_not_the_old_one),
     T(that_others_wrote_is_told_once_and_for_all),
     T(a_session_that_could_not_end),
     T(a_group_whose_writes_fail),
