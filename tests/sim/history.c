@@ -85,6 +85,26 @@ void history_nap(struct life *l, uint64_t max_us)
     (void)!sleep_until(clock_after_ns(1000 * dice_below(&l->h->dice, max_us + 1)));
 }
 
+static const char *const lefts[] = {"a clean close", "a failing close", "a kill", "a power loss"};
+
+const char *history_left(enum left left)
+{
+    return lefts[left];
+}
+
+uint64_t history_budget(const struct disk *d, uint64_t granularity, unsigned losses)
+{
+    return losses * d->slots * max_u64(d->region_bytes, granularity);
+}
+
+bool history_must_keep(const struct disk *d, enum left left, bool no_segments)
+{
+    const struct history *h = d->h;
+    if (d->qcow2 || d->foreign || h->clock_set || h->with_faults)
+        return false;
+    return left == LEFT_CLEAN || !d->process || (left == LEFT_KILLED && !no_segments);
+}
+
 /* ---- guests ---- */
 
 struct guest {
@@ -199,8 +219,6 @@ static int guest_task(void *arg)
 }
 
 /* ---- what a life finds ---- */
-
-static const char *const lefts[] = {"a clean close", "a failing close", "a kill", "a power loss"};
 
 /* The whole disk against the model. Nobody writes. */
 static void judge_content(struct life *l, struct disk *d)
@@ -352,6 +370,73 @@ static void create_image(struct life *l, struct disk *d)
         violation(l->h, "%s cannot be made: %s", d->path, err.text);
 }
 
+static void use_disk(struct life *l, struct disk *d)
+{
+    struct error err = ERROR_INIT;
+    d->user = (struct user){&history_user_ops};
+    if (edge_attach_user(&d->user, d->n, "root", PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL,
+                         &d->edge, &err) < 0)
+        violation(l->h, "%s cannot be used: %s", d->node, err.text);
+}
+
+static void set_size(struct life *l, struct disk *d, uint64_t to)
+{
+    struct error err = ERROR_INIT;
+    struct user u = {&history_user_ops};
+    struct edge *e;
+    bool cut_before = d->cut_in_flight;
+    d->cut_in_flight = true; /* if it is cut here */
+    int r = edge_attach_user(&u, d->n, "resizer", PERM_RESIZE, PERM_ALL, &e, &err);
+    if (r == 0) {
+        r = edge_truncate(e, to, false, &err);
+        edge_detach(e);
+    }
+    d->cut_in_flight = cut_before;
+    if (r < 0)
+        violation(l->h, "%s cannot be resized to %llu: %s", d->node, (unsigned long long)to,
+                  err.text);
+}
+
+/* Smaller, and as large as it was: what was cut off reads as zeroes. Or larger first. */
+static void resize_disk(struct life *l, struct disk *d)
+{
+    struct dice *more = &l->h->more_dice;
+    uint64_t first = 1 + dice_below(more, d->model.n - 1), n = d->model.n - first;
+    if (one_in(more, 3)) {
+        /* What grows is dirty, outwards to whole granules. */
+        d->model.cells[d->model.n - 1].last_active = model_now(&d->model);
+        d->other_size = d->size + (1 + dice_below(more, 64)) * 16 * KiB;
+        set_size(l, d, d->other_size);
+        set_size(l, d, d->size);
+        return;
+    }
+    if (!model_has_room(&d->model, first, n))
+        return;
+    uint64_t begun = model_begin(&d->model, first, n, 0);
+    d->other_size = first * MODEL_SECTOR;
+    set_size(l, d, d->other_size);
+    if (one_in(more, 2))
+        history_nap(l, 2000);
+    set_size(l, d, d->size);
+    model_end(&d->model, first, n, begun, true, false);
+}
+
+/* Read-only for a while, and back. */
+static void close_for_a_while(struct life *l, struct disk *d)
+{
+    struct error err = ERROR_INIT;
+    edge_detach(d->edge);
+    int r = node_set_read_only(d->n, true, &err);
+    if (r == 0) {
+        (void)!sleep_until(clock_after_ns(NSEC_PER_SEC / 10));
+        others_while_closed(l->h, d);
+        r = node_set_read_only(d->n, false, &err);
+    }
+    if (r < 0)
+        violation(l->h, "%s cannot be reopened: %s", d->node, err.text);
+    use_disk(l, d);
+}
+
 static void open_disk(struct life *l, struct disk *d)
 {
     struct error err = ERROR_INIT;
@@ -363,14 +448,12 @@ static void open_disk(struct life *l, struct disk *d)
     int r = history_open(l, json, &d->n, &err);
     if (r < 0)
         violation(l->h, "%s cannot be opened: %s", d->path, err.text);
-    if (node_size(d->n) != d->size)
+    if (node_size(d->n) != d->size && node_size(d->n) != d->other_size)
         violation(l->h, "%s has %llu bytes, not %llu", d->node, (unsigned long long)node_size(d->n),
                   (unsigned long long)d->size);
-    d->user = (struct user){&history_user_ops};
-    r = edge_attach_user(&d->user, d->n, "root", PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL,
-                         &d->edge, &err);
-    if (r < 0)
-        violation(l->h, "%s cannot be used: %s", d->node, err.text);
+    if (node_size(d->n) != d->size) /* cut while it was resized */
+        set_size(l, d, d->size);
+    use_disk(l, d);
 }
 
 struct client_call {
@@ -409,6 +492,30 @@ static void enough_room(struct history *h)
         h->m.store.free_blocks += INT32_MAX;
 }
 
+static void clients_look(struct life *l)
+{
+    struct history *h = l->h;
+    ALL_CLIENTS(h, opened, l);
+    for (unsigned i = 0; i < h->n_disks; i++)
+        h->disks[i].foreign = h->disks[i].blind = false;
+}
+
+/* What needs a disk without guests and jobs. */
+static void in_between(struct life *l)
+{
+    struct history *h = l->h;
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        struct disk *d = &h->disks[i];
+        if (d->qcow2 || d->sync_failed)
+            continue;
+        if (one_in(&h->more_dice, 12))
+            resize_disk(l, d);
+        if (one_in(&h->more_dice, 8) && !h->with_faults)
+            close_for_a_while(l, d);
+    }
+    clients_look(l);
+}
+
 static void live(struct life *l)
 {
     struct history *h = l->h;
@@ -422,6 +529,7 @@ static void live(struct life *l)
             if (l->free_blocks >= 0)
                 h->m.store.free_blocks = l->free_blocks;
             l->guests_running = h->n_guests;
+            l->stopping = false;
             for (unsigned i = 0; i < h->n_guests; i++) {
                 guests[i] = (struct guest){
                     l, &h->disks[dice_below(&h->dice, h->n_disks)],
@@ -453,7 +561,7 @@ static int life_main(void *arg)
     if (h->limits.slots)
         persist_set_limits(l->g, h->limits.region_bits, h->limits.slots, h->limits.slice);
     if (h->with_runtime)
-        persist_set_runtime(l->g, "/run/tidemark");
+        persist_set_runtime(l->g, SIM_RUNTIME);
     copy_register_drivers(l->g);
     l->js = jobs_new(l->g);
     jobs_set_listener(l->js, on_event, l);
@@ -472,8 +580,14 @@ static int life_main(void *arg)
                 h->disks[i].made = true;
         ALL_CLIENTS(h, made, l);
     } else {
-        ALL_CLIENTS(h, opened, l);
+        clients_look(l);
+        if (settings.persist)
+            in_between(l);
         live(l);
+        if (settings.persist && one_in(&h->more_dice, 4)) {
+            in_between(l);
+            live(l);
+        }
     }
     machine_note(&h->m, "closing");
     jobs_cancel_all(l->js);
@@ -512,6 +626,8 @@ static void between(struct history *h, enum life_end end, bool faulty)
         /* Who opened a file again after a failed sync would find in the page cache, clean, what the
          * disk never got, and nobody could tell: so then the machine goes down. */
         power |= h->disks[i].sync_failed;
+        h->disks[i].cut_in_flight =
+            end == END_KILLED && (h->disks[i].cut_in_flight || model_in_flight(&h->disks[i].model));
         model_cut(&h->disks[i].model);
         h->disks[i].sync_failed = false;
         if (end == END_KILLED && h->disks[i].left <= LEFT_FAILING) /* (or it was not looked at) */
@@ -524,15 +640,40 @@ static void between(struct history *h, enum life_end end, bool faulty)
         h->kills++;
     if (power) {
         machine_lose_power(&h->m);
-        for (unsigned i = 0; i < h->n_disks; i++)
+        for (unsigned i = 0; i < h->n_disks; i++) {
             h->disks[i].left = LEFT_POWERLESS;
+            h->disks[i].cut_in_flight = false;
+        }
         judge_files(h, "a power loss");
         h->power_losses++;
     }
-    ALL_CLIENTS(h, ended, end, power);
+    bool no_segments = others_disturb_segments(h) || !h->with_runtime;
+    ALL_CLIENTS(h, ended, end, power, no_segments);
+    others_between(h, end, power);
     machine_pass_time(&h->m, dice_below(&h->dice, 10) * NSEC_PER_SEC / 4);
-    if (one_in(&h->dice, 20)) /* somebody sets the clock */
+    if (one_in(&h->dice, 20)) { /* somebody sets the clock */
         machine_set_wall(&h->m, (int64_t)dice_below(&h->dice, 20000000) - 10000000);
+        h->clock_set = true;
+        for (unsigned i = 0; i < h->n_disks; i++) /* the witness goes by it */
+            h->disks[i].blind |= h->disks[i].foreign;
+    }
+}
+
+/* How its bitmaps are kept. */
+static void draw_level(struct history *h, struct disk *d)
+{
+    struct dice *more = &h->more_dice;
+    d->process = one_in(more, 8);
+    const char *level = d->process ? "process" : "power";
+    d->slots = h->limits.slots ? h->limits.slots : 4;
+    d->region_bytes = h->limits.slots ? UINT64_C(1) << h->limits.region_bits : MiB;
+    if (h->limits.slots)
+        snprintf(d->extra, sizeof d->extra, ",'x-tidemark-persist':{'level':'%s'}", level);
+    else
+        snprintf(d->extra, sizeof d->extra,
+                 ",'x-tidemark-persist':{'level':'%s','region-size':%llu,'budget':%llu}", level,
+                 (unsigned long long)d->region_bytes,
+                 (unsigned long long)(d->slots * d->region_bytes));
 }
 
 static void draw_disk(struct history *h, unsigned number)
@@ -559,6 +700,8 @@ static void draw_disk(struct history *h, unsigned number)
         if (one_in(more, 16)) /* bits of more than one sector */
             d->size += 2 * MiB;
     }
+    if (!d->qcow2 && settings.persist)
+        draw_level(h, d);
     snprintf(d->node, sizeof d->node, "disk%u", number);
     snprintf(d->path, sizeof d->path, "/d/disk%u.%s", number, d->qcow2 ? "qcow2" : "raw");
     model_init(&d->model, d->size / MODEL_SECTOR);
@@ -631,6 +774,14 @@ static void one_life(struct history *h, unsigned number)
     between(h, r < 0 ? END_KILLED : END_CLEAN, h->m.n_faults != l.faults_before);
 }
 
+static void add_client(struct history *h, struct disk *d, const struct client_ops *ops)
+{
+    h->clients[h->n_clients].ops = ops;
+    h->clients[h->n_clients].disk = d;
+    h->clients[h->n_clients].self = ops->start(h, d);
+    h->n_clients++;
+}
+
 uint64_t history_run(uint64_t seed, struct history *totals)
 {
     struct history *h = xnew(struct history);
@@ -652,12 +803,10 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     for (unsigned i = 0; i < h->n_disks; i++) {
         draw_disk(h, i);
         struct disk *d = &h->disks[i];
-        for (unsigned k = one_in(&h->dice, 3) ? 2 : 1; k; k--) {
-            h->clients[h->n_clients].ops = &backup_client;
-            h->clients[h->n_clients].disk = d;
-            h->clients[h->n_clients].self = backup_client.start(h, d);
-            h->n_clients++;
-        }
+        for (unsigned k = one_in(&h->dice, 3) ? 2 : 1; k; k--)
+            add_client(h, d, &backup_client);
+        for (unsigned k = settings.persist ? 2 : 0; k && one_in(&h->more_dice, 2); k--)
+            add_client(h, d, &bitmap_client);
     }
     if (settings.exhaustive) {
         h->lives = 1;
@@ -697,6 +846,7 @@ uint64_t history_run(uint64_t seed, struct history *totals)
         h->clients[i].ops->finish(h->clients[i].self);
     for (unsigned i = 0; i < h->n_disks; i++)
         model_fini(&h->disks[i].model);
+    others_fini(h);
     machine_fini(&h->m);
     free(h);
     return hash;
