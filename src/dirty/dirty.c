@@ -86,7 +86,8 @@ static struct dirty_node *node_of(const struct node *n)
 
 static void assert_quiet(const struct node *n)
 {
-    assert(n->inside == 0 && "what is marked changes while a write is under way");
+    assert((n->inside == 0 || BROKEN(quiesced_without_waiting)) &&
+           "what is marked changes while a write is under way");
 }
 
 /* How a bitmap is called in a message about it. */
@@ -645,6 +646,12 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
     if (!clean)
         return NULL;
     assert_quiet(bm->home->node);
+    if (BROKEN(clear_in_place)) {
+        bitmap_merge(clean, old);
+        bitmap_clear_all(old);
+        bm->unbased = true;
+        return clean;
+    }
     if (!bm->before) {
         bm->before = old;
         bm->before_lent = true;
@@ -751,8 +758,12 @@ static void succeed(struct dirty_bitmap *bm, bool new_base)
     struct dirty_bitmap *s = bm->successor;
 
     assert(s && bm->busy && !bm->enabled);
-    free_bits(bm, bm->bits);
-    bm->bits = steal(s->bits);
+    if (!new_base && BROKEN(rolled_back_in_place)) {
+        free_bits(bm, steal(s->bits));
+    } else {
+        free_bits(bm, bm->bits);
+        bm->bits = steal(s->bits);
+    }
     bm->enabled = s->enabled;
     bm->marked_since = true;
     if (bm->inconsistent || s->inconsistent)
@@ -835,7 +846,10 @@ static void fold(const struct dirty_outcome *o)
         bm->folded = o->remaining ? o->remaining : bm->bits;
         if (BROKEN(successor_not_merged))
             bitmap_clear_all(s->bits);
-        bitmap_merge_range(s->bits, bm->folded, range_make(0, bitmap_size(bm->folded)));
+        if (BROKEN(rolled_back_in_place) && !o->remaining)
+            bitmap_merge(bm->bits, s->bits);
+        else
+            bitmap_merge_range(s->bits, bm->folded, range_make(0, bitmap_size(bm->folded)));
     }
     bm->concluding = true;
     bm->rebased = rebases(o);
@@ -939,7 +953,7 @@ static int commit(struct node *const *nodes, size_t n, bool ending, struct error
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); r == 0 && bm; bm = dirty_next(bm)) {
             if (!bm->kept || !must_settle_now(bm, ending) || !s || !s->flush)
                 continue;
-            if (!flushed && (r = s->flush(s, nodes[i])) < 0)
+            if (!flushed && !BROKEN(settled_without_flush) && (r = s->flush(s, nodes[i])) < 0)
                 error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
             flushed = bm->settling = true;
         }
@@ -999,9 +1013,9 @@ static void unsettle(struct node *const *nodes, size_t n)
                 bm->unsettled = steal(bm->before);
                 bm->peak_bytes = max_u64(bm->peak_bytes, bm->peak_before);
                 bitmap_merge(bm->successor ? bm->successor->bits : bm->bits, bm->unsettled);
-            } else {
-                dirty_set_inconsistent(bm);
             }
+            if (bm->unbased)
+                dirty_set_inconsistent(bm);
             bm->unbased = false;
         }
     }
@@ -1025,7 +1039,8 @@ int dirty_settle(struct node *const *nodes, size_t n, struct error *err)
             flush |= is_pending(bm) && bm->kept;
             any |= is_pending(bm);
         }
-        if (flush && s && s->flush && r == 0 && (r = s->flush(s, nodes[i])) < 0)
+        if (flush && s && s->flush && r == 0 && !BROKEN(settled_without_flush) &&
+            (r = s->flush(s, nodes[i])) < 0)
             error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
     }
     if (!any)
@@ -1064,7 +1079,7 @@ void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
     if (bm->unsettled)
         ret->folded = s ? s->bits : bm->bits;
     if (bm->concluding) {
-        ret->current = s->bits;
+        ret->current = BROKEN(rolled_back_in_place) && !bm->rebased ? bm->bits : s->bits;
         ret->successor = NULL;
         ret->folded = bm->unsettled ? s->bits : bm->folded;
         ret->inconsistent = (bm->inconsistent && !bm->rebuilt) || s->inconsistent;
@@ -1079,6 +1094,7 @@ void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
          * what was there before. */
         ret->successor = ret->successor ? ret->successor : ret->current;
         ret->current = bm->before;
-        ret->based = true;
+        if (BROKEN(enabled_though_not_cleared))
+            ret->based = true;
     }
 }

@@ -433,6 +433,38 @@ static void a_disk_grows_after_a_reopen(void **state)
     run_life(has_first_and_last);
 }
 
+static void is_inconsistent(struct life *l)
+{
+    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
+
+    CHECK(bm && dirty_inconsistent(bm));
+}
+
+static void clear_and_enable_without_settling(struct life *l)
+{
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK(act(l, 1, "disable", "") == 0);
+    CHECK(write_at(l, 0, 0) == 0); /* which nothing records */
+    struct dirty_bitmap *bm = bitmap_of(l, 0);
+    graph_quiesce_begin(l->g, l->n, 1);
+    CHECK_OK(dirty_begin(l->n, 1, &err), err);
+    struct bitmap *old = dirty_clear(bm);
+    dirty_set_enabled(bm, true);
+    CHECK_OK(dirty_commit(l->n, 1, &err), err);
+    dirty_forget(bm, old);
+    graph_quiesce_end(l->g, l->n, 1);
+}
+
+/* The clear is undone by the cut; enabled with its old bits, it would say nothing of what was
+ * written while it was disabled. */
+static void a_clear_and_an_enable_are_cut(void **state)
+{
+    run_life(clear_and_enable_without_settling);
+    run_life(is_inconsistent);
+}
+
 static void add_again(struct life *l)
 {
     CLEANUP(json_putp)
@@ -459,13 +491,6 @@ static void one_that_is_added_again_is_not_the_old_one(void **state)
 {
     run_life(add_again);
     run_life(has_generation_two);
-}
-
-static void is_inconsistent(struct life *l)
-{
-    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
-
-    CHECK(bm && dirty_inconsistent(bm));
 }
 
 /* What told it, a file's times or the stamp, does not outlive the power: the tide file must. */
@@ -606,6 +631,7 @@ static const struct CMUnitTest tests[] = {
     T(a_second_clear_while_the_first_is_pending),
     T(a_disk_is_reopened),
     T(a_disk_grows_after_a_reopen),
+    T(a_clear_and_an_enable_are_cut),
     T(one_that_is_added_again_is_not_the_old_one),
     T(that_others_wrote_is_told_once_and_for_all),
     T(a_session_that_could_not_end),
