@@ -14,6 +14,7 @@
  */
 #include "persist/keeper.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "block/file.h"
@@ -363,7 +364,10 @@ void keeper_resized(struct keeper *k)
     if (!k->resizing_bytes)
         return;
     LOCKED(&k->lock);
-    k->resizing_bytes = 0;
+    /* Until the image's size is durable it may have either. */
+    struct edge *e = node_primary(k->node);
+    int r = BROKEN(resize_not_flushed) ? 0 : e ? edge_flush(e) : node_flush(k->node);
+    k->resizing_bytes = r < 0 && k->tide ? tide_super(k->tide)->size_bytes : 0;
     if (k->stamp)
         stamp_write_done(k->stamp);
     /* The areas are as large as the disk was. */

@@ -27,6 +27,7 @@ struct life {
     unsigned arm;  /* so many as LEFT when the body says */
     unsigned left; /* operations on tide files and segments until one fails; 0: none does */
     bool no_statx;
+    bool resized; /* an image, and that is not durable */
     bool ours[FDS];
     bool read_only;
     void (*body)(struct life *l);
@@ -95,7 +96,12 @@ static int64_t perform(struct world *w, struct io_op *op)
     bool fails = l->left && has_effect(l, op) && --l->left == 0;
     if (fails && l->fault != FAILS_THOUGH_DONE)
         return l->fault == FULL ? -ENOSPC : -EIO;
+    if (op->kind == IO_RENAME && is_ours(op->path))
+        CHECK(!l->resized); /* or the new tide file has another size than the image may have */
     int64_t r = l->real->perform(l->real, op);
+    if (op->fd >= 0 && op->fd < FDS && !l->ours[op->fd])
+        l->resized = op->kind == IO_TRUNCATE ||
+                     (l->resized && op->kind != IO_DATASYNC && op->kind != IO_SYNC);
     if (op->kind == IO_OPEN && r >= 0 && r < FDS)
         l->ours[r] = is_ours(op->path);
     return fails && op->kind != IO_OPEN ? -EIO : r;
@@ -339,6 +345,13 @@ static void a_resize_is_ours(void **state)
     run_life(has_first);
 }
 
+static void a_new_size_is_durable_before_it_is_recorded(void **state)
+{
+    run_life(resize);
+    lose_segments();
+    run_life(has_first);
+}
+
 static void clear_without_settling(struct life *l)
 {
     struct error err = ERROR_INIT;
@@ -493,6 +506,41 @@ static void one_that_is_added_again_is_not_the_old_one(void **state)
     run_life(has_generation_two);
 }
 
+static void write_copy_and_close(struct life *l)
+{
+    char command[200];
+
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    snprintf(command, sizeof command, "cd %s && mkdir -p saved && cp -p run-* saved/", dir);
+    CHECK(system(command) == 0);
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+static void write_second(struct life *l)
+{
+    CHECK(write_at(l, 0, AT) == 0);
+}
+
+static void has_first_two(struct life *l)
+{
+    CHECK(is_dirty(l, 0, 0) && is_dirty(l, 0, AT));
+}
+
+/* A runtime directory as it was a session ago, of the same boot and with the same epochs (a
+ * container that is put back): not what the tide file asks for. */
+static void segments_of_another_session_are_none(void **state)
+{
+    char command[200];
+
+    run_life(write_copy_and_close);
+    run_life(write_second);
+    snprintf(command, sizeof command, "cd %s && rm -f run-* && mv saved/* . && rmdir saved", dir);
+    assert_int_equal(system(command), 0);
+    run_life(has_first_two);
+}
+
 /* What told it, a file's times or the stamp, does not outlive the power: the tide file must. */
 static void that_others_wrote_is_told_once_and_for_all(void **state)
 {
@@ -628,9 +676,11 @@ static const struct CMUnitTest tests[] = {
     T(a_mirror_restarts_its_successor),
     T(a_recovered_disk_may_be_read_only),
     T(a_resize_is_ours),
+    T(a_new_size_is_durable_before_it_is_recorded),
     T(a_second_clear_while_the_first_is_pending),
     T(a_disk_is_reopened),
     T(a_disk_grows_after_a_reopen),
+    T(segments_of_another_session_are_none),
     T(a_clear_and_an_enable_are_cut),
     T(one_that_is_added_again_is_not_the_old_one),
     T(that_others_wrote_is_told_once_and_for_all),
