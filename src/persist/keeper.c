@@ -123,6 +123,8 @@ int keeper_build(struct keeper *k, struct change *c, struct error *err)
         r = keeper_begin_session(k, c, err);
     if (r == 0)
         keeper_describe(k, &c->next);
+    if (r == 0 && k->in_use && BROKEN(flip_empties_ring))
+        c->next.ring_sequence = k->ring_next;
     if (r == 0)
         r = keeper_build_table(k, c, err);
     if (r == 0)
@@ -192,6 +194,12 @@ static int write_change(struct keeper *k, struct change *c, struct error *err)
 {
     if (tide_failed(k->tide) || outgrown(k, &c->next))
         return replace_tide(k, c, err);
+    if (c->begins && BROKEN(ring_emptied_first)) {
+        CLEANUP(super_fini) struct super early = {0};
+        set_next_epoch(k, &c->next);
+        super_copy(&early, &c->next);
+        (void)!tide_write_super(k->tide, &early, NULL);
+    }
     int r = keeper_write_before(k, c, err);
     return r < 0 ? r : tide_write_super(k->tide, &c->next, err);
 }
@@ -241,7 +249,7 @@ int keeper_change_state(struct keeper *k, struct error *err)
     CLEANUP(super_fini) struct super again = {0};
     super_copy(&again, &c.next);
     r = write_change(k, &c, &why);
-    if (r < 0 && k->tide && tide_failed(k->tide)) {
+    if (r < 0 && k->tide && tide_failed(k->tide) && !BROKEN(failed_flip_reported)) {
         /* Nobody knows what the disk has. A new file says it. */
         super_fini(&c.next);
         super_copy(&c.next, &again);
@@ -249,7 +257,7 @@ int keeper_change_state(struct keeper *k, struct error *err)
         r = replace_tide(k, &c, &why);
     }
     if (r < 0) {
-        if (k->tide && tide_failed(k->tide))
+        if (k->tide && tide_failed(k->tide) && !BROKEN(failed_flip_reported))
             keeper_give_up(k, &why);
         if (err)
             *err = why;
@@ -330,6 +338,8 @@ bool keeper_has_to_commit(const struct keeper *k)
 int keeper_commit(struct keeper *k, struct error *err)
 {
     LOCKED(&k->lock); /* a change may be under way that is of a moment ago */
+    if (BROKEN(failed_flip_reported) && k->tide && tide_failed(k->tide))
+        return error_set(err, EIO, "tide file '%s' has failed before", k->options.path);
     return keeper_has_to_commit(k) ? keeper_change_state(k, err) : 0;
 }
 

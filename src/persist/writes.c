@@ -1,4 +1,5 @@
 /* The write path of a kept disk: regions become hot, their bits durable. See hot.h. */
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "persist/keeper_internal.h"
@@ -48,7 +49,7 @@ static int hot_op_clean(void *owner, const uint32_t *regions, size_t n)
             const struct tide_bitmap *e = &tide_super(t)->table.items[i];
             struct tide_area area = j ? e->successor : e->current;
             struct kept_set *s = keeper_set_at(k, area.epoch);
-            if (!s)
+            if (!s || (j == 0 && e->successor.epoch && BROKEN(only_live_cleaned)))
                 continue;
             int r = keeper_write_area(k, e, area, s->bits, ranges, n);
             if (r < 0)
@@ -94,7 +95,8 @@ static int sync_marks(struct keeper *k, struct range r)
 
     for (size_t i = 0; k->tide && result == 0 && i < tide_super(k->tide)->table.n; i++) {
         const struct tide_bitmap *e = &tide_super(k->tide)->table.items[i];
-        const struct tide_area area = e->successor.epoch ? e->successor : e->current;
+        const bool live = e->successor.epoch && !BROKEN(large_write_in_users_bitmap);
+        const struct tide_area area = live ? e->successor : e->current;
         struct kept_set *s = e->enabled ? keeper_set_at(k, area.epoch) : NULL;
         if (s)
             result = keeper_write_area(k, e, area, s->bits, &r, 1);
@@ -114,7 +116,7 @@ static int write_through(struct keeper *k, struct range r)
         dirty_get_state(bm, &st);
         bitmap_mark(st.successor ? st.successor : st.current, r);
     }
-    int result = sync_marks(k, r);
+    int result = BROKEN(large_write_not_synced) ? 0 : sync_marks(k, r);
     if (result < 0) {
         make_anew(k); /* and the new file has them */
         result = k->lost ? 0 : sync_marks(k, r);

@@ -174,7 +174,7 @@ static void judge(struct actor *a, const char *when)
                     d->node, when, (unsigned long long)i, stamp, c->name,
                     c->base.held[i].stamps[0]);
         }
-        if (!a->h->with_faults && for_nothing > history_budget(d, a->granularity, c->losses))
+        if (!a->h->m.n_faults && for_nothing > history_budget(d, a->granularity, c->losses))
             violation(a->h, "%s, %s: %llu bytes are dirty for nothing since '%s', after %u losses",
                       d->node, when, (unsigned long long)for_nothing, c->name, c->losses);
     }

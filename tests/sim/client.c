@@ -29,7 +29,7 @@ struct backup {
 struct client {
     struct history *h;
     struct disk *d;
-    char bitmap[16];
+    char bitmap[256];
     unsigned number;
     bool can_persist; /* the disk takes persistent bitmaps */
     bool has_chain;   /* kept is the base of the bitmap */
@@ -60,7 +60,9 @@ static void *start(struct history *h, struct disk *d)
     c->last = xcalloc(d->model.n, sizeof *c->last);
     c->last_has = xcalloc(d->model.n, sizeof *c->last_has);
     c->number = h->n_clients;
-    snprintf(c->bitmap, sizeof c->bitmap, "bm%u", c->number);
+    /* A superblock of more than one sector, which can be torn. */
+    snprintf(c->bitmap, sizeof c->bitmap,
+             settings.persist && c->number % 2 == 0 ? "bm%u-%0200u" : "bm%u", c->number, 0u);
     return c;
 }
 
@@ -89,12 +91,13 @@ static void judge_bitmap(struct client *c, const char *when, bool exact)
         return;
     uint8_t *buf = malloc(c->d->size);
     uint64_t for_nothing = 0, budget = 0;
+    const uint64_t outwards = max_u64(dirty_granularity(bm), c->in_chunks ? 64 * KiB : 0);
     assert(buf);
     int r = history_read_all(c->d->edge, c->d->size, buf);
     if (r < 0)
         violation(c->h, "%s cannot be read %s: %s", c->d->node, when, strerror(-r));
-    if (!exact && c->losses && !c->h->with_faults)
-        budget = history_budget(c->d, dirty_granularity(bm), c->losses);
+    if (!exact && c->losses && !c->h->m.n_faults)
+        budget = history_budget(c->d, outwards, c->losses);
     for (uint64_t i = 0; i < c->d->model.n; i++) {
         uint32_t stamp;
         (void)!stamp_read(buf + i * MODEL_SECTOR, &stamp);
@@ -105,8 +108,7 @@ static void judge_bitmap(struct client *c, const char *when, bool exact)
                       c->d->node, when, (unsigned long long)i, stamp, c->kept[i], c->bitmap);
         if ((!exact && !budget) || !set)
             continue;
-        uint64_t region = max_u64(dirty_granularity(bm), c->in_chunks ? 64 * KiB : 0);
-        region /= MODEL_SECTOR;
+        uint64_t region = outwards / MODEL_SECTOR;
         uint64_t first = align_down(i, region);
         bool touched = false;
         for (uint64_t k = first; k < min_u64(first + region, c->d->model.n); k++)
@@ -278,13 +280,17 @@ static struct json_object *actions(struct client *c, const char *bitmap_action, 
                               history_json("{'type':'block-dirty-bitmap-clear','data':{'node':'%s',"
                                            "'name':'%s'}}",
                                            d->node, c->bitmap));
-    char more[100] = "";
+    /* Slow ones, during which much happens. */
+    uint64_t speed = 0;
+    if (settings.persist && one_in(&c->h->more_dice, 3))
+        speed = (1 + dice_below(&c->h->more_dice, 16)) * 128 * KiB;
+    char more[400] = "";
     if (!b->full)
         snprintf(more, sizeof more, ",'bitmap':'%s','bitmap-mode':'%s'", c->bitmap, mode);
     json_object_array_add(
         list, history_json("{'type':'blockdev-backup','data':{'job-id':'%s','device':'%s',"
-                           "'target':'%s','sync':'%s'%s}}",
-                           b->job, d->node, b->node, sync, more));
+                           "'target':'%s','sync':'%s','speed':%llu%s}}",
+                           b->job, d->node, b->node, sync, (unsigned long long)speed, more));
     return list;
 }
 
@@ -301,7 +307,7 @@ static void await_job(struct client *c, struct life *l)
 {
     struct backup *b = &c->backup;
     struct error err = ERROR_INIT;
-    bool cancel = one_in(&c->h->dice, 6);
+    bool cancel = one_in(&c->h->dice, settings.persist ? 3 : 6);
     uint64_t patience = clock_after_ns(600 * NSEC_PER_SEC);
     for (unsigned i = 0; job_lives(l, b->job); i++) {
         if (cancel && one_in(&c->h->dice, 4)) {
@@ -324,6 +330,8 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
     struct error err = ERROR_INIT;
     struct backup *b = &c->backup;
     const char *mode = modes[dice_below(&c->h->dice, ARRAY_SIZE(modes))];
+    if (settings.persist && one_in(&c->h->more_dice, 3))
+        mode = "always";
     struct node *target = NULL;
 
     *b = (struct backup){.full = *bitmap_action, .always = !strcmp(mode, "always")};
@@ -516,8 +524,10 @@ static void opened(void *self, struct life *l)
         struct node *n = NULL;
         if (moved > 0 && open_target(c, l, b->path, &n) < 0)
             violation(c->h, "the backup %s moved its bitmap on, and is lost", b->path);
-        b->succeeded = moved > 0;
-        if (b->succeeded)
+        /* In mode always a failed one moves the bitmap on, too: what its target has counts, and
+         * no more than that is known. */
+        b->succeeded = moved > 0 && !b->always;
+        if (moved > 0)
             conclude(c, n);
         else /* who cannot know, or has not kept what mode always counts, starts anew */
             c->has_chain = c->has_chain && !moved && !b->always && !b->full;

@@ -100,7 +100,7 @@ uint64_t history_budget(const struct disk *d, uint64_t granularity, unsigned los
 bool history_must_keep(const struct disk *d, enum left left, bool no_segments)
 {
     const struct history *h = d->h;
-    if (d->qcow2 || d->foreign || h->clock_set || h->with_faults)
+    if (d->qcow2 || d->foreign || h->clock_set || h->m.n_faults)
         return false;
     return left == LEFT_CLEAN || !d->process || (left == LEFT_KILLED && !no_segments);
 }
@@ -549,6 +549,7 @@ static void live(struct life *l)
     enough_room(h);
     h->m.faults = (struct faults){.path = ""};
     ALL_CLIENTS(h, quiet, l);
+    others_copy_segments(h);
 }
 
 static int life_main(void *arg)
@@ -751,12 +752,15 @@ static uint64_t draw_kill(struct history *h)
 {
     if (one_in(&h->dice, 4))
         return 0;
+    if (settings.persist && !one_in(&h->more_dice, 3)) /* not in its opening */
+        return 150 + dice_below(&h->more_dice, 1200);
     return 1 + dice_below(&h->dice, (uint64_t)16 << dice_below(&h->dice, 8));
 }
 
 static void one_life(struct history *h, unsigned number)
 {
     struct life l = {.h = h, .number = number, .faults_before = h->m.n_faults};
+    h->life_number = number;
     uint64_t kill_at = number ? draw_kill(h) : 0;
     if (number == 1 && settings.kill_at)
         kill_at = settings.kill_at;
@@ -767,6 +771,7 @@ static void one_life(struct history *h, unsigned number)
     machine_note(&h->m, "life %u, killed at %llu; faults %u %u %u %u", number,
                  (unsigned long long)kill_at, l.faults.read, l.faults.write, l.faults.sync,
                  l.faults.space);
+    h->m.kill_near = settings.persist && one_in(&h->more_dice, 3) ? ".tide" : NULL;
     int r = machine_live(&h->m, kill_at, life_main, &l);
     if (r < 0 && r != -EOWNERDEAD)
         violation(h, "the program ended with %s", strerror(-r));

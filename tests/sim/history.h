@@ -87,11 +87,12 @@ struct history {
         struct disk *disk;
     } clients[MAX_CLIENTS];
     unsigned n_clients;
-    bool with_faults;         /* I/O errors may have made anything fail */
-    bool with_runtime;        /* there is a directory for run segments */
-    bool runtime_disturbed;   /* at some time segments were lost, or old ones came back */
-    bool clock_set;           /* at some time */
-    struct saved_file *saved; /* an older life's segments */
+    bool with_faults;               /* I/O errors may have made anything fail */
+    bool with_runtime;              /* there is a directory for run segments */
+    bool runtime_disturbed;         /* at some time segments were lost, or old ones came back */
+    bool clock_set;                 /* at some time */
+    struct saved_file *saved;       /* segments */
+    unsigned saved_of, life_number; /* the life in whose middle they were copied */
     uint32_t next_stamp;
     struct { /* of guests: how they are in this history; of 100 each */
         unsigned discards, zeroes, flushes, fua, hot;
@@ -141,6 +142,8 @@ _Noreturn void violation_at(const char *file, int line, struct history *h, const
 
 /* After a life without a power loss; true: its run segments are not what it has left. */
 bool others_disturb_segments(struct history *h);
+/* At the end of a life; they may come back later. */
+void others_copy_segments(struct history *h);
 void others_between(struct history *h, enum life_end end, bool power);
 /* D is read-only, its tide file closed. */
 void others_while_closed(struct history *h, struct disk *d);

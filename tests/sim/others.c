@@ -1,11 +1,13 @@
 /* What happens to a machine besides the program: somebody else writes an image, run segments are
  * lost within a boot, those of an older life come back (a container with a runtime directory of its
- * own, a directory that is no tmpfs).
+ * own, or put back as it once was; a directory that is no tmpfs).
  *
  * Somebody's write must be told where the raw witness can tell it (persist/witness.h): the tide
  * file is closed; or the power has gone since; or the program was killed with no write in flight
  * and has left its stamp. Else the disk is `blind`, and its clients begin anew. */
 #include "history.h"
+
+#include <limits.h>
 
 /* ---- somebody else writes ---- */
 
@@ -69,9 +71,9 @@ static void save_segments(struct history *h)
 {
     struct dir *d = store_dir(&h->m.store, SIM_RUNTIME);
     struct name *n;
-    forget_saved(h);
-    if (!d)
+    if (!d || TAILQ_EMPTY(&d->names))
         return;
+    forget_saved(h);
     TAILQ_FOREACH (n, &d->names, link) {
         if (!n->now)
             continue;
@@ -104,6 +106,9 @@ static void bring_back_segments(struct history *h)
 {
     for (const struct saved_file *f = h->saved; f; f = f->next) {
         struct inode *i;
+        if (strstr(f->path,
+                   "-stamp")) /* an old one says that somebody else wrote: safe, and dull */
+            continue;
         if (store_create(&h->m.store, f->path, true, &i) == 0)
             (void)!inode_write(i, f->bytes, f->size, 0, false, NULL);
     }
@@ -117,7 +122,9 @@ bool others_disturb_segments(struct history *h)
     bool disturbed = false;
     if (!settings.persist || !h->with_runtime)
         return false;
-    if (h->saved && one_in(more, 6)) {
+    /* Words of a session that went on are nobody's to put back: nothing could tell. */
+    bool older = h->saved && h->saved_of != h->life_number;
+    if (older && one_in(more, 4)) {
         machine_note(&h->m, "run segments of an older life are back");
         (void)lose_segments(h);
         bring_back_segments(h);
@@ -126,10 +133,23 @@ bool others_disturb_segments(struct history *h)
         machine_note(&h->m, "the run segments are lost");
         disturbed = lose_segments(h);
     }
-    if (one_in(more, 2))
+    if (one_in(more, 2)) {
         save_segments(h);
+        h->saved_of = UINT_MAX;
+    }
     h->runtime_disturbed |= disturbed;
+    for (unsigned i = 0; disturbed && i < h->n_disks; i++) /* the stamp is gone that would tell */
+        h->disks[i].blind |= h->disks[i].foreign;
     return disturbed;
+}
+
+void others_copy_segments(struct history *h)
+{
+    if (settings.persist && h->with_runtime && one_in(&h->more_dice, 4)) {
+        HEAP_OF_THE_MACHINE();
+        save_segments(h);
+        h->saved_of = h->life_number;
+    }
 }
 
 void others_between(struct history *h, enum life_end end, bool power)

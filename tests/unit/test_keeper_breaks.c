@@ -655,6 +655,41 @@ static void every_operation_fails_once(enum fault fault, bool power_loss)
     }
 }
 
+static void begin_one(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+}
+
+static void clear_one(struct life *l)
+{
+    l->left = l->arm;
+    say(act(l, 1, "clear", "") == 0 ? "cleared" : "failed");
+    if (l->left)
+        say("whole");
+}
+
+static void look_at_one(struct life *l)
+{
+    CHECK(!was_said("failed") || (generation_of(l, 0) == 1 && is_dirty(l, 0, 0)));
+    CHECK(!was_said("cleared") || generation_of(l, 0) == 2);
+}
+
+/* Its superblock may have landed: nobody is told that it has not, before one says so. */
+static void a_clear_whose_writes_fail_though_they_are_done(void **state)
+{
+    for (unsigned n = 1;; n++) {
+        each_file("", true);
+        make_disks();
+        run_life(begin_one);
+        run_life_with((struct life){.body = clear_one, .fault = FAILS_THOUGH_DONE, .arm = n});
+        if (was_said("whole"))
+            break;
+        lose_segments();
+        run_life(look_at_one);
+    }
+}
+
 static void a_group_whose_writes_fail(void **state)
 {
     every_operation_fails_once(FAILS, false);
@@ -685,6 +720,7 @@ static const struct CMUnitTest tests[] = {
     T(one_that_is_added_again_is_not_the_old_one),
     T(that_others_wrote_is_told_once_and_for_all),
     T(a_session_that_could_not_end),
+    T(a_clear_whose_writes_fail_though_they_are_done),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),
