@@ -507,8 +507,10 @@ static uint64_t generation_before(const struct dirty_node *home, const char *nam
 {
     const struct dirty_bitmap *bm;
 
-    TAILQ_FOREACH (bm, &home->list, link)
-        if (bm->hidden && bm->name && name && !strcmp(bm->name, name))
+    if (!name || !home->n_buckets)
+        return 0;
+    LIST_FOREACH (bm, bucket_of(home, name), in_bucket)
+        if (bm->hidden && !strcmp(bm->name, name))
             return bm->generation;
     return 0;
 }
