@@ -263,6 +263,9 @@ static void file_commit_perm(struct node *n, unsigned perm, unsigned shared)
             file_locks_drop(old->fd); /* requests may keep it for a while */
         }
         handle_unref(old);
+        /* What others have written while it was not ours may lie in the page cache only, too. */
+        if (!BROKEN(first_flush_elided))
+            n->write_generation++;
         if (n->reopening)
             (void)set_limits(n, s->now->fd, s->now->open_flags, NULL);
     }

@@ -87,7 +87,8 @@ static struct dirty_node *node_of(const struct node *n)
 
 static void assert_quiet(const struct node *n)
 {
-    assert(n->inside == 0 && "what is marked changes while a write is under way");
+    assert((n->inside == 0 || BROKEN(quiesced_without_waiting)) &&
+           "what is marked changes while a write is under way");
 }
 
 /* How a bitmap is called in a message about it. */
@@ -541,6 +542,20 @@ static struct dirty_bitmap *enlist(struct dirty_node *home, const char *name, st
     return bm;
 }
 
+/* A bitmap that takes the place of one that the same transaction removes goes on with its
+ * generation: who was not told the end must see which of the two it is. */
+static uint64_t generation_before(const struct dirty_node *home, const char *name)
+{
+    const struct dirty_bitmap *bm;
+
+    if (!name || !home->n_buckets)
+        return 0;
+    LIST_FOREACH (bm, bucket_of(home, name), in_bucket)
+        if (bm->hidden && !strcmp(bm->name, name))
+            return bm->generation;
+    return 0;
+}
+
 int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsigned flags,
               struct dirty_bitmap **ret, struct error *err)
 {
@@ -564,7 +579,9 @@ int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsi
         return no_memory(n, name, granularity_bytes, err);
     if (!(flags & DIRTY_DISABLED))
         assert_quiet(n);
+    uint64_t generation = BROKEN(added_again_unseen) ? 0 : generation_before(make_home(n), name);
     struct dirty_bitmap *bm = enlist(make_home(n), name, bits);
+    bm->generation = generation;
     bm->enabled = !(flags & DIRTY_DISABLED);
     bm->persistent = bm->kept = flags & DIRTY_PERSISTENT;
     if (flags & DIRTY_LOADED)
@@ -698,6 +715,12 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
     if (!clean)
         return NULL;
     assert_quiet(bm->home->node);
+    if (BROKEN(clear_in_place)) {
+        bitmap_merge(clean, old);
+        bitmap_clear_all(old);
+        bm->unbased = true;
+        return clean;
+    }
     if (!bm->before) {
         bm->before = old;
         bm->before_lent = true;
@@ -809,8 +832,12 @@ static void succeed(struct dirty_bitmap *bm, bool new_base)
     struct dirty_bitmap *s = bm->successor;
 
     assert(s && bm->busy && !bm->enabled);
-    free_bits(bm, bm->bits);
-    bm->bits = steal(s->bits);
+    if (!new_base && BROKEN(rolled_back_in_place)) {
+        free_bits(bm, steal(s->bits));
+    } else {
+        free_bits(bm, bm->bits);
+        bm->bits = steal(s->bits);
+    }
     bm->enabled = s->enabled;
     bm->marked_since = true;
     if (bm->inconsistent || s->inconsistent)
@@ -894,7 +921,10 @@ static void fold(const struct dirty_outcome *o)
         bm->folded = o->remaining ? o->remaining : bm->bits;
         if (BROKEN(successor_not_merged))
             bitmap_clear_all(s->bits);
-        bitmap_merge_range(s->bits, bm->folded, range_make(0, bitmap_size(bm->folded)));
+        if (BROKEN(rolled_back_in_place) && !o->remaining)
+            bitmap_merge(bm->bits, s->bits);
+        else
+            bitmap_merge_range(s->bits, bm->folded, range_make(0, bitmap_size(bm->folded)));
     }
     bm->concluding = true;
     bm->rebased = rebases(o);
@@ -999,7 +1029,7 @@ static int commit(struct node *const *nodes, size_t n, bool ending, struct error
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); r == 0 && bm; bm = dirty_next(bm)) {
             if (!bm->kept || !must_settle_now(bm, ending) || !s || !s->flush)
                 continue;
-            if (!flushed && (r = s->flush(s, nodes[i])) < 0)
+            if (!flushed && !BROKEN(settled_without_flush) && (r = s->flush(s, nodes[i])) < 0)
                 error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
             flushed = bm->settling = true;
         }
@@ -1061,9 +1091,9 @@ static void unsettle(struct node *const *nodes, size_t n)
                 bm->unsettled = steal(bm->before);
                 bm->peak_bytes = max_u64(bm->peak_bytes, bm->peak_before);
                 bitmap_merge(bm->successor ? bm->successor->bits : bm->bits, bm->unsettled);
-            } else {
-                dirty_set_inconsistent(bm);
             }
+            if (bm->unbased)
+                dirty_set_inconsistent(bm);
             bm->unbased = false;
         }
     }
@@ -1087,7 +1117,8 @@ int dirty_settle(struct node *const *nodes, size_t n, struct error *err)
             flush |= is_pending(bm) && bm->kept;
             any |= is_pending(bm);
         }
-        if (flush && s && s->flush && r == 0 && (r = s->flush(s, nodes[i])) < 0)
+        if (flush && s && s->flush && r == 0 && !BROKEN(settled_without_flush) &&
+            (r = s->flush(s, nodes[i])) < 0)
             error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
     }
     if (!any)
@@ -1126,7 +1157,7 @@ void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
     if (bm->unsettled)
         ret->folded = s ? s->bits : bm->bits;
     if (bm->concluding) {
-        ret->current = s->bits;
+        ret->current = BROKEN(rolled_back_in_place) && !bm->rebased ? bm->bits : s->bits;
         ret->successor = NULL;
         ret->folded = bm->unsettled ? s->bits : bm->folded;
         ret->inconsistent = (bm->inconsistent && !bm->rebuilt) || s->inconsistent;
@@ -1141,6 +1172,7 @@ void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
          * what was there before. */
         ret->successor = ret->successor ? ret->successor : ret->current;
         ret->current = bm->before;
-        ret->based = true;
+        if (BROKEN(enabled_though_not_cleared))
+            ret->based = true;
     }
 }

@@ -161,14 +161,14 @@ static int flush_name(struct backup *b, struct error *err)
     return BROKEN(target_name_not_durable) ? 0 : r;
 }
 
-static int flush_both(struct backup *b, struct error *err)
+static int flush_both(struct backup *b, bool with_source, struct error *err)
 {
     if (b->flush_failed)
         return -EIO;
     int r = BROKEN(target_not_flushed) ? 0 : cbw_flush_target(b->filter);
     if (r == 0)
         r = flush_name(b, err);
-    if (r == 0 && b->bitmap && !BROKEN(source_not_flushed))
+    if (r == 0 && b->bitmap && with_source && !BROKEN(source_not_flushed))
         r = cbw_flush_source(b->filter);
     if (r < 0)
         b->flush_failed = true;
@@ -177,7 +177,7 @@ static int flush_both(struct backup *b, struct error *err)
 
 static int backup_prepare(struct job *j, struct error *err)
 {
-    return flush_both(backup_of(j), err);
+    return flush_both(backup_of(j), true, err);
 }
 
 /* What a job that has failed leaves is always allowed. If even that cannot be made durable, the
@@ -222,11 +222,12 @@ static void keep_achieved(struct backup *b)
     /* As it is before the flush: what guests save during the flush is not covered by it. */
     CLEANUP(bitmap_freep) struct bitmap *remaining = bitmap_dup(copy_remaining(b->copy));
 
-    if (BROKEN(remaining_after_flush) && flush_both(b, NULL) == 0)
+    if (BROKEN(remaining_after_flush) && flush_both(b, true, NULL) == 0)
         roll_back(b, copy_remaining(b->copy));
     else if (BROKEN(remaining_lost))
         conclude(b, true, NULL);
-    else if (remaining && (flush_both(b, NULL) == 0 || BROKEN(flush_failure_forgotten)))
+    else if (remaining && (flush_both(b, !BROKEN(always_source_not_flushed), NULL) == 0 ||
+                           BROKEN(flush_failure_forgotten)))
         roll_back(b, remaining);
     else if (b->sync != SYNC_BITMAP) {
         /* Nothing of it may be relied on, and the bitmap did not say what there was: what is on

@@ -16,6 +16,7 @@
  */
 #include "persist/keeper.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "block/file.h"
@@ -142,6 +143,8 @@ int keeper_build(struct keeper *k, struct change *c, struct error *err)
         r = keeper_begin_session(k, c, err);
     if (r == 0)
         keeper_describe(k, &c->next);
+    if (r == 0 && k->in_use && BROKEN(flip_empties_ring))
+        c->next.ring_sequence = k->ring_next;
     if (r == 0)
         r = keeper_build_table(k, c, err);
     if (r == 0)
@@ -211,6 +214,12 @@ static int write_change(struct keeper *k, struct change *c, struct error *err)
 {
     if (tide_failed(k->tide) || k->void_tide || outgrown(k, &c->next))
         return replace_tide(k, c, err);
+    if (c->begins && BROKEN(ring_emptied_first)) {
+        CLEANUP(super_fini) struct super early = {0};
+        set_next_epoch(k, &c->next);
+        super_copy(&early, &c->next);
+        (void)!tide_write_super(k->tide, &early, NULL);
+    }
     int r = keeper_write_before(k, c, err);
     return r < 0 ? r : tide_write_super(k->tide, &c->next, err);
 }
@@ -256,7 +265,7 @@ int keeper_change_state(struct keeper *k, struct error *err)
     CLEANUP(super_fini) struct super again = {0};
     super_copy(&again, &c.next);
     r = write_change(k, &c, &why);
-    if (r < 0 && k->tide && tide_failed(k->tide)) {
+    if (r < 0 && k->tide && tide_failed(k->tide) && !BROKEN(failed_flip_reported)) {
         /* Nobody knows what the disk has. A new file says it. */
         super_fini(&c.next);
         super_copy(&c.next, &again);
@@ -264,7 +273,7 @@ int keeper_change_state(struct keeper *k, struct error *err)
         r = replace_tide(k, &c, &why);
     }
     if (r < 0) {
-        if (k->tide && tide_failed(k->tide))
+        if (k->tide && tide_failed(k->tide) && !BROKEN(failed_flip_reported))
             keeper_give_up(k, &why);
         if (err)
             *err = why;
@@ -350,6 +359,8 @@ bool keeper_has_to_commit(const struct keeper *k)
 int keeper_commit(struct keeper *k, struct error *err)
 {
     LOCKED(&k->lock); /* a change may be under way that is of a moment ago */
+    if (BROKEN(failed_flip_reported) && k->tide && tide_failed(k->tide))
+        return error_set(err, EIO, "tide file '%s' has failed before", k->options.path);
     int r = keeper_has_to_commit(k) ? keeper_change_state(k, err) : 0;
     return r == 0 && keeper_has_bitmaps(k) && !k->node->read_only ? keeper_engage(k, err) : r;
 }
@@ -397,7 +408,10 @@ void keeper_resized(struct keeper *k)
     if (!k->resizing_bytes)
         return;
     LOCKED(&k->lock);
-    k->resizing_bytes = 0;
+    /* Until the image's size is durable it may have either. */
+    struct edge *e = node_primary(k->node);
+    int r = BROKEN(resize_not_flushed) ? 0 : e ? edge_flush(e) : node_flush(k->node);
+    k->resizing_bytes = r < 0 && k->tide ? tide_super(k->tide)->size_bytes : 0;
     if (k->stamp)
         stamp_write_done(k->stamp);
     /* The areas are as large as the disk was. */
@@ -415,7 +429,19 @@ int keeper_grow(struct keeper *k, struct bitmap *bits, uint64_t to)
 {
     struct kept_set *s = keeper_set_of(k, bits);
 
-    return s && s->segment ? segment_grow(s->segment, bits, to, NULL) : 0;
+    if (!s || !s->segment)
+        return 0;
+    if (!s->segment_ended)
+        return segment_grow(s->segment, bits, to, NULL);
+    /* Its file is gone; the next session makes another. */
+    struct bitmap *own = bitmap_dup(bits);
+    if (!own)
+        return -ENOMEM;
+    bitmap_swap(bits, own);
+    bitmap_free(own);
+    segment_close(steal(s->segment));
+    s->segment_ended = false;
+    return 0;
 }
 
 static int collect_later(void *arg)

@@ -18,7 +18,9 @@
  * job held is its current OR its successor: as if the job had failed.
  *
  * Nothing is written here. What has been found is written anew when the node is first written to or
- * closed (keeper.c: a session begins); until then the next open finds no less. */
+ * closed (keeper.c: a session begins); until then the next open finds no less. Only that bitmaps
+ * are inconsistent is written at once (session.c): what has told it may be gone next time. */
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "persist/image.h"
@@ -262,7 +264,8 @@ static int make_dirty(struct keeper *k, const struct found *f, const struct tide
         if (size > s->size_bytes)
             bitmap_mark(bits, range_between(s->size_bytes, size));
     }
-    if (f->verdict == RECOVERY_CLEAN && !b->successor.epoch)
+    bool as_it_was = f->verdict == RECOVERY_CLEAN || (f->segments && BROKEN(segment_reused));
+    if (as_it_was && !b->successor.epoch)
         keeper_adopt(k, bm, bits, b, b->current);
     return 0;
 }
@@ -318,6 +321,17 @@ static int watch(struct keeper *k, const struct tide_table *t, struct error *err
     return 0;
 }
 
+/* The first epoch that no set of S has: but areas may hold bits under it already. */
+static uint64_t behind_named(const struct super *s)
+{
+    uint64_t epoch = 1;
+
+    for (size_t i = 0; i < s->table.n; i++)
+        epoch = max_u64(
+            epoch, max_u64(s->table.items[i].current.epoch, s->table.items[i].successor.epoch) + 1);
+    return epoch;
+}
+
 static int recover(struct keeper *k, struct error *err)
 {
     struct error why = ERROR_INIT;
@@ -343,7 +357,7 @@ static int recover(struct keeper *k, struct error *err)
         tide_close(steal(k->tide));
         return 0;
     }
-    k->epoch = s->next_epoch;
+    k->epoch = BROKEN(epoch_reused) ? behind_named(s) : s->next_epoch;
     k->ring_next = s->ring_sequence;
     bool doubt;
     f.sets = keeper_resolve(k, s, &doubt);

@@ -1,6 +1,7 @@
 /* Run segments: files on tmpfs whose words are bitmaps. See segment.h. */
 #include "persist/segment.h"
 
+#include "base/broken.h"
 #include "base/cursor.h"
 #include "base/log.h"
 #include "rt/clock.h"
@@ -13,7 +14,7 @@
 #include <unistd.h>
 
 /* The header of a segment, little-endian, written after all else. */
-enum { HEADER_BYTES = 4096, HEADER_USED = 72 };
+enum { HEADER_BYTES = 4096, HEADER_USED = 72, SESSION_AT = 24 };
 static const uint8_t magic[8] = {'t', 'm', 's', 'e', 'g', 'm', 't', '1'};
 
 struct segment {
@@ -236,6 +237,8 @@ static int check_header(const uint8_t *at, const struct tide_id *session, uint64
         return r;
     struct cursor c = cursor_over(at + 48, 8);
     put_header(want, session, epoch, get_le64(&c), granularity_bytes, boot);
+    if (BROKEN(segment_of_any_session))
+        memcpy(want + SESSION_AT, at + SESSION_AT, sizeof session->bytes);
     return memcmp(at, want, HEADER_USED) ? -EBADMSG : 0;
 }
 

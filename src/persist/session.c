@@ -136,6 +136,28 @@ void keeper_session_begun(struct keeper *k)
 
 /* ---- opening and closing ---- */
 
+/* What tells that others have written the image, or that a segment is gone, may itself be gone
+ * after the next crash: a file's times go with the power. So before anybody hears that the bitmaps
+ * are inconsistent, the tide file says it. */
+static void keep_verdict(struct keeper *k)
+{
+    struct error err = ERROR_INIT;
+    bool any = false;
+
+    if (k->void_tide)
+        return; /* the image says it, and will not vouch for this file again */
+
+    for (size_t i = 0; k->tide && i < tide_super(k->tide)->table.n; i++)
+        any |= !tide_super(k->tide)->table.items[i].inconsistent;
+    if (!any)
+        return;
+    LOCKED(&k->lock);
+    if (keeper_change_state(k, &err) < 0)
+        log_warning(
+            "Node '%s': %s: that its bitmaps are inconsistent may be forgotten after a crash",
+            node_name(k->node), err.text);
+}
+
 int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **ret,
                 struct error *err)
 {
@@ -158,6 +180,8 @@ int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **
         return r;
     }
     keeper_look(k);
+    if (k->recovery.verdict == RECOVERY_NONE && !n->read_only && !BROKEN(verdict_not_kept))
+        keep_verdict(k);
     *ret = k;
     return 0;
 }
@@ -332,6 +356,8 @@ static void go_on(struct keeper *k)
         keeper_distrust(k, why);
     k->stale = k->tide;
     k->void_tide = k->options.image;
+    if (!BROKEN(verdict_not_kept))
+        keep_verdict(k);
 }
 
 int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)

@@ -1,5 +1,6 @@
 /* The sets of bits of a kept disk: which have a place on disk, and what a superblock says of them.
  */
+#include "base/broken.h"
 #include "block/driver.h"
 #include "persist/keeper_internal.h"
 
@@ -267,6 +268,8 @@ int keeper_write_unannounced(struct keeper *k, struct change *c, struct error *e
         struct dirty_state st;
         dirty_get_state(bm, &st);
         const bool all_of_it = from_crash || ends(k, e);
+        if (BROKEN(fold_not_synced))
+            st.folded = NULL;
         bool folded_here = st.folded && !e->successor.epoch,
              folded_there = st.folded && !folded_here;
         const struct {
@@ -278,6 +281,8 @@ int keeper_write_unannounced(struct keeper *k, struct change *c, struct error *e
         for (unsigned j = 0; j < ARRAY_SIZE(sets) && r == 0; j++) {
             if (!sets[j].bits || bitmap_count(sets[j].bits) == 0 ||
                 (keeper_names(k, sets[j].area.epoch) && !sets[j].folded && !all_of_it))
+                continue;
+            if (BROKEN(merge_not_synced) && !c->begins && !sets[j].folded && !all_of_it)
                 continue;
             r = keeper_write_area(k, e, sets[j].area, sets[j].bits, &all, 1);
             written = true;

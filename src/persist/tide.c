@@ -307,11 +307,9 @@ int tide_sync(struct tide *t)
     return r;
 }
 
-int tide_write_super(struct tide *t, struct super *s, struct error *err)
+static int write_super(struct tide *t, struct super *s, struct error *err)
 {
     size_t length;
-    SHIELD();
-    LOCKED(&t->superblock);
 
     if (t->failed)
         return error_set(err, EIO, "tide file '%s' has failed before", t->path);
@@ -329,6 +327,15 @@ int tide_write_super(struct tide *t, struct super *s, struct error *err)
     t->slot = slot;
     *s = (struct super){0};
     return 0;
+}
+
+int tide_write_super(struct tide *t, struct super *s, struct error *err)
+{
+    SHIELD();
+    if (BROKEN(two_superblock_writers))
+        return write_super(t, s, err);
+    LOCKED(&t->superblock);
+    return write_super(t, s, err);
 }
 
 /* Makes the file reach to END, with blocks where the file system can promise them. */
@@ -413,9 +420,11 @@ int tide_allocate(struct tide *t, struct super *s, uint64_t bytes, uint64_t *off
 
 /* ---- the ring ---- */
 
-static uint64_t ring_place(uint64_t sequence)
+static uint64_t ring_place(const struct ring_block *b, unsigned slots)
 {
-    return sequence % TIDE_RING_BLOCKS * RING_BLOCK;
+    unsigned blocks =
+        BROKEN(ring_of_c_blocks) ? ring_full_table(slots, b->slice_length) : TIDE_RING_BLOCKS;
+    return b->sequence % blocks * RING_BLOCK;
 }
 
 int tide_write_ring(struct tide *t, const struct ring_block *b)
@@ -425,7 +434,7 @@ int tide_write_ring(struct tide *t, const struct ring_block *b)
     uint8_t *buf = t->buf + TIDE_SUPER_BYTES;
     t->writing_ring = true;
     ring_encode(b, buf);
-    int r = write_durable(t, buf, RING_BLOCK, TIDE_RING_OFFSET + ring_place(b->sequence));
+    int r = write_durable(t, buf, RING_BLOCK, TIDE_RING_OFFSET + ring_place(b, t->super.slots));
     t->writing_ring = false;
     return r;
 }
@@ -440,7 +449,7 @@ static size_t decode_ring(const struct tide *t, const uint8_t *buf, struct ring_
         struct ring_block *b = &blocks[n];
         enum ring_state state =
             bad[i] ? RING_BAD : ring_decode(buf + (size_t)i * RING_BLOCK, &t->super.session, b);
-        if (state == RING_OURS && b->sequence % TIDE_RING_BLOCKS != i)
+        if (state == RING_OURS && b->sequence % TIDE_RING_BLOCKS != i && !BROKEN(ring_of_c_blocks))
             state = RING_BAD;
         bad[i] = state == RING_BAD;
         n += state == RING_OURS;
@@ -548,7 +557,7 @@ static void draft_ring(struct draft *d, const struct super *s, const uint32_t *t
     for (unsigned i = 0; i < n; i++) {
         b->sequence = s->ring_sequence + i;
         ring_slice(b, table, s->slots, RING_SLICE);
-        ring_encode(b, d->head + TIDE_RING_OFFSET + ring_place(b->sequence));
+        ring_encode(b, d->head + TIDE_RING_OFFSET + ring_place(b, s->slots));
     }
     free(b);
 }

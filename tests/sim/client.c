@@ -25,19 +25,22 @@ struct backup {
     uint64_t generation; /* of the bitmap, before it */
     uint64_t from;       /* of the instant; that itself is known when the command has returned */
     struct instant instant;
+    unsigned losses; /* since it was begun, as the client's */
 };
 
 struct client {
     struct history *h;
     struct disk *d;
-    char bitmap[16];
+    char bitmap[256];
     unsigned number;
     bool can_persist; /* the disk takes persistent bitmaps */
     bool has_chain;   /* kept is the base of the bitmap */
     uint32_t *kept;
     uint64_t base_from; /* what was written before is not to be dirty */
     bool in_chunks;     /* what remained of a failed job in mode always is: 64 KiB */
-    bool superset;      /* it came through a power loss, or a kill without a place for segments */
+    unsigned losses;    /* of power, and kills that left no segments, that it came through */
+    bool told_bad;      /* it was said to be inconsistent, and has not been removed */
+    bool no_segments;
     struct backup backup;
     /* the last one that was reported: */
     char last_path[SIM_PATH];
@@ -59,7 +62,9 @@ static void *start(struct history *h, struct disk *d)
     c->last = xcalloc(d->model.n, sizeof *c->last);
     c->last_has = xcalloc(d->model.n, sizeof *c->last_has);
     c->number = h->n_clients;
-    snprintf(c->bitmap, sizeof c->bitmap, "bm%u", c->number);
+    /* A superblock of more than one sector, which can be torn. */
+    snprintf(c->bitmap, sizeof c->bitmap,
+             settings.persist && c->number % 2 == 0 ? "bm%u-%0200u" : "bm%u", c->number, 0u);
     return c;
 }
 
@@ -87,10 +92,14 @@ static void judge_bitmap(struct client *c, const char *when, bool exact)
     if (!c->has_chain || !bm || dirty_inconsistent(bm) || c->d->sync_failed)
         return;
     uint8_t *buf = malloc(c->d->size);
+    uint64_t for_nothing = 0, budget = 0;
+    const uint64_t outwards = max_u64(dirty_granularity(bm), c->in_chunks ? 64 * KiB : 0);
     assert(buf);
     int r = history_read_all(c->d->edge, c->d->size, buf);
     if (r < 0)
         violation(c->h, "%s cannot be read %s: %s", c->d->node, when, strerror(-r));
+    if (!exact && c->losses && !c->h->m.n_faults)
+        budget = history_budget(c->d, outwards, c->losses);
     for (uint64_t i = 0; i < c->d->model.n; i++) {
         uint32_t stamp;
         (void)!stamp_read(buf + i * MODEL_SECTOR, &stamp);
@@ -99,17 +108,20 @@ static void judge_bitmap(struct client *c, const char *when, bool exact)
             violation(c->h,
                       "LOST: %s, %s: sector %llu holds %#x, the chain has %#x, and '%s' is clear",
                       c->d->node, when, (unsigned long long)i, stamp, c->kept[i], c->bitmap);
-        if (!exact || !set)
+        if ((!exact && !budget) || !set)
             continue;
-        uint64_t region = max_u64(dirty_granularity(bm), c->in_chunks ? 64 * KiB : 0);
-        region /= MODEL_SECTOR;
+        uint64_t region = outwards / MODEL_SECTOR;
         uint64_t first = align_down(i, region);
         bool touched = false;
         for (uint64_t k = first; k < min_u64(first + region, c->d->model.n); k++)
             touched |= c->d->model.cells[k].last_active > c->base_from;
-        if (!touched)
-            violation(c->h, "%s, %s: '%s' is set at sector %llu, where nobody wrote", c->d->node,
-                      when, c->bitmap, (unsigned long long)i);
+        for_nothing += touched ? 0 : MODEL_SECTOR;
+        if (for_nothing > budget)
+            violation(c->h,
+                      "%s, %s: '%s' is set at sector %llu, where nobody wrote; %llu bytes for "
+                      "nothing, after %u losses",
+                      c->d->node, when, c->bitmap, (unsigned long long)i,
+                      (unsigned long long)for_nothing, c->losses);
     }
     free(buf);
 }
@@ -205,7 +217,8 @@ static void take_in(struct client *c, struct node *target)
     if (b->keeps && b->succeeded) {
         c->has_chain = true;
         c->base_from = b->instant.from;
-        c->in_chunks = c->superset = false;
+        c->in_chunks = false;
+        c->losses = b->losses;
     }
 }
 
@@ -269,13 +282,17 @@ static struct json_object *actions(struct client *c, const char *bitmap_action, 
                               history_json("{'type':'block-dirty-bitmap-clear','data':{'node':'%s',"
                                            "'name':'%s'}}",
                                            d->node, c->bitmap));
-    char more[100] = "";
+    /* Slow ones, during which much happens. */
+    uint64_t speed = 0;
+    if (settings.persist && one_in(&c->h->more_dice, 3))
+        speed = (1 + dice_below(&c->h->more_dice, 16)) * 128 * KiB;
+    char more[400] = "";
     if (!b->full)
         snprintf(more, sizeof more, ",'bitmap':'%s','bitmap-mode':'%s'", c->bitmap, mode);
     json_object_array_add(
         list, history_json("{'type':'blockdev-backup','data':{'job-id':'%s','device':'%s',"
-                           "'target':'%s','sync':'%s'%s}}",
-                           b->job, d->node, b->node, sync, more));
+                           "'target':'%s','sync':'%s','speed':%llu%s}}",
+                           b->job, d->node, b->node, sync, (unsigned long long)speed, more));
     return list;
 }
 
@@ -292,7 +309,7 @@ static void await_job(struct client *c, struct life *l)
 {
     struct backup *b = &c->backup;
     struct error err = ERROR_INIT;
-    bool cancel = one_in(&c->h->dice, 6);
+    bool cancel = one_in(&c->h->dice, settings.persist ? 3 : 6);
     uint64_t patience = clock_after_ns(600 * NSEC_PER_SEC);
     for (unsigned i = 0; job_lives(l, b->job); i++) {
         if (cancel && one_in(&c->h->dice, 4)) {
@@ -317,6 +334,8 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
     struct error err = ERROR_INIT;
     struct backup *b = &c->backup;
     const char *mode = modes[dice_below(&c->h->dice, ARRAY_SIZE(modes))];
+    if (settings.persist && one_in(&c->h->more_dice, 3))
+        mode = "always";
     struct node *target = NULL;
 
     *b = (struct backup){.full = *bitmap_action, .always = !strcmp(mode, "always")};
@@ -362,7 +381,7 @@ static void forget_last(struct client *c)
 static void remove_bitmap(struct client *c, struct life *l)
 {
     struct error err = ERROR_INIT;
-    c->expects = false; /* from here on it may be gone */
+    c->expects = c->told_bad = false; /* from here on it may be gone */
     int r =
         transaction_run_one(l->g, l->js, "block-dirty-bitmap-remove",
                             history_json("{'node':'%s','name':'%s'}", c->d->node, c->bitmap), &err);
@@ -449,12 +468,12 @@ static void quiet(void *self, struct life *l)
     struct dirty_bitmap *bm = bitmap(c);
     if (!c->backup.running) /* else it has not asked yet what became of it */
         judge_bitmap(c, "at rest",
-                     !c->superset && !history_absent(l, c) && c->h->m.n_faults == l->faults_before);
+                     !c->losses && !history_absent(l, c) && c->h->m.n_faults == l->faults_before);
     c->had_bitmap = bm && dirty_persistent(bm) && !dirty_inconsistent(bm) &&
                     c->h->m.n_faults == l->faults_before;
 }
 
-static void ended(void *self, enum life_end end, bool power)
+static void ended(void *self, enum life_end end, bool power, bool no_segments)
 {
     struct client *c = self;
     if (c->backup.running && !c->backup.instant.held) /* cut inside the command: any time since */
@@ -464,6 +483,10 @@ static void ended(void *self, enum life_end end, bool power)
     else if (c->left == LEFT_CLEAN && end == END_KILLED)
         c->left = LEFT_KILLED;
     c->clean = end == END_CLEAN;
+    c->no_segments |= no_segments;
+    unsigned loss = power || (no_segments && (end == END_KILLED || c->h->with_faults));
+    c->losses += loss;
+    c->backup.losses += c->backup.running ? loss : 0;
 }
 
 /* What another program leaves is good or not; what is good must be right. */
@@ -472,7 +495,6 @@ static void absent(void *self, bool foreign)
     struct client *c = self;
     c->expects = c->expects && !foreign;
     c->had_bitmap = false;
-    c->superset |= foreign;
 }
 
 /* The backup reported last is as it was. */
@@ -501,14 +523,17 @@ static void count_bitmaps(struct client *c, struct dirty_bitmap *bm)
     if (c->expects) {
         n->before++;
         n->good += good;
-        if (settings.strict && c->left != LEFT_POWERLESS && !good)
+        if (settings.strict && !good && history_must_keep(c->d, c->left, c->no_segments))
             violation(c->h, "'%s' of %s is %s after %s", c->bitmap, c->d->path,
-                      bm ? "inconsistent" : "gone",
-                      c->left == LEFT_KILLED ? "a kill" : "a clean close");
+                      bm ? "inconsistent" : "gone", history_left(c->left));
     }
-    c->superset |= c->left == LEFT_POWERLESS || (c->left != LEFT_CLEAN && !c->h->with_runtime);
+    if (good && c->told_bad)
+        violation(c->h, "'%s' of %s was inconsistent, and is good after %s", c->bitmap, c->d->path,
+                  history_left(c->left));
+    c->told_bad = bm && !good;
     c->expects = good && dirty_persistent(bm);
     c->left = LEFT_CLEAN;
+    c->no_segments = false;
 }
 
 static void opened(void *self, struct life *l)
@@ -547,12 +572,12 @@ static void opened(void *self, struct life *l)
     }
     bm = bitmap(c);
     count_bitmaps(c, bm);
-    if (c->clean && c->had_bitmap && (!bm || dirty_inconsistent(bm)))
+    if (c->clean && c->had_bitmap && (!bm || dirty_inconsistent(bm)) && !c->d->foreign)
         violation(c->h, "'%s' of %s was closed well, and is %s", c->bitmap, c->d->node,
                   bm ? "inconsistent" : "gone");
-    if (!bm || dirty_inconsistent(bm))
+    if (!bm || dirty_inconsistent(bm) || c->d->blind)
         c->has_chain = false;
-    judge_bitmap(c, "at open", !c->superset && (settings.strict || (c->clean && c->had_bitmap)));
+    judge_bitmap(c, "at open", !c->losses && (settings.strict || (c->clean && c->had_bitmap)));
     c->had_bitmap = c->clean = false;
 }
 

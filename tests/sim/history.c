@@ -85,6 +85,26 @@ void history_nap(struct life *l, uint64_t max_us)
     (void)!sleep_until(clock_after_ns(1000 * dice_below(&l->h->dice, max_us + 1)));
 }
 
+static const char *const lefts[] = {"a clean close", "a failing close", "a kill", "a power loss"};
+
+const char *history_left(enum left left)
+{
+    return lefts[left];
+}
+
+uint64_t history_budget(const struct disk *d, uint64_t granularity, unsigned losses)
+{
+    return losses * d->slots * max_u64(d->region_bytes, granularity);
+}
+
+bool history_must_keep(const struct disk *d, enum left left, bool no_segments)
+{
+    const struct history *h = d->h;
+    if (d->foreign || h->clock_set || h->m.n_faults)
+        return false;
+    return left == LEFT_CLEAN || !d->process || (left == LEFT_KILLED && !no_segments);
+}
+
 /* ---- guests ---- */
 
 struct guest {
@@ -199,8 +219,6 @@ static int guest_task(void *arg)
 }
 
 /* ---- what a life finds ---- */
-
-static const char *const lefts[] = {"a clean close", "a failing close", "a kill", "a power loss"};
 
 /* The whole disk against the model. Nobody writes. */
 static void judge_content(struct life *l, struct disk *d)
@@ -352,26 +370,91 @@ static void create_image(struct life *l, struct disk *d)
         violation(l->h, "%s cannot be made: %s", d->path, err.text);
 }
 
+static void use_disk(struct life *l, struct disk *d)
+{
+    struct error err = ERROR_INIT;
+    d->user = (struct user){&history_user_ops};
+    if (edge_attach_user(&d->user, d->n, "root", PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL,
+                         &d->edge, &err) < 0)
+        violation(l->h, "%s cannot be used: %s", d->node, err.text);
+}
+
+static void set_size(struct life *l, struct disk *d, uint64_t to)
+{
+    struct error err = ERROR_INIT;
+    struct user u = {&history_user_ops};
+    struct edge *e;
+    bool cut_before = d->cut_in_flight;
+    d->cut_in_flight = true; /* if it is cut here */
+    int r = edge_attach_user(&u, d->n, "resizer", PERM_RESIZE, PERM_ALL, &e, &err);
+    if (r == 0) {
+        r = edge_truncate(e, to, false, &err);
+        edge_detach(e);
+    }
+    d->cut_in_flight = cut_before;
+    if (r < 0)
+        violation(l->h, "%s cannot be resized to %llu: %s", d->node, (unsigned long long)to,
+                  err.text);
+}
+
+/* Smaller, and as large as it was: what was cut off reads as zeroes. Or larger first. */
+static void resize_disk(struct life *l, struct disk *d)
+{
+    struct dice *more = &l->h->more_dice;
+    uint64_t first = 1 + dice_below(more, d->model.n - 1), n = d->model.n - first;
+    if (one_in(more, 3)) {
+        /* What grows is dirty, outwards to whole granules. */
+        d->model.cells[d->model.n - 1].last_active = model_now(&d->model);
+        d->other_size = d->size + (1 + dice_below(more, 64)) * 16 * KiB;
+        set_size(l, d, d->other_size);
+        set_size(l, d, d->size);
+        return;
+    }
+    if (!model_has_room(&d->model, first, n))
+        return;
+    uint64_t begun = model_begin(&d->model, first, n, 0);
+    d->other_size = first * MODEL_SECTOR;
+    set_size(l, d, d->other_size);
+    if (one_in(more, 2))
+        history_nap(l, 2000);
+    set_size(l, d, d->size);
+    model_end(&d->model, first, n, begun, true, false);
+}
+
+/* Read-only for a while, and back. */
+static void close_for_a_while(struct life *l, struct disk *d)
+{
+    struct error err = ERROR_INIT;
+    edge_detach(d->edge);
+    int r = node_set_read_only(d->n, true, &err);
+    if (r == 0) {
+        (void)!sleep_until(clock_after_ns(NSEC_PER_SEC / 10));
+        others_while_closed(l->h, d);
+        r = node_set_read_only(d->n, false, &err);
+    }
+    if (r < 0)
+        violation(l->h, "%s cannot be reopened: %s", d->node, err.text);
+    use_disk(l, d);
+}
+
 static void open_disk(struct life *l, struct disk *d)
 {
     struct error err = ERROR_INIT;
     char json[600];
     snprintf(json, sizeof json,
              "{'driver':'%s','node-name':'%s','discard':'unmap','cache':{'direct':%s},"
-             "'file':{'driver':'file','filename':'%s'}%s%s}",
+             "'file':{'driver':'file','filename':'%s'}%s}",
              d->qcow2 ? "qcow2" : "raw", d->node, d->direct ? "true" : "false", d->path,
-             l->foreign ? ",'x-tidemark-persist':{'level':'off'}" : "", d->extra);
+             l->foreign ? ",'x-tidemark-persist':{'level':'off'}" : d->extra);
     int r = history_open(l, json, &d->n, &err);
     if (r < 0)
         violation(l->h, "%s cannot be opened: %s", d->path, err.text);
-    if (node_size(d->n) != d->size)
+    if (node_size(d->n) != d->size && node_size(d->n) != d->other_size)
         violation(l->h, "%s has %llu bytes, not %llu", d->node, (unsigned long long)node_size(d->n),
                   (unsigned long long)d->size);
-    d->user = (struct user){&history_user_ops};
-    r = edge_attach_user(&d->user, d->n, "root", PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL,
-                         &d->edge, &err);
-    if (r < 0)
-        violation(l->h, "%s cannot be used: %s", d->node, err.text);
+    if (node_size(d->n) != d->size) /* cut while it was resized */
+        set_size(l, d, d->size);
+    use_disk(l, d);
 }
 
 struct client_call {
@@ -436,6 +519,30 @@ static void count_checkpoints(struct history *h)
     }
 }
 
+static void clients_look(struct life *l)
+{
+    struct history *h = l->h;
+    PRESENT_CLIENTS(l, opened, l);
+    for (unsigned i = 0; i < h->n_disks && !l->absent; i++) /* else somebody has not looked yet */
+        h->disks[i].foreign = h->disks[i].blind = false;
+}
+
+/* What needs a disk without guests and jobs. */
+static void in_between(struct life *l)
+{
+    struct history *h = l->h;
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        struct disk *d = &h->disks[i];
+        if (d->qcow2 || d->sync_failed)
+            continue;
+        if (one_in(&h->more_dice, 12))
+            resize_disk(l, d);
+        if (one_in(&h->more_dice, 8) && !h->with_faults)
+            close_for_a_while(l, d);
+    }
+    clients_look(l);
+}
+
 static void live(struct life *l)
 {
     struct history *h = l->h;
@@ -449,6 +556,7 @@ static void live(struct life *l)
             if (l->free_blocks >= 0)
                 h->m.store.free_blocks = l->free_blocks;
             l->guests_running = h->n_guests;
+            l->stopping = false;
             for (unsigned i = 0; i < h->n_guests; i++) {
                 guests[i] = (struct guest){
                     l, &h->disks[dice_below(&h->dice, h->n_disks)],
@@ -469,6 +577,7 @@ static void live(struct life *l)
     h->m.faults = (struct faults){.path = ""};
     ALL_CLIENTS(h, quiet, l);
     count_checkpoints(h);
+    others_copy_segments(h);
     /* Idle, and then it dies. */
     if (settings.persist && one_in(&h->more_dice, 6)) {
         for (unsigned i = 0; i < h->n_disks; i++)
@@ -490,7 +599,7 @@ static int life_main(void *arg)
     persist_set_checkpoints(l->g, h->checkpoints.idle_ns, h->checkpoints.period_ns,
                             h->checkpoints.rest_ns);
     if (h->with_runtime)
-        persist_set_runtime(l->g, "/run/tidemark");
+        persist_set_runtime(l->g, SIM_RUNTIME);
     copy_register_drivers(l->g);
     l->js = jobs_new(l->g);
     jobs_set_listener(l->js, on_event, l);
@@ -509,8 +618,14 @@ static int life_main(void *arg)
                 h->disks[i].made = true;
         ALL_CLIENTS(h, made, l);
     } else {
-        PRESENT_CLIENTS(l, opened, l);
+        clients_look(l);
+        if (settings.persist)
+            in_between(l);
         live(l);
+        if (settings.persist && one_in(&h->more_dice, 4)) {
+            in_between(l);
+            live(l);
+        }
     }
     machine_note(&h->m, "closing");
     jobs_cancel_all(l->js);
@@ -549,6 +664,8 @@ static void between(struct history *h, enum life_end end, bool faulty)
         /* Who opened a file again after a failed sync would find in the page cache, clean, what the
          * disk never got, and nobody could tell: so then the machine goes down. */
         power |= h->disks[i].sync_failed;
+        h->disks[i].cut_in_flight =
+            end == END_KILLED && (h->disks[i].cut_in_flight || model_in_flight(&h->disks[i].model));
         model_cut(&h->disks[i].model);
         h->disks[i].sync_failed = false;
         if (end == END_KILLED && h->disks[i].left <= LEFT_FAILING) /* (or it was not looked at) */
@@ -561,15 +678,40 @@ static void between(struct history *h, enum life_end end, bool faulty)
         h->kills++;
     if (power) {
         machine_lose_power(&h->m);
-        for (unsigned i = 0; i < h->n_disks; i++)
+        for (unsigned i = 0; i < h->n_disks; i++) {
             h->disks[i].left = LEFT_POWERLESS;
+            h->disks[i].cut_in_flight = false;
+        }
         judge_files(h, "a power loss");
         h->power_losses++;
     }
-    ALL_CLIENTS(h, ended, end, power);
+    bool no_segments = others_disturb_segments(h) || !h->with_runtime;
+    ALL_CLIENTS(h, ended, end, power, no_segments);
+    others_between(h, end, power);
     machine_pass_time(&h->m, dice_below(&h->dice, 10) * NSEC_PER_SEC / 4);
-    if (one_in(&h->dice, 20)) /* somebody sets the clock */
+    if (one_in(&h->dice, 20)) { /* somebody sets the clock */
         machine_set_wall(&h->m, (int64_t)dice_below(&h->dice, 20000000) - 10000000);
+        h->clock_set = true;
+        for (unsigned i = 0; i < h->n_disks; i++) /* the witness goes by it */
+            h->disks[i].blind |= h->disks[i].foreign;
+    }
+}
+
+/* How its bitmaps are kept. */
+static void draw_level(struct history *h, struct disk *d)
+{
+    struct dice *more = &h->more_dice;
+    d->process = one_in(more, 8);
+    const char *level = d->process ? "process" : "power";
+    d->slots = h->limits.slots ? h->limits.slots : 4;
+    d->region_bytes = h->limits.slots ? UINT64_C(1) << h->limits.region_bits : MiB;
+    if (h->limits.slots)
+        snprintf(d->extra, sizeof d->extra, ",'x-tidemark-persist':{'level':'%s'}", level);
+    else
+        snprintf(d->extra, sizeof d->extra,
+                 ",'x-tidemark-persist':{'level':'%s','region-size':%llu,'budget':%llu}", level,
+                 (unsigned long long)d->region_bytes,
+                 (unsigned long long)(d->slots * d->region_bytes));
 }
 
 static void draw_disk(struct history *h, unsigned number)
@@ -596,6 +738,10 @@ static void draw_disk(struct history *h, unsigned number)
         if (one_in(more, 16)) /* bits of more than one sector */
             d->size += 2 * MiB;
     }
+    d->slots = 1024;
+    d->region_bytes = 16 * MiB;
+    if (settings.persist)
+        draw_level(h, d);
     snprintf(d->node, sizeof d->node, "disk%u", number);
     snprintf(d->path, sizeof d->path, "/d/disk%u.%s", number, d->qcow2 ? "qcow2" : "raw");
     model_init(&d->model, d->size / MODEL_SECTOR);
@@ -661,6 +807,8 @@ static uint64_t draw_kill(struct history *h)
 {
     if (one_in(&h->dice, 4))
         return 0;
+    if (settings.persist && !one_in(&h->more_dice, 3)) /* not in its opening */
+        return 150 + dice_below(&h->more_dice, 1200);
     return 1 + dice_below(&h->dice, (uint64_t)16 << dice_below(&h->dice, 8));
 }
 
@@ -677,6 +825,7 @@ static bool is_foreign(struct history *h, unsigned number)
 static void one_life(struct history *h, unsigned number)
 {
     struct life l = {.h = h, .number = number, .faults_before = h->m.n_faults};
+    h->life_number = number;
     uint64_t kill_at = number ? draw_kill(h) : 0;
     l.foreign = is_foreign(h, number);
     /* Who has not seen what another program did cannot know it from what comes after. */
@@ -698,11 +847,20 @@ static void one_life(struct history *h, unsigned number)
     machine_note(&h->m, "%slife %u, killed at %llu; faults %u %u %u %u",
                  l.foreign ? "foreign " : "", number, (unsigned long long)kill_at, l.faults.read,
                  l.faults.write, l.faults.sync, l.faults.space);
+    h->m.kill_near = settings.persist && one_in(&h->more_dice, 3) ? ".tide" : NULL;
     int r = machine_live(&h->m, kill_at, life_main, &l);
     if (r < 0 && r != -EOWNERDEAD)
         violation(h, "the program ended with %s", strerror(-r));
     h->last_life_events = h->m.events - h->m.life_events;
     between(h, r < 0 ? END_KILLED : END_CLEAN, h->m.n_faults != l.faults_before);
+}
+
+static void add_client(struct history *h, struct disk *d, const struct client_ops *ops)
+{
+    h->clients[h->n_clients].ops = ops;
+    h->clients[h->n_clients].disk = d;
+    h->clients[h->n_clients].self = ops->start(h, d);
+    h->n_clients++;
 }
 
 uint64_t history_run(uint64_t seed, struct history *totals)
@@ -727,12 +885,10 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     for (unsigned i = 0; i < h->n_disks; i++) {
         draw_disk(h, i);
         struct disk *d = &h->disks[i];
-        for (unsigned k = one_in(&h->dice, 3) ? 2 : 1; k; k--) {
-            h->clients[h->n_clients].ops = &backup_client;
-            h->clients[h->n_clients].disk = d;
-            h->clients[h->n_clients].self = backup_client.start(h, d);
-            h->n_clients++;
-        }
+        for (unsigned k = one_in(&h->dice, 3) ? 2 : 1; k; k--)
+            add_client(h, d, &backup_client);
+        for (unsigned k = settings.persist ? 2 : 0; k && one_in(&h->more_dice, 2); k--)
+            add_client(h, d, &bitmap_client);
     }
     if (settings.exhaustive) {
         h->lives = 1;
@@ -776,6 +932,7 @@ uint64_t history_run(uint64_t seed, struct history *totals)
         h->clients[i].ops->finish(h->clients[i].self);
     for (unsigned i = 0; i < h->n_disks; i++)
         model_fini(&h->disks[i].model);
+    others_fini(h);
     machine_fini(&h->m);
     free(h);
     return hash;

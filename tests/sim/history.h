@@ -18,7 +18,8 @@
 #include "machine.h"
 #include "model.h"
 
-enum { MAX_DISKS = 2, MAX_GUESTS = 4, MAX_CLIENTS = 4 };
+enum { MAX_DISKS = 2, MAX_GUESTS = 4, MAX_CLIENTS = 8 };
+#define SIM_RUNTIME "/run/tidemark"
 
 struct history;
 struct life;
@@ -43,24 +44,32 @@ struct client_ops {
     void (*event)(void *c, struct life *l, const char *name, struct json_object *data);
     /* The client does not look at this life; FOREIGN: which is another program's. */
     void (*absent)(void *c, bool foreign);
-    /* The life is over. POWER: and the power is gone, too. May be NULL. */
-    void (*ended)(void *c, enum life_end end, bool power);
+    /* The life is over. POWER: and the power is gone, too; NO_SEGMENTS: or but for what is on
+     * tmpfs nothing has. May be NULL. */
+    void (*ended)(void *c, enum life_end end, bool power, bool no_segments);
     void (*finish)(void *c);
 };
 extern const struct client_ops backup_client; /* client.c */
+extern const struct client_ops bitmap_client; /* actions.c */
 
 struct disk {
     struct history *h;
     unsigned number;
     char node[16], path[SIM_PATH], extra[200]; /* extra: further options of its nodes, as JSON */
     bool qcow2, direct;
+    bool process; /* its bitmaps are kept at level process */
     uint32_t cluster;
     uint64_t size;
+    uint64_t other_size; /* that it may have after a crash, because it was resized; 0: none */
+    uint64_t slots, region_bytes; /* of hot regions */
     struct model model;
     bool made;        /* and durable */
     bool sync_failed; /* in this life: a flush must not succeed any more */
     uint64_t sync_failed_at;
-    enum left left; /* how the last life left it */
+    enum left left;     /* how the last life left it */
+    bool cut_in_flight; /* killed in this boot with writes in flight */
+    bool foreign;       /* somebody else has written it since its clients looked */
+    bool blind;         /* and nothing may tell that */
     /* in a life */
     struct node *n;
     struct edge *edge;
@@ -80,9 +89,13 @@ struct history {
         struct disk *disk;
     } clients[MAX_CLIENTS];
     unsigned n_clients;
-    bool with_faults;   /* I/O errors may have made anything fail */
-    bool after_foreign; /* the last life was another program's */
-    bool with_runtime;  /* there is a directory for run segments */
+    bool with_faults;               /* I/O errors may have made anything fail */
+    bool after_foreign;             /* the last life was another program's */
+    bool with_runtime;              /* there is a directory for run segments */
+    bool runtime_disturbed;         /* at some time segments were lost, or old ones came back */
+    bool clock_set;                 /* at some time */
+    struct saved_file *saved;       /* segments */
+    unsigned saved_of, life_number; /* the life in whose middle they were copied */
     uint32_t next_stamp;
     struct { /* of guests: how they are in this history; of 100 each */
         unsigned discards, zeroes, flushes, fua, hot;
@@ -136,6 +149,17 @@ uint64_t history_run(uint64_t seed, struct history *totals);
 _Noreturn void violation_at(const char *file, int line, struct history *h, const char *fmt, ...)
     PRINTF(4, 5);
 
+/* ---- others.c ---- */
+
+/* After a life without a power loss; true: its run segments are not what it has left. */
+bool others_disturb_segments(struct history *h);
+/* At the end of a life; they may come back later. */
+void others_copy_segments(struct history *h);
+void others_between(struct history *h, enum life_end end, bool power);
+/* D is read-only, its tide file closed. */
+void others_while_closed(struct history *h, struct disk *d);
+void others_fini(struct history *h);
+
 /* ---- for clients ---- */
 
 bool history_absent(const struct life *l, const void *client);
@@ -148,5 +172,10 @@ int history_open(struct life *l, const char *json, struct node **ret, struct err
 int history_read_all(struct edge *e, uint64_t size, uint8_t *buf);
 char *history_user_describe(struct user *u);
 extern const struct user_ops history_user_ops;
+/* How much of D may be dirty for nothing in a bitmap that came through so many losses. */
+uint64_t history_budget(const struct disk *d, uint64_t granularity, unsigned losses);
+/* Must a good persistent bitmap of D be good yet, after this? NO_SEGMENTS: as for `ended`. */
+bool history_must_keep(const struct disk *d, enum left left, bool no_segments);
+const char *history_left(enum left left);
 /* Sleeps up to so many microseconds of the machine's time. */
 void history_nap(struct life *l, uint64_t max_us);

@@ -43,7 +43,8 @@ struct machine {
     struct open_inode fds[SIM_FDS];
     struct operations in_flight, completed; /* completed: their tasks have not run again yet */
     uint64_t events, kill_at;               /* events so far; the life dies at this one (0: not) */
-    uint64_t life_events;                   /* events when this life began */
+    const char *kill_near; /* but with a write of such a path in flight, if it can */
+    uint64_t life_events;  /* events when this life began */
     bool killed, alive;
     struct faults faults;
     unsigned slow; /* operations take up to so many microseconds */

@@ -121,6 +121,17 @@ void model_taint(struct model *m)
     }
 }
 
+bool model_in_flight(const struct model *m)
+{
+    for (size_t r = 0; r < m->n_row; r++) {
+        const struct cell *cell = &m->cells[m->row[r]];
+        for (unsigned k = 0; k < cell->n; k++)
+            if (cell->writes[k].ended == MODEL_NEVER)
+                return true;
+    }
+    return false;
+}
+
 void model_cut(struct model *m)
 {
     uint64_t now = model_now(m);

@@ -51,6 +51,7 @@ void model_end(struct model *m, uint64_t first, uint64_t n, uint64_t begun, bool
 void model_flushed(struct model *m, uint64_t begun, bool ok);
 void model_taint(struct model *m); /* a sync of the file failed */
 
+bool model_in_flight(const struct model *m);
 void model_cut(struct model *m); /* killed: what is in flight never ends */
 bool model_may_read(const struct model *m, uint64_t sector, uint32_t stamp);
 bool model_may_survive(const struct model *m, uint64_t sector, uint32_t stamp);

@@ -24,10 +24,9 @@
 
 static int usage(void)
 {
-    fprintf(
-        stderr,
-        "usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--strict] [--twice] [--quiet]"
-        " [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]\n");
+    fprintf(stderr, "usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--persist] "
+                    "[--strict] [--twice] [--quiet]"
+                    " [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]\n");
     return 2;
 }
 

@@ -97,6 +97,18 @@ static void trace_operation(struct machine *m, const struct operation *o, const 
     fflush(stdout);
 }
 
+/* Is now a good moment? It is waited for one only so long. */
+static bool is_near(const struct machine *m)
+{
+    const struct operation *o;
+    if (!m->kill_near || m->events > m->kill_at + 300)
+        return true;
+    TAILQ_FOREACH (o, &m->in_flight, link)
+        if (o->op.kind == IO_WRITE && o->file && strstr(o->file->path, m->kill_near))
+            return true;
+    return false;
+}
+
 /* One more event; is it the last of this life? */
 static bool is_fatal(struct machine *m)
 {
@@ -105,7 +117,7 @@ static bool is_fatal(struct machine *m)
         HEAP_OF_THE_MACHINE();
         m->glimpse(m->opaque);
     }
-    return m->kill_at && m->events >= m->kill_at;
+    return m->kill_at && m->events >= m->kill_at && is_near(m);
 }
 
 /* ---- clock and dice ---- */

@@ -451,6 +451,32 @@ TEST(what_could_not_be_synced_stays_an_error)
     edge_detach(e);
 }
 
+/* Nothing was written by us since: but by others, perhaps, while the file was not ours, and a
+ * bitmap that is cleared relies on it. */
+TEST(a_flush_after_a_reopen_reaches_the_file)
+{
+    struct error err = ERROR_INIT;
+    TEMP(t, 65536);
+    CLEANUP(node_unrefp) struct node *n = open_file(g, t.path, "");
+    struct test_user u;
+    struct edge *e = attach(&u, n, PERM_WRITE, PERM_ALL);
+    int ends[2];
+
+    CHECK(edge_flush(e) == 0);
+    edge_detach(e);
+    CHECK_OK(node_set_read_only(n, true, &err), err);
+    CHECK_OK(node_set_read_only(n, false, &err), err);
+    e = attach(&u, n, PERM_WRITE, PERM_ALL);
+    int fd = **(int **)n->state, kept = dup(fd); /* as above */
+    CHECK(pipe(ends) == 0 && dup2(ends[1], fd) == fd);
+    CHECK(edge_flush(e) < 0);
+    CHECK(dup2(kept, fd) == fd);
+    close(kept);
+    close(ends[0]);
+    close(ends[1]);
+    edge_detach(e);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(random_requests_agree_with_a_byte_array),
     cmocka_unit_test(holes_are_found_and_remembered_rightly),
@@ -463,6 +489,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(files_are_made),
     cmocka_unit_test(probing_a_raw_file_protects_its_first_sector),
     cmocka_unit_test(what_could_not_be_synced_stays_an_error),
+    cmocka_unit_test(a_flush_after_a_reopen_reaches_the_file),
 };
 
 UNIT_MAIN(tests)

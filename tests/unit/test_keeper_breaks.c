@@ -30,6 +30,7 @@ struct life {
     bool no_statx;
     unsigned bad_dir_syncs; /* so many syncs of directories fail */
     uint64_t die_after_ns;  /* a write of data takes so long, and then it ends; 0: it does not */
+    bool resized; /* an image, and that is not durable */
     bool ours[FDS];
     bool read_only;
     void (*body)(struct life *l);
@@ -107,7 +108,12 @@ static int64_t perform(struct world *w, struct io_op *op)
     bool fails = l->left && has_effect(l, op) && --l->left == 0;
     if (fails && l->fault != FAILS_THOUGH_DONE)
         return l->fault == FULL ? -ENOSPC : -EIO;
+    if (op->kind == IO_RENAME && is_ours(op->path))
+        CHECK(!l->resized); /* or the new tide file has another size than the image may have */
     int64_t r = l->real->perform(l->real, op);
+    if (op->fd >= 0 && op->fd < FDS && !l->ours[op->fd])
+        l->resized = op->kind == IO_TRUNCATE ||
+                     (l->resized && op->kind != IO_DATASYNC && op->kind != IO_SYNC);
     if (op->kind == IO_OPEN && r >= 0 && r < FDS)
         l->ours[r] = is_ours(op->path);
     return fails && op->kind != IO_OPEN ? -EIO : r;
@@ -352,6 +358,13 @@ static void a_resize_is_ours(void **state)
     run_life(has_first);
 }
 
+static void a_new_size_is_durable_before_it_is_recorded(void **state)
+{
+    run_life(resize);
+    lose_segments();
+    run_life(has_first);
+}
+
 static void clear_without_settling(struct life *l)
 {
     struct error err = ERROR_INIT;
@@ -418,6 +431,143 @@ static void a_disk_is_reopened(void **state)
     run_life(reopen_twice);
     lose_segments();
     run_life(has_all_three);
+}
+
+static void reopen_and_grow(struct life *l)
+{
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    edge_detach(l->e[0]);
+    reopen(l, true);
+    reopen(l, false);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+    CHECK_OK(edge_truncate(l->e[0], 2 * DISK_BYTES, true, &err), err);
+    CHECK(write_at(l, 0, 2 * DISK_BYTES - 4096) == 0);
+}
+
+static void has_first_and_last(struct life *l)
+{
+    CHECK(is_dirty(l, 0, 0) && is_dirty(l, 0, 2 * DISK_BYTES - 4096));
+}
+
+/* The segments of the session before the reopen are gone, and cannot grow. */
+static void a_disk_grows_after_a_reopen(void **state)
+{
+    run_life(reopen_and_grow);
+    run_life(has_first_and_last);
+}
+
+static void is_inconsistent(struct life *l)
+{
+    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
+
+    CHECK(bm && dirty_inconsistent(bm));
+}
+
+static void clear_and_enable_without_settling(struct life *l)
+{
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK(act(l, 1, "disable", "") == 0);
+    CHECK(write_at(l, 0, 0) == 0); /* which nothing records */
+    struct dirty_bitmap *bm = bitmap_of(l, 0);
+    graph_quiesce_begin(l->g, l->n, 1);
+    CHECK_OK(dirty_begin(l->n, 1, &err), err);
+    struct bitmap *old = dirty_clear(bm);
+    CHECK(dirty_set_enabled(bm, true, NULL) == 0);
+    CHECK_OK(dirty_commit(l->n, 1, &err), err);
+    dirty_forget(bm, old);
+    graph_quiesce_end(l->g, l->n, 1);
+}
+
+/* The clear is undone by the cut; enabled with its old bits, it would say nothing of what was
+ * written while it was disabled. */
+static void a_clear_and_an_enable_are_cut(void **state)
+{
+    run_life(clear_and_enable_without_settling);
+    run_life(is_inconsistent);
+}
+
+static void add_again(struct life *l)
+{
+    CLEANUP(json_putp)
+    struct json_object *actions = json_tokener_parse(
+        "[{\"type\":\"block-dirty-bitmap-remove\",\"data\":{\"node\":\"d0\",\"name\":\"b\"}},"
+        "{\"type\":\"block-dirty-bitmap-add\",\"data\":{\"node\":\"d0\",\"name\":\"b\","
+        "\"persistent\":true}}]");
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK(generation_of(l, 0) == 1);
+    CHECK_OK(transaction_run(l->g, l->js, actions, NULL, &err), err);
+    CHECK(generation_of(l, 0) == 2);
+}
+
+static void has_generation_two(struct life *l)
+{
+    CHECK(generation_of(l, 0) == 2);
+}
+
+/* Or who was cut off from the reply would take the new one for the old one, and miss what was
+ * written before. */
+static void one_that_is_added_again_is_not_the_old_one(void **state)
+{
+    run_life(add_again);
+    run_life(has_generation_two);
+}
+
+static void write_copy_and_close(struct life *l)
+{
+    char command[200];
+
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    snprintf(command, sizeof command, "cd %s && mkdir -p saved && cp -p run-* saved/", dir);
+    CHECK(system(command) == 0);
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+static void write_second(struct life *l)
+{
+    CHECK(write_at(l, 0, AT) == 0);
+}
+
+static void has_first_two(struct life *l)
+{
+    CHECK(is_dirty(l, 0, 0) && is_dirty(l, 0, AT));
+}
+
+/* A runtime directory as it was a session ago, of the same boot and with the same epochs (a
+ * container that is put back): not what the tide file asks for. */
+static void segments_of_another_session_are_none(void **state)
+{
+    char command[200];
+
+    run_life(write_copy_and_close);
+    run_life(write_second);
+    snprintf(command, sizeof command, "cd %s && rm -f run-* && mv saved/* . && rmdir saved", dir);
+    assert_int_equal(system(command), 0);
+    run_life(has_first_two);
+}
+
+/* What told it, a file's times or the stamp, does not outlive the power: the tide file must. */
+static void that_others_wrote_is_told_once_and_for_all(void **state)
+{
+    char path[80];
+
+    run_life(write_and_die);
+    usleep(100000);
+    snprintf(path, sizeof path, "%s/0", dir);
+    int fd = open(path, O_RDWR);
+    assert_true(fd >= 0 && pwrite(fd, path, sizeof path, AT) == sizeof path);
+    close(fd);
+    run_life(is_inconsistent);
+    lose_segments();
+    run_life(is_inconsistent);
 }
 
 /* The session does not end well, and the next one begins in the same program. */
@@ -774,6 +924,41 @@ static void every_operation_fails_once(enum fault fault, bool power_loss)
     }
 }
 
+static void begin_one(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+}
+
+static void clear_one(struct life *l)
+{
+    l->left = l->arm;
+    say(act(l, 1, "clear", "") == 0 ? "cleared" : "failed");
+    if (l->left)
+        say("whole");
+}
+
+static void look_at_one(struct life *l)
+{
+    CHECK(!was_said("failed") || (generation_of(l, 0) == 1 && is_dirty(l, 0, 0)));
+    CHECK(!was_said("cleared") || generation_of(l, 0) == 2);
+}
+
+/* Its superblock may have landed: nobody is told that it has not, before one says so. */
+static void a_clear_whose_writes_fail_though_they_are_done(void **state)
+{
+    for (unsigned n = 1;; n++) {
+        each_file("", true);
+        make_disks();
+        run_life(begin_one);
+        run_life_with((struct life){.body = clear_one, .fault = FAILS_THOUGH_DONE, .arm = n});
+        if (was_said("whole"))
+            break;
+        lose_segments();
+        run_life(look_at_one);
+    }
+}
+
 static void a_group_whose_writes_fail(void **state)
 {
     every_operation_fails_once(FAILS, false);
@@ -795,8 +980,14 @@ static const struct CMUnitTest tests[] = {
     T(a_mirror_restarts_its_successor),
     T(a_recovered_disk_may_be_read_only),
     T(a_resize_is_ours),
+    T(a_new_size_is_durable_before_it_is_recorded),
     T(a_second_clear_while_the_first_is_pending),
     T(a_disk_is_reopened),
+    T(a_disk_grows_after_a_reopen),
+    T(segments_of_another_session_are_none),
+    T(a_clear_and_an_enable_are_cut),
+    T(one_that_is_added_again_is_not_the_old_one),
+    T(that_others_wrote_is_told_once_and_for_all),
     T(a_session_that_could_not_end),
     T(a_new_tide_file_whose_name_is_not_durable),
     T(a_first_tide_file_whose_name_is_not_durable),
@@ -805,6 +996,7 @@ static const struct CMUnitTest tests[] = {
     T(a_kill_that_has_left_no_stamp),
     T(recovery_is_told_as_it_is_now),
     T(a_backup_is_none_before_its_name_is_durable),
+    T(a_clear_whose_writes_fail_though_they_are_done),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),

@@ -1,0 +1,178 @@
+/* What happens to a machine besides the program: somebody else writes an image, run segments are
+ * lost within a boot, those of an older life come back (a container with a runtime directory of its
+ * own, or put back as it once was; a directory that is no tmpfs).
+ *
+ * Somebody's write must be told where the raw witness can tell it (persist/witness.h): the tide
+ * file is closed; or the power has gone since; or the program was killed with no write in flight
+ * and has left its stamp. Else the disk is `blind`, and its clients begin anew. */
+#include "history.h"
+
+#include <limits.h>
+
+/* ---- somebody else writes ---- */
+
+/* Does the witness tell what is written now? */
+static bool is_told(const struct history *h, const struct disk *d, bool closed)
+{
+    if (h->with_faults || h->clock_set)
+        return false;
+    return closed || (h->with_runtime && !h->runtime_disturbed && !d->cut_in_flight);
+}
+
+static void somebody_writes(struct history *h, struct disk *d, bool told)
+{
+    uint64_t size, n = 1 + dice_below(&h->more_dice, 4);
+    uint64_t first = dice_below(&h->more_dice, d->model.n - n);
+    uint8_t *bytes = machine_dump(&h->m, d->path, &size);
+
+    free(bytes);
+    if (!bytes || size != d->size || !model_has_room(&d->model, first, n))
+        return;
+    HEAP_OF_THE_MACHINE();
+    uint32_t stamp = ++h->next_stamp;
+    bytes = malloc(n * MODEL_SECTOR);
+    assert(bytes);
+    for (uint64_t i = 0; i < n; i++)
+        stamp_fill(bytes + i * MODEL_SECTOR, stamp);
+    uint64_t begun = model_begin(&d->model, first, n, stamp);
+    machine_foreign_write(&h->m, d->path, bytes, n * MODEL_SECTOR, first * MODEL_SECTOR);
+    /* After a power loss all that there is counts as durable (model_seen). */
+    bool syncs = d->left == LEFT_POWERLESS || one_in(&h->more_dice, 2);
+    if (syncs) {
+        struct inode *i = store_find(&h->m.store, d->path);
+        inode_sync(i, store_moment(&h->m.store), true);
+    }
+    model_end(&d->model, first, n, begun, true, syncs);
+    free(bytes);
+    d->foreign = true;
+    d->blind |= !told;
+}
+
+/* ---- run segments ---- */
+
+struct saved_file {
+    struct saved_file *next;
+    char path[SIM_PATH];
+    uint8_t *bytes;
+    uint64_t size;
+};
+
+static void forget_saved(struct history *h)
+{
+    struct saved_file *f;
+    while ((f = h->saved)) {
+        h->saved = f->next;
+        free(f->bytes);
+        free(f);
+    }
+}
+
+static void save_segments(struct history *h)
+{
+    struct dir *d = store_dir(&h->m.store, SIM_RUNTIME);
+    struct name *n;
+    if (!d || TAILQ_EMPTY(&d->names))
+        return;
+    forget_saved(h);
+    TAILQ_FOREACH (n, &d->names, link) {
+        if (!n->now)
+            continue;
+        struct saved_file *f = xnew(struct saved_file);
+        assert(strlen(SIM_RUNTIME) + 1 + strlen(n->text) < SIM_PATH);
+        memcpy(f->path, SIM_RUNTIME "/", sizeof SIM_RUNTIME);
+        memcpy(f->path + sizeof SIM_RUNTIME, n->text, strlen(n->text) + 1);
+        f->bytes = inode_dump(n->now, &f->size);
+        f->next = h->saved;
+        h->saved = f;
+    }
+}
+
+static bool lose_segments(struct history *h)
+{
+    struct dir *d = store_dir(&h->m.store, SIM_RUNTIME);
+    struct name *n;
+    bool any = false;
+    for (n = d ? TAILQ_FIRST(&d->names) : NULL; n; n = d ? TAILQ_FIRST(&d->names) : NULL) {
+        char path[SIM_PATH] = SIM_RUNTIME "/";
+        memcpy(path + sizeof SIM_RUNTIME, n->text, strlen(n->text) + 1);
+        if (store_unlink(&h->m.store, path) < 0)
+            break;
+        any = true;
+    }
+    return any;
+}
+
+static void bring_back_segments(struct history *h)
+{
+    for (const struct saved_file *f = h->saved; f; f = f->next) {
+        struct inode *i;
+        if (strstr(f->path,
+                   "-stamp")) /* an old one says that somebody else wrote: safe, and dull */
+            continue;
+        if (store_create(&h->m.store, f->path, true, &i) == 0)
+            (void)!inode_write(i, f->bytes, f->size, 0, false, NULL);
+    }
+}
+
+/* ---- when ---- */
+
+bool others_disturb_segments(struct history *h)
+{
+    struct dice *more = &h->more_dice;
+    bool disturbed = false;
+    if (!settings.persist || !h->with_runtime)
+        return false;
+    /* Words of a session that went on are nobody's to put back: nothing could tell. */
+    bool older = h->saved && h->saved_of != h->life_number;
+    if (older && one_in(more, 4)) {
+        machine_note(&h->m, "run segments of an older life are back");
+        (void)lose_segments(h);
+        bring_back_segments(h);
+        disturbed = true;
+    } else if (one_in(more, 12)) {
+        machine_note(&h->m, "the run segments are lost");
+        disturbed = lose_segments(h);
+    }
+    if (one_in(more, 2)) {
+        save_segments(h);
+        h->saved_of = UINT_MAX;
+    }
+    h->runtime_disturbed |= disturbed;
+    for (unsigned i = 0; disturbed && i < h->n_disks; i++) /* the stamp is gone that would tell */
+        h->disks[i].blind |= h->disks[i].foreign;
+    return disturbed;
+}
+
+void others_copy_segments(struct history *h)
+{
+    if (settings.persist && h->with_runtime && one_in(&h->more_dice, 4)) {
+        HEAP_OF_THE_MACHINE();
+        save_segments(h);
+        h->saved_of = h->life_number;
+    }
+}
+
+void others_between(struct history *h, enum life_end end, bool power)
+{
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        struct disk *d = &h->disks[i];
+        if (power && d->foreign)
+            d->blind = true; /* nobody has seen it before its traces went */
+        if (!settings.persist || d->qcow2 || !d->made || !one_in(&h->more_dice, 16))
+            continue;
+        machine_pass_time(&h->m, NSEC_PER_SEC / 10);
+        somebody_writes(h, d, is_told(h, d, end == END_CLEAN || power));
+        machine_pass_time(&h->m, NSEC_PER_SEC / 10);
+    }
+}
+
+void others_while_closed(struct history *h, struct disk *d)
+{
+    if (one_in(&h->more_dice, 3))
+        somebody_writes(h, d, is_told(h, d, true));
+}
+
+void others_fini(struct history *h)
+{
+    forget_saved(h);
+}
