@@ -216,7 +216,8 @@ static int make_dirty(struct keeper *k, const struct found *f, const struct tide
 
     if (image && image_has(image, b->name)) {
         r = image_load(image, b->name, &bm, err);
-        if (r == 0 && bm)
+        /* Another program may have cleared it: then it is none that a client has seen. */
+        if (r == 0 && bm && f->verdict != RECOVERY_NONE)
             dirty_set_generation(bm, b->generation, b->last_job);
         return r;
     }
