@@ -8,7 +8,8 @@
  *
  *     tide file with the bitmaps as they are     or the guard would vouch for an older one; a new
  *                                                uuid unless our own crash is continued, so that
- * the header cannot name a file of another time extension -> bit                           guard.h
+ *                                                no header names a file of another time
+ *     extension -> bit                           guard.h
  *     in_use                                     or the image's copies, which miss what comes now,
  *                                                would be believed: by us, and by QEMU
  *     the change
@@ -18,7 +19,9 @@
  *
  *     bits -> directory with in_use 0            qcow2/bitmaps_save.c
  *     at a close: tide file away -> guard away   cut between, the guard vouches for nothing, and
- *                                                nothing is in use */
+ *                                                nothing is in use
+ *
+ * To the byte, and what a reader must conclude: docs/format/qcow2-guard.md. */
 #include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"

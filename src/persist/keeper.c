@@ -1,6 +1,6 @@
 /* Changes of state, sessions, and the write path of a kept disk. See keeper.h.
  *
- * Order on disk (DESIGN.md section 6), each point a history that loses a write if it is turned
+ * Order on disk, each point a history that loses a write if it is turned
  * round:
  *
  *     epochs reserved -> area written under one     a cut between would let the next life use the
