@@ -189,16 +189,15 @@ void keeper_end_guarded(struct keeper *k)
 
     checkpoint_stop(k);
     hot_free(steal(k->hot));
-    if (k->node->read_only)
-        return;
-    int r = image_save(k->options.image, !k->lost, &err);
-    if (r < 0 && k->lost)
+    const bool read_only = k->node->read_only; /* then there is what was added since, at most */
+    int r = image_save(k->options.image, !k->lost && !read_only, &err);
+    if (r < 0 && (k->lost || read_only))
         log_line(LOG_LEVEL_INFO, "Lost persistent bitmaps during inactivation of node '%s': %s",
                  node_name(k->node), err.text);
     else if (r < 0)
         log_warning("Node '%s': %s: its bitmaps are recovered when it is next opened",
                     node_name(k->node), err.text);
-    if (r == 0 || k->lost)
+    if (!read_only && (r == 0 || k->lost))
         end_tide(k);
     k->in_use = false;
     stamp_close(steal(k->stamp));
