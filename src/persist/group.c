@@ -180,6 +180,8 @@ int keepers_commit(struct keeper *const *ks, size_t n, struct error *err)
         r = keeper_change_state(ms[0].keeper, err);
     else if (count > 1)
         r = commit_members(ms, count, err);
+    for (size_t i = 0; i < n; i++)
+        keeper_look(ks[i]);
     for (size_t i = 0; r == 0 && i < n; i++)
         if (keeper_has_bitmaps(ks[i]) && !ks[i]->node->read_only)
             r = keeper_engage(ks[i], err);

@@ -105,12 +105,15 @@ static void vouch(struct keeper *k)
 int keeper_engage(struct keeper *k, struct error *err)
 {
     if (keeper_is_engaged(k))
-        return 0;
+        return k->options.image ? image_use(k->options.image, err) : 0;
     if (BROKEN(guard_in_use_before_tide)) {
         int r = image_use(k->options.image, err);
         if (r < 0)
             return r;
     }
+    if (BROKEN(guard_bit_before_tide) && k->tide &&
+        qcow2_guard_set(k->node, tide_super(k->tide)->uuid.bytes, err) < 0)
+        return -EIO;
     if (!k->in_use && !k->lost)
         keeper_begin_use(k);
     vouch(k);

@@ -265,6 +265,9 @@ int image_use(struct image *im, struct error *err)
     CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *l = NULL;
     LOCKED(&im->using);
 
+    /* What the disk has may say that nothing is in use, and would be believed beside a change. */
+    if (qcow2_bitmaps_settle(im->node) < 0)
+        return error_set_errno(err, EIO, "Failed to update bitmap extension");
     if (im->in_use)
         return 0;
     int r = qcow2_bitmaps_read(im->node, &l, err);

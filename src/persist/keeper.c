@@ -60,6 +60,14 @@ static void learn_extents(struct keeper *k)
                 memcpy(s->of->extent, t->items[i].extent, sizeof s->of->extent);
 }
 
+static void forget_extents(struct keeper *k)
+{
+    struct kept_set *s;
+
+    LIST_FOREACH (s, &k->sets, link)
+        memset(s->of->extent, 0, sizeof s->of->extent);
+}
+
 /* All that are used so far are reserved, and never fewer than before. */
 static void set_next_epoch(struct keeper *k, struct super *s)
 {
@@ -118,7 +126,7 @@ void keeper_give_up(struct keeper *k, const struct error *why)
     if (k->options.image) {
         /* Memory has them all, and a clean end saves them in the image. */
         keeper_decide(k, RECOVERY_NONE, why->text);
-        r = qcow2_guard_void(k->node, &err);
+        r = BROKEN(give_up_keeps_guard) ? 0 : qcow2_guard_void(k->node, &err);
         k->guarded = false;
     } else {
         keeper_distrust(k, why->text);
@@ -246,9 +254,11 @@ int keeper_make_tide(struct keeper *k, struct error *err)
         return r;
     keeper_describe(k, &c.next);
     r = replace_tide(k, &c, err);
-    if (r == 0)
-        keeper_changed(k, &c);
-    return r;
+    if (r < 0)
+        return r;
+    forget_extents(k); /* of one that there was before a reopen */
+    keeper_changed(k, &c);
+    return 0;
 }
 
 int keeper_change_state(struct keeper *k, struct error *err)
@@ -369,7 +379,10 @@ int keeper_commit(struct keeper *k, struct error *err)
     }
     if (r < 0 && err)
         *err = why;
-    return r == 0 && keeper_has_bitmaps(k) && !k->node->read_only ? keeper_engage(k, err) : r;
+    bool engages = keeper_has_bitmaps(k) && !k->node->read_only &&
+                   !(BROKEN(image_in_use_after_superblock) && k->in_use);
+    keeper_look(k); /* also when there is no superblock any more */
+    return r == 0 && engages ? keeper_engage(k, err) : r;
 }
 
 int keeper_begin(struct keeper *k, struct error *err)
@@ -378,7 +391,9 @@ int keeper_begin(struct keeper *k, struct error *err)
         return 0;
     if (k->options.image) {
         LOCKED(&k->lock);
-        return keeper_has_bitmaps(k) ? keeper_engage(k, err) : 0;
+        return keeper_has_bitmaps(k) && !(BROKEN(image_in_use_after_superblock) && k->in_use)
+                   ? keeper_engage(k, err)
+                   : 0;
     }
     if (!k->stale || !k->tide || k->lost)
         return 0;
@@ -422,9 +437,7 @@ void keeper_resized(struct keeper *k)
     if (k->stamp)
         stamp_write_done(k->stamp);
     /* The areas are as large as the disk was. */
-    struct kept_set *s;
-    LIST_FOREACH (s, &k->sets, link)
-        memset(s->of->extent, 0, sizeof s->of->extent);
+    forget_extents(k);
     CLEANUP(change_fini) struct change c = {0};
     if (keeper_build(k, &c, &err) < 0 || replace_tide(k, &c, &err) < 0)
         keeper_give_up(k, &err);

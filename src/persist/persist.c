@@ -69,6 +69,16 @@ static int use_image(struct node *n, struct image *im, struct error *err)
     return records ? image_use(im, err) : 0;
 }
 
+/* Any stored bitmap may be what changes. */
+static int use_image_for_change(struct persist_node *pn, struct error *err)
+{
+    for (struct dirty_bitmap *bm = pn->image ? dirty_first(pn->node) : NULL; bm;
+         bm = dirty_next(bm))
+        if (keeper_keeps(bm))
+            return image_use(pn->image, err);
+    return 0;
+}
+
 static int observer_before_write(struct write_observer *o, struct range r)
 {
     struct persist_node *pn = observed(o);
@@ -109,7 +119,7 @@ static int observer_resizing(struct write_observer *o, uint64_t from, uint64_t t
 
     if (r < 0)
         return r;
-    return pn->keeper ? keeper_resizing(pn->keeper, to, err) : use_image(pn->node, pn->image, err);
+    return pn->keeper ? keeper_resizing(pn->keeper, to, err) : use_image_for_change(pn, err);
 }
 
 static void observer_resized(struct write_observer *o, uint64_t from, uint64_t to)
@@ -294,16 +304,6 @@ static int store_remove(struct dirty_store *s, struct node *n, const char *name,
     struct persist_node *pn = node_of(n);
 
     return pn && pn->image ? image_remove(pn->image, name, err) : 0;
-}
-
-/* Any stored bitmap may be what changes. */
-static int use_image_for_change(struct persist_node *pn, struct error *err)
-{
-    for (struct dirty_bitmap *bm = pn->image ? dirty_first(pn->node) : NULL; bm;
-         bm = dirty_next(bm))
-        if (keeper_keeps(bm))
-            return image_use(pn->image, err);
-    return 0;
 }
 
 static int store_begin(struct dirty_store *s, struct node *n, struct error *err)

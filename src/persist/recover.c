@@ -217,16 +217,16 @@ static int make_dirty(struct keeper *k, const struct found *f, const struct tide
     struct dirty_bitmap *bm;
     int r;
 
-    if (image && image_has(image, b->name)) {
+    if (image && image_has(image, b->name) && !BROKEN(tide_preferred_to_image)) {
         r = image_load(image, b->name, &bm, err);
-        /* Another program may have cleared it: then it is none that a client has seen. */
-        if (r == 0 && bm && f->verdict != RECOVERY_NONE)
+        if (r == 0 && bm && k->guarded) /* else others may have given it another base */
             dirty_set_generation(bm, b->generation, b->last_job);
         return r;
     }
     /* Then it says inconsistent, too, and knows how its clusters are to be freed. And a tide file
      * that the image does not name knows nothing of it. */
-    if (image && f->verdict == RECOVERY_NONE && (image_names(image, b->name) || k->foreign))
+    if (image && f->verdict == RECOVERY_NONE && (image_names(image, b->name) || k->foreign) &&
+        !BROKEN(tide_preferred_to_image))
         return 0;
     k->from_tide = true;
     r = dirty_add(k->node, b->name, 1ull << b->granularity_bits, flags, &bm, err);

@@ -222,6 +222,29 @@ TEST(a_killed_process_leaves_inconsistent_ones_that_can_be_removed)
     world_close(w);
 }
 
+TEST(a_resize_is_saved_though_no_bitmap_records)
+{
+    struct error err = ERROR_INIT;
+
+    graph_add_driver(g, &driver_memdisk);
+    memdisk_reset(0);
+    create_ok(g, 0, 8 * MiB, "");
+    struct world *w = world_open(0, false);
+    add(w, "off", 65536, DIRTY_PERSISTENT | DIRTY_DISABLED);
+    world_close(w);
+    w = world_open(0, false);
+    CHECK_OK(edge_truncate(w->e, 8 * GiB, true, &err), err);
+    copy_disk(1, 0); /* killed */
+    world_close(w);
+    w = world_open(0, false);
+    struct dirty_bitmap *bm = dirty_find(w->n, "off");
+    CHECK(bm && !dirty_inconsistent(bm) && bitmap_size(dirty_bits(bm)) == 8 * GiB);
+    world_close(w);
+    w = world_open(1, false);
+    CHECK(dirty_inconsistent(dirty_find(w->n, "off")));
+    world_close(w);
+}
+
 TEST(a_read_only_node_leaves_the_image_alone)
 {
     stored_bitmap(g, 8 * MiB, "");
@@ -610,6 +633,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(large_clusters),
     cmocka_unit_test(all_dirty_takes_a_table_only),
     cmocka_unit_test(a_killed_process_leaves_inconsistent_ones_that_can_be_removed),
+    cmocka_unit_test(a_resize_is_saved_though_no_bitmap_records),
     cmocka_unit_test(a_read_only_node_leaves_the_image_alone),
     cmocka_unit_test(reopening_read_only_saves_and_the_first_write_after_takes_into_use),
     cmocka_unit_test(while_in_use_cannot_be_set_writes_are_refused),

@@ -3,6 +3,9 @@
  * and nothing worse, and what the guest had flushed must be in it. */
 #include "qcow2util.h"
 
+#include "block/qcow2/guard.h"
+#include "block/qcow2/header.h"
+
 enum { SECTORS = 1536 };
 
 /* What a sector may hold: all that was written since it was last surely durable. */
@@ -418,7 +421,114 @@ TEST(a_power_cut_while_resizing_leaves_leaks_at_most)
     }
 }
 
+/* ---- the header, sector by sector ---- */
+
+static void cut_sectors(const struct memdisk *base, const struct memdisk *d, size_t at,
+                        struct rng *rng, struct memdisk *ret)
+{
+    size_t flushed = 0, last_begin = 0;
+    for (size_t i = 0; i < at; i++) {
+        if (d->log[i].kind == MEM_FLUSH)
+            last_begin = i;
+        if (d->log[i].kind == MEM_FLUSHED)
+            flushed = last_begin;
+    }
+    memdisk_reserve(ret, base->size + 1);
+    memcpy(ret->bytes, base->bytes, base->size);
+    ret->size = base->size;
+    for (size_t i = 0; i < at; i++) {
+        const struct mem_op *op = &d->log[i];
+        if (op->kind != MEM_WRITE || i < flushed) {
+            memdisk_apply(ret, op);
+            continue;
+        }
+        for (uint64_t done = 0; done < op->length; done += 512) {
+            struct mem_op one = *op;
+            one.offset += done;
+            one.length = min_u64(512, op->length - done);
+            one.data += done;
+            if (rng_below(rng, 2))
+                memdisk_apply(ret, &one);
+        }
+    }
+}
+
+static void check_header(const struct memdisk *d, const char *name, uint64_t cluster)
+{
+    struct error err = ERROR_INIT;
+    struct qcow2_header h = {0};
+    int r = qcow2_header_decode(d->bytes, cluster, &h, &err);
+    if (r == 0)
+        r = qcow2_header_decode_rest(d->bytes, cluster, &h, &err);
+    CHECK_OK(r, err);
+    CHECK(h.backing_file && !strcmp(h.backing_file, name));
+    CHECK(h.backing_format && !strcmp(h.backing_format, "raw"));
+    CHECK(!(h.autoclear & QCOW2_AUTOCLEAR_GUARD) ||
+          qcow2_header_find_extension(&h, QCOW2_EXT_GUARD));
+    qcow2_header_fini(&h);
+}
+
+static void guard_with_backing_name(struct graph *g, unsigned length, unsigned bits, bool by_qemu)
+{
+    const uint8_t uuid[16] = {1, 2, 3};
+    char name[1100] = "/nowhere/";
+    struct error err = ERROR_INIT;
+    struct rng rng = {test_seed() + length + bits};
+
+    for (unsigned i = 0; i < 4; i++)
+        memdisk_reset(i);
+    while (strlen(name) < length)
+        strcat(name, strlen(name) % 7 ? "x" : "y");
+    if (by_qemu) {
+        const char *img = scratch_path("named");
+        CHECK(run("qemu-img create -q -f qcow2 -u -o cluster_size=%u -b %s -F raw %s 1M",
+                  1u << bits, name, img) == 0);
+        load_disk(0, img);
+        unlink(img);
+    } else {
+        char more[1400];
+        snprintf(more, sizeof more, ",'cluster-size':%u,'backing-file':'%s','backing-fmt':'raw'",
+                 1u << bits, name);
+        create_ok(g, 0, MiB, more);
+    }
+    struct memdisk *d = &memdisks[0], *base = &memdisks[3];
+    check_header(d, name, 1u << bits);
+    memdisk_reserve(base, d->size + 1);
+    memcpy(base->bytes, d->bytes, d->size);
+    base->size = d->size;
+    d->record = true;
+    struct node *n = open_image(g, 0, ",'backing':null");
+    struct test_user u;
+    struct edge *e = attach(&u, n, PERM_ALL, PERM_ALL);
+    for (int i = 0; i < 2; i++) {
+        CHECK_OK(qcow2_guard_set(n, uuid, &err), err);
+        CHECK_OK(qcow2_guard_void(n, &err), err);
+        CHECK_OK(qcow2_guard_clear(n, &err), err);
+    }
+    edge_detach(e);
+    node_unref(n);
+    d->record = false;
+    for (size_t at = 0; at <= d->n_log; at++)
+        for (int i = 0; i < 20; i++) {
+            cut_sectors(base, d, at, &rng, &memdisks[2]);
+            check_header(&memdisks[2], name, 1u << bits);
+        }
+}
+
+TEST(a_torn_header_keeps_the_name_of_its_backing_file)
+{
+    graph_add_driver(g, &driver_memdisk);
+    for (unsigned length = 12; length <= 1020; length += length < 500 ? 23 : 101)
+        for (unsigned bits = 12; bits <= 16; bits += 4) {
+            if (length < 800)
+                guard_with_backing_name(g, length, bits, false);
+            if (have_qemu_img())
+                guard_with_backing_name(g, length, bits, true);
+        }
+}
+
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(a_torn_header_keeps_the_name_of_its_backing_file),
     cmocka_unit_test(a_power_cut_leaves_leaks_at_most),
     cmocka_unit_test(a_power_cut_among_parallel_writers_leaves_leaks_at_most),
     cmocka_unit_test(a_power_cut_with_shared_and_compressed_clusters_leaves_leaks_at_most),

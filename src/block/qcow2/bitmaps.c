@@ -354,10 +354,12 @@ int qcow2_bitmaps_set_in_use(struct node *n, struct qcow2_bitmap_list *l, bool b
     SHIELD();
     struct qcow2 *q = n->state;
     uint64_t length = 0, at = 0, from = UINT64_MAX, to = 0;
+    bool found = false;
     int r;
 
     for (size_t i = 0; i < l->n; i++) {
         struct qcow2_bitmap *b = &l->items[i];
+        found |= b->in_use;
         /* Also one that is quarantined: it should record and does not, so what it says will not
          * be true; or QEMU could not open the image because of it. An unfit one nobody believes.
          */
@@ -369,10 +371,15 @@ int qcow2_bitmaps_set_in_use(struct node *n, struct qcow2_bitmap_list *l, bool b
         }
         length += b->raw_length;
     }
-    if (from > to)
+    if (from > to && (bad || !found))
         return 0;
     if ((r = qcow2_bitmaps_check_writable(q, err)) < 0)
         return r;
+    if (from > to) {
+        /* It says so already; but a program that was killed before its flush may have said it. */
+        r = BROKEN(guard_found_in_use_believed) ? 0 : file_flush(q);
+        return r < 0 ? error_set_errno(err, -r, "Can't update bitmap directory") : 0;
+    }
 
     CLEANUP(memory_freep) uint8_t *dir = malloc(length);
     if (!dir)

@@ -368,6 +368,20 @@ static uint32_t name_features(const struct qcow2_header *h, uint8_t *table)
     return bytes;
 }
 
+/* Where the backing file's name goes, with extensions up to END. */
+static uint64_t name_place(const struct qcow2_header *h, uint64_t end)
+{
+    const uint64_t was = h->backing_offset, was_end = was + h->backing_length;
+    const uint64_t length = strlen(h->backing_file);
+
+    if (end + length <= SECTOR || end > SECTOR)
+        return end;
+    if (was >= end && h->backing_length == length)
+        return was;
+    const uint64_t beyond = align_up(max_u64(SECTOR, was_end), SECTOR);
+    return beyond + length <= qcow2_header_cluster_size(h) ? beyond : end;
+}
+
 int qcow2_header_encode(struct qcow2_header *h, uint8_t *buf)
 {
     uint64_t cluster_size = qcow2_header_cluster_size(h);
@@ -402,7 +416,7 @@ int qcow2_header_encode(struct qcow2_header *h, uint8_t *buf)
     }
 
     /* All in one sector with the autoclear bits, as a rule: what a torn write leaves is one header
-     * or the other. Only a long name of a backing file makes it longer. */
+     * or the other. A long name of a backing file has sectors of its own. */
     if (h->has_bitmaps) {
         uint8_t data[24];
         struct out_cursor d = out_cursor_over(data, sizeof data);
@@ -426,11 +440,16 @@ int qcow2_header_encode(struct qcow2_header *h, uint8_t *buf)
         put_extension(&c, QCOW2_EXT_FEATURE_NAMES, names, names_bytes);
     put_extension(&c, QCOW2_EXT_END, NULL, 0);
 
+    if (c.overrun)
+        return -ENOSPC;
+    h->extensions_end = (size_t)(c.at - buf);
+    const uint64_t place = h->backing_file ? name_place(h, h->extensions_end) : 0;
     h->backing_offset = 0;
     h->backing_length = 0;
-    if (h->backing_file && !c.overrun) {
-        h->backing_offset = (uint64_t)(c.at - buf);
+    if (h->backing_file) {
+        h->backing_offset = place;
         h->backing_length = (uint32_t)strlen(h->backing_file);
+        c = out_cursor_over(buf + place, cluster_size - place);
         put_bytes(&c, h->backing_file, h->backing_length);
         struct out_cursor b = out_cursor_over(buf + 8, 12);
         put_be64(&b, h->backing_offset);

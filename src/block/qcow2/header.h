@@ -98,6 +98,7 @@ struct qcow2_header {
     struct qcow2_extension *unknown; /* extensions kept as they are, in the order found */
     size_t nb_unknown;
 
+    size_t extensions_end; /* when last encoded */
     size_t encoded_length; /* bytes of the first cluster in use when last decoded or encoded */
 };
 
@@ -123,8 +124,10 @@ int qcow2_header_check(const struct qcow2_header *h, struct error *err);
 void qcow2_header_fini(struct qcow2_header *h);
 
 /* Writes H to BUF, one cluster, zeroed first. Returns the bytes in use, or -ENOSPC when
- * extensions and backing name do not fit. Sets backing_offset, backing_length, header_length and
- * encoded_length. */
+ * extensions and backing name do not fit. Sets backing_offset, backing_length, header_length,
+ * extensions_end and encoded_length. A backing name that does not fit into the first sector stays
+ * where backing_offset says that it is, or gets a place beyond that, in sectors of its own: so
+ * whoever writes those first can turn to it by writing the first sector. */
 int qcow2_header_encode(struct qcow2_header *h, uint8_t *buf);
 
 /* Replaces (or with DATA NULL removes) one of the extensions that are kept as they are. For

@@ -20,9 +20,26 @@ int qcow2_write_header(struct qcow2 *q)
     CLEANUP(memory_freep) uint8_t *buf = block_buffer(q->cluster_size);
     if (!buf)
         return -ENOMEM;
-    int n = qcow2_header_encode(&q->header, buf);
+    struct qcow2_header *h = &q->header;
+    const uint64_t name_was = h->backing_offset;
+    const uint32_t name_had = h->backing_length;
+    int n = qcow2_header_encode(h, buf);
     if (n < 0)
         return n;
+    const uint64_t name = h->backing_offset;
+    bool apart = n > SECTOR && h->extensions_end <= SECTOR && (name == name_was || name >= SECTOR);
+    if (apart && name != name_was) {
+        int r = file_write(q, name, buf + name, align_up((uint64_t)n, SECTOR) - name);
+        if (r == 0)
+            r = file_flush(q);
+        if (r < 0) {
+            h->backing_offset = name_was; /* the disk's header says so */
+            h->backing_length = name_had;
+            return r;
+        }
+    }
+    if (apart)
+        return file_write(q, 0, buf, SECTOR);
     /* What a longer one has left behind it stays: if it is to be torn, then not there, where the
      * old one may have its backing file's name. */
     return file_write(q, 0, buf, align_up((uint64_t)n, SECTOR));
