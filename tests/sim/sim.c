@@ -1,9 +1,7 @@
 /* sim: histories of the real program on a simulated machine (history.h).
  *
- * usage: sim [--seed N] [--offset N] [--count N] [--trace] [--no-faults] [--persist] [--strict]
- * [--twice]
- * [--quiet]
- *            [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]
+ *     sim [--seed N] [--offset N] [--count N] [--trace] [--no-faults] [--persist] [--strict]
+ *         [--twice] [--quiet] [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]
  *
  *     --seed N       the first seed ($TIDEMARK_SEED, or 1)
  *     --offset N     is added to it

@@ -179,3 +179,4 @@ def test_an_image_changed_while_it_was_down(place, fmt, change, end):
     assert history.node()["x-tidemark-recovery"]["state"] == "exact"
     assert not history.bitmaps()["tide"].get("inconsistent")
     place.stop()
+    assert not place.leftovers()
