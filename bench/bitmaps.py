@@ -258,7 +258,7 @@ def main():
     args = parser.parse_args()
 
     kinds = {"none": (False, 0), "one": (False, 1), "eight": (False, 8),
-             "eight, process": (False, 8, "process"), "qemu none": (True, 0), "qemu eight": (True, 8)}
+             "eight process": (False, 8, "process"), "qemu none": (True, 0), "qemu eight": (True, 8)}
     with temp_dir(prefix="tidemark-bench-") as tmp:
         if args.only != "open":
             sides = []

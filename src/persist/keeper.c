@@ -107,8 +107,12 @@ static int replace_tide(struct keeper *k, struct change *c, struct error *err)
         const struct super *s = tide_super(k->tide);
         k->ring_next = s->ring_sequence + ring_full_table(s->slots, min_u64(s->slots, RING_SLICE));
     }
-    if (k->void_tide && old)
+    if (k->void_tide && old) {
+        const struct segments of = keeper_segments(k, tide_super(old));
         keeper_drop_segments(k, tide_super(old));
+        if (of.runtime && !tide_id_equal(&of.uuid, &tide_super(k->tide)->uuid))
+            stamp_unlink(&of); /* nobody will look for it again */
+    }
     tide_close(old);
     learn_extents(k);
     return 0;

@@ -206,6 +206,16 @@ static const struct tide_bitmap *find(const struct tide_table *t, const struct t
     return tide_table_find((struct tide_table *)t, b->name);
 }
 
+/* Is nothing in the tide file that the image does not tell? We were killed before it could name the
+ * file; or another program has opened an image that had been saved, and kept its bitmaps. */
+static bool image_tells_all(const struct image *image, const struct tide_table *t)
+{
+    for (size_t i = 0; i < t->n; i++)
+        if (!image_has(image, t->items[i].name))
+            return false;
+    return !image_has_in_use(image);
+}
+
 /* OTHER: what B is if a group that is in doubt was committed; NULL: the same, or no doubt. */
 static int make_dirty(struct keeper *k, const struct found *f, const struct tide_bitmap *b,
                       const struct tide_bitmap *other, struct error *err)
@@ -385,6 +395,8 @@ static int recover(struct keeper *k, struct error *err)
         return r;
     dirty_loaded(k->node);
     k->stale = f.verdict != RECOVERY_CLEAN || !tide_id_none(&s->group);
+    if (f.verdict == RECOVERY_NONE && k->options.image && image_tells_all(k->options.image, f.sets))
+        k->recovery.verdict = RECOVERY_NEW; /* as if the file was not there */
     tell(k);
     return 0;
 }

@@ -1,10 +1,10 @@
 /* sim: histories of the real program on a simulated machine (history.h).
  *
- * usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--persist] [--strict] [--twice]
- * [--quiet]
- *            [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]
+ *     sim [--seed N] [--offset N] [--count N] [--trace] [--no-faults] [--persist] [--strict]
+ *         [--twice] [--quiet] [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]
  *
- *     --seed N       the first seed (1)
+ *     --seed N       the first seed ($TIDEMARK_SEED, or 1)
+ *     --offset N     is added to it
  *     --count N      so many, one after the other; the first violation ends the run (1)
  *     --trace        each event, as a line
  *     --twice        each one twice: the hash of its trace must be the same
@@ -24,7 +24,8 @@
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: sim [--seed N] [--count N] [--trace] [--no-faults] [--persist] "
+    fprintf(stderr, "usage: sim [--seed N] [--offset N] [--count N] [--trace] [--no-faults] "
+                     "[--persist] "
                     "[--strict] [--twice] [--quiet]"
                     " [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]\n");
     return 2;
@@ -59,7 +60,7 @@ static uint64_t exhaust(uint64_t seed, uint64_t most, struct history *totals)
 
 int main(int argc, char **argv)
 {
-    uint64_t seed = 1, count = 1, exhaustive = 0, runs = 0;
+    uint64_t seed = 1, offset = 0, count = 1, exhaustive = 0, runs = 0;
     bool twice = false, quiet = false;
     const char *from_test = getenv("TIDEMARK_SEED"), *histories = getenv("TEST_HISTORIES");
     if (from_test)
@@ -82,6 +83,8 @@ int main(int argc, char **argv)
             quiet = true;
         else if (!strcmp(argv[i], "--seed") && next)
             seed = strtoull(argv[++i], NULL, 0);
+        else if (!strcmp(argv[i], "--offset") && next)
+            offset = strtoull(argv[++i], NULL, 0);
         else if (!strcmp(argv[i], "--count") && next)
             count = strtoull(argv[++i], NULL, 0);
         else if (!strcmp(argv[i], "--exhaustive") && next)
@@ -97,6 +100,7 @@ int main(int argc, char **argv)
             return usage();
         }
     }
+    seed += offset;
     if (!settings.tracing) /* what fails was made to fail */
         log_set_level((enum log_level)(LOG_LEVEL_ERROR + 1));
     struct history totals = {0};

@@ -25,7 +25,7 @@ LIVES = {"host": 8, "guest": 5}
 
 def command(args, seed):
     return (f"TIDEMARK={find_tidemarkd()} tests/system/crash.py --place {args.place} "
-            f"--format {args.format} --seed {seed}")
+            f"--format {args.format} --seed {seed}{' --foreign 1' if args.foreign else ''}")
 
 
 def one(args, seed, found):
@@ -34,6 +34,7 @@ def one(args, seed, found):
     with temp_dir("tm-crash-") as tmp:
         place = HostPlace(tmp) if host else GuestPlace(tmp, *args.place.split("-"), seed)
         history = History(place, seed, args.format, size=(256 if host else 128) * MiB, found=found,
+                          foreign=0.3 if args.foreign and host else 0,
                           say=lambda text: print("   ", text, flush=True) if args.verbose else None)
         try:
             history.run(LIVES["host" if host else "guest"])
@@ -53,11 +54,14 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1, help="go on with the next seeds until then")
     parser.add_argument("--recovery-kills", type=int, default=0, help="at least so many")
+    parser.add_argument("--foreign", type=int, default=0,
+                        help="at least so many crashes after which QEMU opens the disk for writing")
     parser.add_argument("-v", "--verbose", action="store_true")
     args = parser.parse_args()
     found, seed, failures, began = Found(), args.seed, 0, time.monotonic()
     while failures < 3 and (found.rounds < args.rounds or
-                            found.recovery_kills < args.recovery_kills):
+                            found.recovery_kills < args.recovery_kills or
+                            found.foreign < args.foreign):
         failures += not one(args, seed, found)
         seed += 1
     print(f"{args.place}, {args.format}, {time.monotonic() - began:.0f} s: {failures} failures\n"

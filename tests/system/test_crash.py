@@ -11,7 +11,7 @@ import pytest
 from tidemark_testlib import QMPError, connect, qemu_io
 from tidemark_testlib.crash import KiB, MiB, History, HostPlace, Load
 
-FORMATS = ("raw",)
+FORMATS = ("raw", "qcow2")
 SEED = int(os.environ.get("TIDEMARK_SEED", "1"))
 
 
@@ -49,6 +49,42 @@ def test_killed_again_and_again_inside_recovery(place, fmt):
     history.verify()
     place.stop()
     history.check_leftovers()
+
+
+def test_qemu_writes_between_a_kill_and_the_restart(place, fmt):
+    print(again(fmt, SEED) + " --foreign 1")
+    history = History(place, f"foreign-{SEED}", fmt, say=print, foreign=1)
+    history.run(3)
+    print(history.found.table())
+    assert history.found.foreign
+
+
+def test_a_tide_file_that_the_image_does_not_name(place):
+    """As a kill leaves it between the file and its name in the image, which tells all itself."""
+    history = History(place, SEED, "qcow2")
+    place.boot()
+    history.make_disk()
+    history.open()
+    history.execute("block-dirty-bitmap-add", node="disk", name="tide", persistent=True,
+                    granularity=64 * KiB)
+    handle = connect(place.uri("disk"))
+    handle.pwrite(b"x" * 4096, 100 * MiB)
+    shutil.copy(place.path("disk.tide"), place.path("old.tide"))
+    handle.shutdown()
+    place.stop()
+    assert not place.has("disk.tide")
+    os.rename(place.path("old.tide"), place.path("disk.tide"))
+    for _ in range(2):      # the second finds the one that the first has made
+        place.boot()
+        history.open()
+        assert history.node()["x-tidemark-recovery"]["state"] in ("clean", "exact")
+        assert not history.bitmaps()["tide"].get("inconsistent")
+        assert history.observe() == {100 * MiB // (64 * KiB)}
+        handle = connect(place.uri("disk"))
+        handle.pwrite(b"y" * 4096, 100 * MiB)
+        place.cut()
+        place.after_cut(lose=False)
+    assert len(place.leftovers()) == 2      # a segment, a stamp: not those of the old file
 
 
 # --- images that others change -------------------------------------------------------------------
@@ -89,7 +125,11 @@ CHANGES = (overwrite, replace, shrink, grow, move_a_copy)
 @pytest.mark.parametrize("end", ["killed", "killed_under_load", "stopped"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_image_changed_while_it_was_down(place, fmt, change, end):
-    """No bitmap of it is believed, whoever asks; and a new one can begin."""
+    """No bitmap of it is believed, whoever asks; and a new one can begin.
+
+    But a qcow2 image has its witness inside, so that a copy is as good, and after a clean end its
+    bitmaps, which QEMU has kept."""
+    believed = fmt == "qcow2" and (end == "stopped" or change in (replace, move_a_copy))
     history = History(place, SEED, fmt)
     place.boot()
     history.make_disk()
@@ -117,6 +157,14 @@ def test_an_image_changed_while_it_was_down(place, fmt, change, end):
     place.boot()
     history.open()
     info = history.node()["x-tidemark-recovery"]
+    if believed:
+        assert info["state"] == ("clean" if end == "stopped" else "exact"), info
+        assert not history.bitmaps()["tide"].get("inconsistent")
+        marked = history.observe()
+        assert 100 * MiB // (64 * KiB) in marked
+        assert change is not overwrite or 308 // 64 in marked
+        place.stop()
+        return
     assert info["state"] == "none" and info["reason"] and info.get("witness") != "same", info
     assert history.bitmaps()["tide"]["inconsistent"]
     with pytest.raises(QMPError, match="inconsistent"):
@@ -131,3 +179,4 @@ def test_an_image_changed_while_it_was_down(place, fmt, change, end):
     assert history.node()["x-tidemark-recovery"]["state"] == "exact"
     assert not history.bitmaps()["tide"].get("inconsistent")
     place.stop()
+    assert not place.leftovers()

@@ -25,7 +25,7 @@ import time
 from .crash import must
 from .daemon import QSD, Daemon, find_tidemarkd
 from .nbd import nbd_uri
-from .qmp import QMP
+from .qmp import QMP, QMPError
 
 QEMU, BUSYBOX = "/usr/bin/qemu-system-x86_64", "/usr/bin/busybox"
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "ext4", "xfs")
@@ -289,9 +289,21 @@ class GuestPlace:
 
     def stop(self):
         self.qmp.execute("quit")
+        while self.qmp.pump(self.patience * 2):
+            pass
         must(self.qemu.wait(self.patience * 2) == 0, "QEMU's end")
         must("ENDED 0" in self.said(), self.said())
         self.end_drive()
+
+    def has(self, name):
+        try:
+            self.qmp.execute("blockdev-add", driver="file", node_name="has", read_only=True,
+                             filename=self.path(name))
+        except QMPError as error:
+            must("No such file" in str(error), str(error))
+            return False
+        self.qmp.execute("blockdev-del", node_name="has")
+        return True
 
     def leftovers(self):
         return []
