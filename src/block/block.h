@@ -248,9 +248,9 @@ int edge_allocated_above(struct edge *e, struct node *base, bool include_base, s
 /* ---- who wants to know of writes (dirty/ registers here) ---- */
 
 /* Order for each write, write-zeroes and discard that changes content, after range locks and before
- * the driver (DESIGN.md section 4): all observers' before_write (may wait, may refuse), then, with
- * no wait between, all mark, then the driver; after completion all written. Who refused gets no
- * `written`; those whose before_write had succeeded before it get one with the error.
+ * the driver: all observers' before_write (may wait, may refuse), then, with no wait between, all
+ * mark, then the driver; after completion all written. Who refused gets no `written`; those
+ * whose before_write had succeeded before it get one with the error.
  * Observers come and go while no request is inside the node (quiesced): a write in flight
  * has not been announced to a newcomer. */
 struct write_observer {

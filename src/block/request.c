@@ -1,11 +1,12 @@
 /* Requests: from an edge through the gate and the range lock to the driver.
  *
- *   edge_write                                 the quiescer: closes the gate, waits for `inside` ==
- * 0 gate (waits while the node is quiesced) range lock (shared; exclusive if it must be alone or
- * does not end on the alignment) observers: before_write ... , mark ...   (bits before data,
- * DESIGN.md section 4) driver, in pieces of max_transfer, through aligned buffers where the
- * caller's is not observers: written; the generation moves on; a flush for FUA that the driver
- * cannot do
+ *   edge_write
+ *     gate          waits while the node is quiesced (the quiescer closes it, and waits until
+ *                   nobody is `inside`)
+ *     range lock    shared; exclusive if it must be alone or does not end on the alignment
+ *     observers     before_write ..., mark ...: bits before data (block.h)
+ *     driver        in pieces of max_transfer, through aligned buffers where the caller's is not
+ *     observers     written; the generation moves on; a flush for FUA that the driver cannot do
  *
  * A piece that is not aligned to what the driver takes is read, changed and written back
  * while its range is locked exclusively. The path of an aligned request allocates nothing.

@@ -5,9 +5,8 @@
  * have one instant. If any cannot be prepared, those before are undone in reverse order and
  * nothing has changed. If all could, they take effect together, and jobs start.
  *
- *     lock the graph; quiesce; prepare 1 .. n -+-> durable; commit 1 .. n -+-> clean; resume;
- * settle
- *                                              +-> abort n .. 1 -----------+
+ *     lock; quiesce; prepare 1 .. n -+-> durable; commit 1 .. n -+-> clean; resume; settle
+ *                                    +-> abort n .. 1 -----------+
  *
  * Persistent bitmaps become durable in two steps (dirty_commit, dirty_settle): what guests wrote
  * before may still have to be flushed, and they need not wait for that. If that second step fails,

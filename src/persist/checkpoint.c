@@ -6,16 +6,18 @@
  *
  *     idle      nobody has written for checkpoint-idle: all leave, and a power loss adds nothing.
  *               Costs one copy of bits, a sync, and a transaction for each 64 regions, while the
- * disk rests; then the first write waits for a transaction, as the first of all did period    every
- * checkpoint-period: those leave that nobody has written to since the one before. What is in use
- * stays, so that a steady writer pays nothing for it amount    more regions than checkpoint-amount
- * have marks that no copy has: they are copied (by the cleaner, hot.c), and stay. So the other
- * kinds, and a close, never have more than that to copy. What the program has not yet written is
- * bounded, as its name says flush     a guest's flush has completed, so it has come to some end
- * itself: all leave, if they are few enough for one transaction, no write is under way, and none
- * has left so within the last second. Begun when the guest has its answer; if it writes on at once,
- * the region it writes to is in use again, and stays close     writes everything, and says so
- * (session.c, guarded.c)
+ *               disk rests; then the first write waits for a transaction, as the first of all did.
+ *               A qcow2 image gets its bitmaps then, too (guarded.c)
+ *     period    every checkpoint-period: those leave that nobody has written to since the one
+ *               before. What is in use stays, so that a steady writer pays nothing for it
+ *     amount    more regions than checkpoint-amount have marks that no copy has: they are copied
+ *               (by the cleaner, hot.c), and stay. So the other kinds, and a close, never have
+ *               more than that to copy
+ *     flush     a guest's flush has completed, so it has come to some end itself: all leave, if
+ *               they are few enough for one transaction, no write is under way, and none has left
+ *               so within the last second. Begun when the guest has its answer; if it writes on at
+ *               once, the region it writes to is in use again, and stays
+ *     close     writes everything, and says so (session.c, guarded.c)
  *
  * One task a session does the first two and the fourth. It sleeps without a timer when there is
  * nothing to come: since an idle checkpoint nobody has written. It ends before the session does. */

@@ -8,7 +8,8 @@
  *
  *     tide file with the bitmaps as they are     or the guard would vouch for an older one; a new
  *                                                uuid unless our own crash is continued, so that
- * the header cannot name a file of another time extension -> bit                           guard.h
+ *                                                no header names a file of another time
+ *     extension -> bit                           guard.h
  *     in_use                                     or the image's copies, which miss what comes now,
  *                                                would be believed: by us, and by QEMU
  *     the change
@@ -18,7 +19,9 @@
  *
  *     bits -> directory with in_use 0            qcow2/bitmaps_save.c
  *     at a close: tide file away -> guard away   cut between, the guard vouches for nothing, and
- *                                                nothing is in use */
+ *                                                nothing is in use
+ *
+ * To the byte, and what a reader must conclude: docs/format/qcow2-guard.md. */
 #include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
@@ -189,16 +192,15 @@ void keeper_end_guarded(struct keeper *k)
 
     checkpoint_stop(k);
     hot_free(steal(k->hot));
-    if (k->node->read_only)
-        return;
-    int r = image_save(k->options.image, !k->lost, &err);
-    if (r < 0 && k->lost)
+    const bool read_only = k->node->read_only; /* then there is what was added since, at most */
+    int r = image_save(k->options.image, !k->lost && !read_only, &err);
+    if (r < 0 && (k->lost || read_only))
         log_line(LOG_LEVEL_INFO, "Lost persistent bitmaps during inactivation of node '%s': %s",
                  node_name(k->node), err.text);
     else if (r < 0)
         log_warning("Node '%s': %s: its bitmaps are recovered when it is next opened",
                     node_name(k->node), err.text);
-    if (r == 0 || k->lost)
+    if (!read_only && (r == 0 || k->lost))
         end_tide(k);
     k->in_use = false;
     stamp_close(steal(k->stamp));

@@ -1,6 +1,6 @@
 /* The table of hot regions, its committer and its cleaner. See hot.h.
  *
- * What must hold, and what breaks when it does not (CRASH-STUDY.md, hole 4 and section 5):
+ * What must hold, and what breaks when it does not (tests/faults/list: hot_...):
  *
  *     a region is hot only when its transaction has completed    else its writes are forgotten
  *     a pinned region does not leave                             its marks may come yet

@@ -11,9 +11,9 @@
  *      +----------- leaving <-----------+     at a checkpoint
  *
  *     entering   in the transaction under way
- *     hot        pinned by writes, marked since the last copy of its bits, or both, or not yet
- * clean clean      its bits are synced leaving    the transaction under way says that the slot is
- * free
+ *     hot        pinned by writes, or marked since the last copy of its bits, or not yet clean
+ *     clean      hot yet, and its bits are synced
+ *     leaving    the transaction under way says that the slot is free
  *
  * Either way out is a removal: from the moment that it is submitted the region is not hot.
  *
@@ -29,9 +29,9 @@
  * - Cleaning runs ahead, in bulk, so that a quarter of the slots can always leave at once, and that
  *   no more than a given number of regions have bits that no copy has.
  * - A checkpoint (hot_leave) asks regions to leave though nobody needs their slots. They are
- * cleaned with one sync, and leave RING_CHANGES a transaction; one that is written to meanwhile is
- * asked no more and stays. Without checkpoints everything that was ever hot would count as dirty
- * after a power loss; when and why there are any: checkpoint.c.
+ *   cleaned with one sync, and leave RING_CHANGES a transaction; one that is written to meanwhile
+ *   is asked no more and stays. Without checkpoints everything that was ever hot would count as
+ *   dirty after a power loss; when and why there are any: checkpoint.c.
  *
  * What can go wrong: a transaction or a cleaning fails. Then nobody is told anything: those who
  * wait go on waiting until hot_retry(), when the owner has made a new tide file, or hot_fail(). */

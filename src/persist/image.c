@@ -338,7 +338,7 @@ int image_save(struct image *im, bool strict, struct error *err)
 {
     LOCKED(&im->using);
 
-    if (im->node->read_only || (!im->unsaved && !im->heal))
+    if (!im->unsaved && !im->heal && !im->node->read_only)
         return 0;
     int r = strict ? check_settled(im, err) : 0;
     if (r == 0)

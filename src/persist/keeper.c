@@ -1,6 +1,6 @@
 /* Changes of state, sessions, and the write path of a kept disk. See keeper.h.
  *
- * Order on disk (DESIGN.md section 6), each point a history that loses a write if it is turned
+ * Order on disk, each point a history that loses a write if it is turned
  * round:
  *
  *     epochs reserved -> area written under one     a cut between would let the next life use the
@@ -361,7 +361,14 @@ int keeper_commit(struct keeper *k, struct error *err)
     LOCKED(&k->lock); /* a change may be under way that is of a moment ago */
     if (BROKEN(failed_flip_reported) && k->tide && tide_failed(k->tide))
         return error_set(err, EIO, "tide file '%s' has failed before", k->options.path);
-    int r = keeper_has_to_commit(k) ? keeper_change_state(k, err) : 0;
+    struct error why = ERROR_INIT;
+    int r = keeper_has_to_commit(k) ? keeper_change_state(k, &why) : 0;
+    if (r == -E2BIG && k->options.image) {
+        keeper_give_up(k, &why); /* the image takes more, and keeps them until a clean end */
+        r = 0;
+    }
+    if (r < 0 && err)
+        *err = why;
     return r == 0 && keeper_has_bitmaps(k) && !k->node->read_only ? keeper_engage(k, err) : r;
 }
 

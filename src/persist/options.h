@@ -12,8 +12,10 @@
  *     checkpoint-idle    milliseconds without a write after which all hot regions leave (2000)
  *     checkpoint-period  milliseconds after which those leave that were not written to (60000)
  *     checkpoint-amount  bytes of regions with bits that are not in the tide file, above which
- * these are written there (half of the budget) checkpoint-flush   after a guest's flush, if it is
- * cheap, all leave (on) 0 or off: not then. Why so: checkpoint.c, docs/checkpoints.md
+ *                        these are written there (half of the budget)
+ *     checkpoint-flush   after a guest's flush, if it is cheap, all leave (on)
+ *
+ * 0 or off: not then. Why so: checkpoint.c, docs/checkpoints.md
  *
  * The tide file must outlive what the level promises: at level power, one that was placed on tmpfs
  * is refused. A block device has no place beside it: /dev is such a tmpfs. */

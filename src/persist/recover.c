@@ -1,20 +1,23 @@
 /* Open is recovery: what the bitmaps of a disk are, decided here and nowhere else.
  *
- *     tide file                image           session's segments   ring      bitmaps
- *     none                     -               -                    -         none
- *     unreadable               -               -                    -         none; told in the log
- *     of another node's driver -               -                    -         none; and
- * inconsistent before this node is written (writes.c) closed                   as it was       - -
- * as stored: clean closed                   changed         -                    - inconsistent in
- * use                   changed         -                    -         inconsistent in use ours
- * there                -         exact in use, level power      ours            gone whole superset
- *     in use, level power      ours            gone                 holes     inconsistent
- *     in use, level process    ours            gone                 -         inconsistent
+ *     tide file                  image        segments   ring    bitmaps
+ *     none                       -            -          -       none
+ *     unreadable                 -            -          -       none; told in the log
+ *     of another node's driver   -            -          -       none (see below)
+ *     closed                     as it was    -          -       as stored: clean
+ *     closed                     changed      -          -       inconsistent
+ *     in use                     changed      -          -       inconsistent
+ *     in use                     ours         there      -       exact
+ *     in use, level power        ours         gone       whole   superset
+ *     in use, level power        ours         gone       holes   inconsistent
+ *     in use, level process      ours         gone       -       inconsistent
  *
- * Of a qcow2 image the guard is the witness (guarded.c), and what it has stored and is not in use
- * is exact, whatever the tide file says.
+ * Segments: those of the session that the tide file names. Of a qcow2 image the guard is the
+ * witness (guarded.c), and what it has stored and is not in use is exact, whatever the tide file
+ * says. Bitmaps of another driver's node over the same image become inconsistent before this one is
+ * written (writes.c).
  *
- * and, bitmap by bitmap: what was inconsistent, or has no durable base, stays so. A bitmap that a
+ * And, bitmap by bitmap: what was inconsistent, or has no durable base, stays so. A bitmap that a
  * job held is its current OR its successor: as if the job had failed.
  *
  * Nothing is written here. What has been found is written anew when the node is first written to or
@@ -216,7 +219,8 @@ static int make_dirty(struct keeper *k, const struct found *f, const struct tide
 
     if (image && image_has(image, b->name)) {
         r = image_load(image, b->name, &bm, err);
-        if (r == 0 && bm)
+        /* Another program may have cleared it: then it is none that a client has seen. */
+        if (r == 0 && bm && f->verdict != RECOVERY_NONE)
             dirty_set_generation(bm, b->generation, b->last_job);
         return r;
     }

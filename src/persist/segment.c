@@ -13,7 +13,7 @@
 #include <stdio.h>
 #include <unistd.h>
 
-/* The header of a segment, little-endian, written after all else. */
+/* The header of a segment, little-endian: docs/format/segment.md. */
 enum { HEADER_BYTES = 4096, HEADER_USED = 72, SESSION_AT = 24 };
 static const uint8_t magic[8] = {'t', 'm', 's', 'e', 'g', 'm', 't', '1'};
 
@@ -102,7 +102,7 @@ static void put_header(uint8_t *at, const struct tide_id *session, uint64_t epoc
     put_le64(&c, epoch);
     put_le64(&c, size_bytes);
     put_le64(&c, granularity_bytes);
-    put_le64(&c, ~epoch); /* whole */
+    put_le64(&c, ~epoch); /* the header is whole */
     assert(!c.overrun && c.at == c.end);
 }
 

@@ -13,7 +13,10 @@
  * decides), or an option of the disk. Where it is no tmpfs, a segment may be found after a power
  * loss: it names its boot, and those of another boot are none.
  *
- * A segment is whole when its header says so, which is written last. */
+ * The header is written when all of the file is reserved, and what the bitmap has so far is in the
+ * words before a superblock names the session and the epoch: until then nobody looks for it.
+ *
+ * To the byte: docs/format/segment.md. */
 #pragma once
 
 #include "bitmap/bitmap.h"

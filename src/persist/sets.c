@@ -4,6 +4,9 @@
 #include "block/driver.h"
 #include "persist/keeper_internal.h"
 
+/* A superblock may not have room for fewer, if their names are long; it never has for more. */
+enum { BITMAPS_MAX = TIDE_SUPER_BYTES / 64 };
+
 /* ---- sets ---- */
 
 struct kept_set *keeper_set_of(const struct keeper *k, const struct bitmap *bits)
@@ -217,6 +220,9 @@ int keeper_build_table(struct keeper *k, struct change *c, struct error *err)
     c->next.table.items = xcalloc(n + 1, sizeof *c->next.table.items);
     c->current = xcalloc(n + 1, sizeof *c->current);
     c->successor = xcalloc(n + 1, sizeof *c->successor);
+    if (n > BITMAPS_MAX)
+        return error_set(err, E2BIG, "tide file '%s' has no room for %zu bitmaps", k->options.path,
+                         n);
     for (struct dirty_bitmap *bm = dirty_first(k->node); r == 0 && bm; bm = dirty_next(bm))
         if (keeper_keeps(bm))
             r = add_entry(k, c, bm, err);

@@ -4,7 +4,7 @@
  *     0          superblock slot A                256 KiB each, written alternately, RWF_DSYNC
  *     256 KiB    superblock slot B
  *     512 KiB    hot ring                         64 blocks of 4 KiB, RWF_DSYNC, one in flight
- *     768 KiB    extents of bit areas             two a bitmap
+ *     768 KiB    extents of bit areas             up to three a bitmap
  *
  * It is allocated in full, superblocks and ring are written in full when it is made, so that no
  * sync waits for the file system's journal; O_DIRECT where that works, because a page cache would

@@ -1,8 +1,7 @@
 /* Has anybody else written the image since we last did? What a file or a device can tell of it.
  *
- *     regular file    file system's uuid where it has one (else its device number), inode, birth
- *                     time, size, mtime, ctime: taken after a sync, once the clock has left mtime's
- *                     tick
+ *     regular file    file system's uuid (or id, where that lasts), inode, birth time, size, mtime,
+ *                     ctime: taken after a sync, once the clock has left mtime's tick
  *     block device    size, and its write counters while this boot lasts
  *     anything else   nothing (rbd, nbd): believed, and queries say `witness: none`
  *
@@ -19,11 +18,11 @@ enum witness_kind { WITNESS_NONE, WITNESS_FILE, WITNESS_DEVICE };
 
 struct witness {
     enum witness_kind kind;
-    uint8_t boot[16]; /* boot id of the host when it was taken */
-    uint8_t
-        filesystem[16]; /* uuid, or the device number in the first 8 bytes; device: its number */
-    uint64_t inode;
-    uint64_t birth_ns; /* 0: the file system does not know */
+    uint8_t boot[16];       /* boot id of the host when it was taken */
+    uint8_t filesystem[16]; /* uuid, or the file system's id in the first 8 bytes; zero: none that
+                               outlasts a boot */
+    uint64_t inode;         /* of a device: its number */
+    uint64_t birth_ns;      /* 0: the file system does not know */
     uint64_t size_bytes;
     uint64_t mtime_ns, ctime_ns;
     uint64_t writes; /* of a device: requests and sectors written, as the kernel counts them */

@@ -1,6 +1,7 @@
-"""docs/qmp-tour.md is so: every block is run, in its order, and what comes is what is written.
+"""docs/qmp-tour.md and docs/surviving.md are so: every block is run, in its order, and what comes is
+what is written.
 
-The page is one story, with one directory, one shell, one daemon at a time. transcript.py says how
+A page is one story, with one directory, one shell, one daemon at a time. transcript.py says how
 its blocks are read. A page with one value altered must not pass: that is tried with each of them,
 on what the run has brought.
 """
@@ -19,7 +20,9 @@ from tidemark_testlib import transcript
 from tidemark_testlib.daemon import SANITIZER_MARKS
 from tidemark_testlib.transcript import ANY, REST, Recorded, Wrong, judge, judge_output
 
-TOUR = pathlib.Path(__file__).resolve().parents[2] / "docs" / "qmp-tour.md"
+DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
+# And how many alterations of it are tried at least.
+PAGES = {"qmp-tour.md": 500, "surviving.md": 250}
 PICTURES = ("text",)
 
 
@@ -224,9 +227,10 @@ def passes(step, first, second):
     return True
 
 
-def test_the_tour(story):
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page(story, name):
     """All blocks, then the same with each value altered: none of these may pass."""
-    text = TOUR.read_text()
+    text = (DOCS / name).read_text()
     assert transcript.dead_links(text) == []
     page = transcript.blocks(text)
     for block in page:
@@ -243,7 +247,7 @@ def test_the_tour(story):
         for one in wrong(step):
             assert not passes(one, first, second), (step.line, vars(one), first, second)
             tried += 1
-    assert tried > 500
+    assert tried > PAGES[name]
 
 
 WRONG_PAGES = (

@@ -307,7 +307,7 @@ static int sha256_is_over_whole_words(void *arg)
     return 0;
 }
 
-/* DESIGN.md section 5: before (granule 0) and during (granule 1) the job; 2 and 3 never. */
+/* The table of ARCHITECTURE.md: granule 0 before, 1 during the job; 2 and 3 never. */
 static int a_job_ends_as_the_table_says(void *arg)
 {
     for (int enabled = 0; enabled < 2; enabled++)

@@ -30,7 +30,7 @@ struct life {
     bool no_statx;
     unsigned bad_dir_syncs; /* so many syncs of directories fail */
     uint64_t die_after_ns;  /* a write of data takes so long, and then it ends; 0: it does not */
-    bool resized; /* an image, and that is not durable */
+    bool resized;           /* an image, and that is not durable */
     bool ours[FDS];
     bool read_only;
     void (*body)(struct life *l);

@@ -1,15 +1,17 @@
 /* The guard: what in a qcow2 image tells whether another program has opened it for writing.
  *
  *     autoclear bit 63             whoever does not know the bit clears it when he opens the image
- *                                  for writing (qcow2 specification, "autoclear_features");
- * QEMU 7.2 does so at every such open, also when nothing is written then header extension
- * 0x74696465  the uuid, 16 bytes, of what the bit vouches for
+ *                                  for writing (qcow2 specification, "autoclear_features"); QEMU
+ *                                  7.2 does so at every such open, also when nothing is written
+ *     header extension 0x74696465  the uuid, 16 bytes, of what the bit vouches for
  *
  * The bit is set only together with an extension that is durable already, and only as long as what
  * the extension names is true: it vouches for that, and for nothing older.
  *
  * Known limit: QEMU does not flush the header when the image's bitmaps are in use (as they are
- * after our crash). A power loss before its first flush may bring the bit back. */
+ * after our crash). A power loss before its first flush may bring the bit back.
+ *
+ * docs/format/qcow2-guard.md */
 #pragma once
 
 #include "block/block.h"
