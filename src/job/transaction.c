@@ -66,8 +66,8 @@ struct transaction {
     struct jobs *jobs;
     struct job_group *group; /* NULL: individual */
     TAILQ_HEAD(action_list, action) actions;
-    struct node **nodes; /* quiesced */
-    size_t node_count;
+    struct node **nodes; /* named ones, which are quiesced, and overlays that it has opened */
+    size_t node_count, named_count;
     bool failed;
 };
 
@@ -392,6 +392,13 @@ static int prepare_node(struct action *a, struct error *err)
     return r;
 }
 
+/* It was not there when the nodes were collected, and its bitmaps are to be durable, too. */
+static int join(struct transaction *t, struct node *overlay, struct error *err)
+{
+    t->nodes[t->node_count++] = node_ref(overlay);
+    return dirty_begin(&overlay, 1, err);
+}
+
 static int put_overlay(struct action *a, struct node *overlay, struct error *err)
 {
     hold(a, overlay);
@@ -476,7 +483,9 @@ static int snapshot_sync_prepare(struct action *a, struct error *err)
     CLEANUP(json_putp) struct json_object *options = overlay_options(a->below, name);
     CLEANUP(node_unrefp) struct node *overlay = NULL;
     r = graph_open_filename(g, file, format, options, false, &overlay, err);
-    return r < 0 ? r : put_overlay(a, overlay, err);
+    if (r == 0)
+        r = put_overlay(a, overlay, err);
+    return r < 0 ? r : join(a->transaction, overlay, err);
 }
 
 static void snapshot_commit(struct action *a)
@@ -554,7 +563,7 @@ static void collect_nodes(struct transaction *t)
     struct action *a;
     size_t count = 0;
     TAILQ_FOREACH (a, &t->actions, link)
-        count += ARRAY_SIZE(keys);
+        count += ARRAY_SIZE(keys) + 1; /* an overlay */
     t->nodes = xcalloc(count + 1, sizeof *t->nodes);
 
     TAILQ_FOREACH (a, &t->actions, link) {
@@ -569,6 +578,7 @@ static void collect_nodes(struct transaction *t)
                 t->nodes[t->node_count++] = node_ref(n);
         }
     }
+    t->named_count = t->node_count;
 }
 
 /* Deliberate faults only: guests come in, or are kept out again, before all is done. */
@@ -577,7 +587,7 @@ static void let_guests_in(struct transaction *t, bool in)
     struct action *a;
 
     if (in)
-        graph_quiesce_end(t->graph, t->nodes, t->node_count);
+        graph_quiesce_end(t->graph, t->nodes, t->named_count);
     TAILQ_FOREACH (a, &t->actions, link) {
         if (a->quiet && in)
             graph_quiesce_end(t->graph, &a->quiet, 1);
@@ -585,7 +595,7 @@ static void let_guests_in(struct transaction *t, bool in)
             graph_quiesce_begin(t->graph, &a->quiet, 1);
     }
     if (!in)
-        graph_quiesce_begin(t->graph, t->nodes, t->node_count);
+        graph_quiesce_begin(t->graph, t->nodes, t->named_count);
 }
 
 static bool has_action(const struct transaction *t, const char *name)
@@ -700,11 +710,11 @@ static int run(struct transaction *t, struct error *err)
     SHIELD();
     graph_lock(t->graph);
     collect_nodes(t);
-    graph_quiesce_begin(t->graph, t->nodes, t->node_count);
+    graph_quiesce_begin(t->graph, t->nodes, t->named_count);
     int r = dirty_begin(t->nodes, t->node_count, err);
     if (r == 0)
         r = run_locked(t, err);
-    graph_quiesce_end(t->graph, t->nodes, t->node_count);
+    graph_quiesce_end(t->graph, t->nodes, t->named_count);
     graph_unlock(t->graph);
     if (r == 0 && !is_put_off(t)) {
         r = dirty_settle(t->nodes, t->node_count, err);

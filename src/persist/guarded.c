@@ -181,6 +181,9 @@ static void end_tide(struct keeper *k)
             stamp_unlink(&of);
         }
     }
+    struct kept_set *set;
+    LIST_FOREACH (set, &k->sets, link) /* if the node becomes writable again, they get new ones */
+        memset(set->of->extent, 0, sizeof set->of->extent);
     k->guarded = false;
     if (qcow2_guard_clear(k->node, &err) < 0)
         log_warning("Node '%s': %s", node_name(k->node), err.text);

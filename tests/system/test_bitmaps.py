@@ -186,7 +186,7 @@ def test_each_reads_the_others_bits(tmp, tidemarkd, cluster, direction):
             assert s.info() == kept
             for name, model in models.items():
                 assert s.sha256(name) == model.sha256, name
-            flag = [] if read_only else ["in-use"]
+            flag = ["in-use"] if second == QSD and not read_only else []   # ours: when one changes
             assert s.flags() == {name: sorted(flag + ([] if name.endswith("-off") else ["auto"]))
                                  for name in models}
     assert clean(image)
@@ -273,16 +273,34 @@ def test_by_turns(tmp, tidemarkd):
 
 
 def test_a_killed_daemon(tmp, program, tidemarkd):
+    """tidemarkd's bitmaps are exact, until QEMU opens the image for writing: then nobody has them."""
     image = create_image(tmp / "a.qcow2", size="16M")
     with Session(tmp, program, image) as s:
         s.add("a")
         s.add("off", disabled=True)
         s.nbd.pwrite(b"x" * 4096, 0)
+    in_use = {"a": (65536, ["auto", "in-use"]), "off": (65536, ["in-use"])}
     with Session(tmp, program, image) as s:
-        assert stored(image)["a"] == (65536, ["auto", "in-use"])
+        assert stored(image) == (in_use if program == QSD else
+                                 {"a": (65536, ["auto"]), "off": (65536, [])})
         s.nbd.pwrite(b"y" * 4096, MiB)
+        assert stored(image) == in_use
         s.kill()
-    assert stored(image) == {"a": (65536, ["auto", "in-use"]), "off": (65536, ["in-use"])}
+    assert stored(image) == in_use
+    if program == tidemarkd:
+        exact = {"a": Bits(16 * MiB, 65536), "off": Bits(16 * MiB, 65536)}
+        exact["a"].mark(0, 4096)
+        exact["a"].mark(MiB, 4096)
+        for read_only in (True, False):     # the second is killed before it changes anything
+            with Session(tmp, program, image, read_only) as s:
+                assert "2 bitmap(s) recovered exactly: the last program was killed" in s.daemon.stderr
+                for name, model in exact.items():
+                    assert s.sha256(name) == model.sha256
+                    assert s.info()[name]["recording"] == (name == "a")
+                s.kill()
+        assert stored(image) == in_use
+        qemu_io(image, "write -P 5 4M 512", fmt="qcow2")
+        assert stored(image) == in_use
     for read_only in (True, False, False):
         with Session(tmp, program, image, read_only) as s:
             info = s.info()["a"]
@@ -317,7 +335,8 @@ def clean_or_leaks(image):
 
 
 def test_killed_at_any_time(tmp, tidemarkd):
-    """Starts, writes, stops, killed somewhere in between: bitmaps are right or inconsistent."""
+    """Starts, writes, stops, killed somewhere in between: bitmaps are right, to QEMU right or
+    inconsistent."""
     size = 32 * MiB
     image = create_image(tmp / "a.qcow2", size=str(size))
     with Session(tmp, tidemarkd, image) as s:
@@ -343,6 +362,7 @@ def test_killed_at_any_time(tmp, tidemarkd):
         with Session(tmp, QSD if turn % 2 else tidemarkd, copy) as s:
             for i in range(20):
                 info = s.info()[f"b{i}"]
+                assert turn % 2 or "inconsistent" not in info
                 outcomes.add("inconsistent" in info)
                 if "inconsistent" not in info:
                     model = Bits(size, 4096)
@@ -426,6 +446,11 @@ def test_reopen(tmp, program):
         assert s.refusal("block-dirty-bitmap-clear", node="a", name="a") == \
             "Bitmap 'a' is readonly and cannot be modified"
         s.qmp.execute("blockdev-reopen", options=[{**node, "read-only": False}])
+        if program != QSD:
+            assert s.flags() == {"a": ["auto"]}
+            assert stored(image) == {"a": (65536, ["auto"])}
+            s.qmp.execute("block-dirty-bitmap-disable", node="a", name="a")
+            s.qmp.execute("block-dirty-bitmap-enable", node="a", name="a")
         assert s.flags() == {"a": ["auto", "in-use"]}
         s.qmp.execute("block-dirty-bitmap-clear", node="a", name="a")
     assert clean(image)
@@ -462,20 +487,34 @@ def test_names(tmp, program):
             assert set(s.info()) == {"n" * 1023, "ü \"'\\ \u65e5"}
 
 
-def test_version_2_and_raw(tmp, program):
+def test_version_2_and_raw(tmp, program, tidemarkd):
+    """They have no place for bitmaps. tidemarkd's are in tide files beside them, where it has one."""
     image = create_image(tmp / "a.qcow2", size="1M", compat="0.10")
     raw = create_image(tmp / "r.raw", "raw", size="1M")
+    nodes = [{"driver": "raw", "node-name": "r", "file": {"driver": "file", "filename": str(raw)}}]
+    refused = {"a": "Can't make bitmap 'b' persistent in 'a': Cannot store dirty bitmaps in qcow2 v2 files",
+               "r": "Can't store persistent bitmaps to r: Operation not supported"}
+    if program == tidemarkd:
+        refused = {"c": refused["a"].replace("'a'", "'c'")}
+        off = create_image(tmp / "c.qcow2", size="1M", compat="0.10")
+        nodes.append({"driver": "qcow2", "node-name": "c", "x-tidemark-persist": {"level": "off"},
+                      "file": {"driver": "file", "filename": str(off)}})
     with Session(tmp, program, image) as s:
-        assert s.refusal("block-dirty-bitmap-add", node="a", name="b", persistent=True) == \
-            "Can't make bitmap 'b' persistent in 'a': Cannot store dirty bitmaps in qcow2 v2 files"
-        s.qmp.execute("blockdev-add", driver="raw", **{"node-name": "r"},
-                      file={"driver": "file", "filename": str(raw)})
+        for node in nodes:
+            s.qmp.execute("blockdev-add", **node)
+        for node, text in refused.items():
+            assert s.refusal("block-dirty-bitmap-add", node=node, name="b", persistent=True) == text
         if program == QSD:
-            assert s.refusal("block-dirty-bitmap-add", node="r", name="b", persistent=True) == \
-                "Can't store persistent bitmaps to r: Operation not supported"
-        else:
-            s.qmp.execute("block-dirty-bitmap-add", node="r", name="b", persistent=True)
-            assert (tmp / "r.raw.tide").exists()
+            return
+        for node in "ar":
+            s.qmp.execute("block-dirty-bitmap-add", node=node, name="b", persistent=True)
+        s.nbd.pwrite(b"x" * 512, 0)
+        assert sorted(f.name for f in tmp.glob("*.tide")) == ["a.qcow2.tide", "r.raw.tide"]
+        s.kill()
+    assert clean_or_leaks(image) and stored(image) == {}
+    with Session(tmp, program, image) as s:
+        assert s.info()["b"] == {"name": "b", "count": 65536, "granularity": 65536, "recording": True,
+                                 "busy": False, "persistent": True}
 
 
 # -- images that lie

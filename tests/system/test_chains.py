@@ -321,6 +321,26 @@ def test_increments_over_snapshots(tidemarkd, tmp):
                                  name="x")["sha256"] == shas[name]
 
 
+def test_an_overlays_first_bitmap_survives_a_kill(tidemarkd, tmp):
+    """Made in the transaction that makes the overlay, it is durable when that is answered."""
+    image, top, sock = create_image(tmp / "a.qcow2", size=SIZE), tmp / "o.qcow2", tmp / "nbd.sock"
+    with Daemon("--blockdev", f"qcow2,node-name=a,file.driver=file,file.filename={image}",
+                "--nbd-server", f"addr.type=unix,addr.path={sock}",
+                "--export", "nbd,id=e,node-name=a,name=a,writable=on", directory=tmp) as d:
+        d.qmp.transaction(
+            ("blockdev-snapshot-sync", {"node-name": "a", "snapshot-node-name": "o",
+                                        "snapshot-file": str(top)}),
+            ("block-dirty-bitmap-add", {"node": "o", "name": "x", "persistent": True}))
+        guest = connect(nbd_uri(sock, "a"))
+        guest.pwrite(b"x" * 512, 3 * MiB)
+        guest.flush()
+        d.kill()
+    with Daemon("--blockdev", f"qcow2,node-name=o,file.driver=file,file.filename={top}",
+                directory=tmp) as d:
+        x = d.qmp.bitmaps("o")["x"]
+        assert x["count"] == 65536 and x["recording"] and "inconsistent" not in x
+
+
 def test_no_room_for_one_of_two_overlays(tidemarkd, tmp, small_fs):
     """Both disks go on as before, and neither file stays, not half of it either."""
     small = small_fs("8M")

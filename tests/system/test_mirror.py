@@ -8,7 +8,7 @@ import time
 import nbd
 import pytest
 from tidemark_testlib import (
-    Daemon, QMPError, check_image, connect, create_image, nbd_uri, qemu_img,
+    Daemon, QMPError, check_image, connect, create_image, nbd_uri, qemu_img, qemu_io,
 )
 from tidemark_testlib.load import Load, Model
 
@@ -391,6 +391,7 @@ def test_which_bitmaps_can_be_used(tidemarkd, tmp, stored):
         q.wait_job("m", "null")
         assert q.bitmaps("disk")["b"]["count"] == 0
         d.kill()
+    qemu_io(image, "write -P 1 0 512", fmt="qcow2")     # QEMU has no part in what we have written down
     with Daemon("--blockdev", node, "--blockdev", to, directory=tmp) as d:
         with pytest.raises(QMPError, match="Bitmap 'b' is inconsistent and cannot be used"):
             mirror(d.qmp, "never")

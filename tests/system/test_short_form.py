@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
+import tempfile
 
 import pytest
 from tidemark_testlib import QMP, check_image, connect, create_image, qemu_io
@@ -15,11 +17,14 @@ MiB = 1 << 20
 def serve(tidemarkd, tmp):
     """serve(ARG...) -> (process, {image: uri}, path of the monitor's socket)"""
     running = []
+    # On tmpfs, where run segments are to be: else it says so on stderr.
+    where = tempfile.mkdtemp(prefix="tm-short-",
+                             dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp)
 
     def start(*argv):
         process = subprocess.Popen([tidemarkd, *map(str, argv)], stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True, cwd=tmp,
-                                   env={**os.environ, "XDG_RUNTIME_DIR": str(tmp)})
+                                   env={**os.environ, "XDG_RUNTIME_DIR": where})
         running.append(process)
         uris = {}
         for line in process.stdout:
@@ -35,6 +40,7 @@ def serve(tidemarkd, tmp):
         if process.poll() is None:
             process.kill()
             process.wait()
+    shutil.rmtree(where)
 
 
 def test_images_are_served_under_their_names(serve, tmp):
