@@ -25,7 +25,7 @@
 static int usage(void)
 {
     fprintf(stderr, "usage: sim [--seed N] [--offset N] [--count N] [--trace] [--no-faults] "
-                     "[--persist] "
+                    "[--persist] "
                     "[--strict] [--twice] [--quiet]"
                     " [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]\n");
     return 2;
