@@ -209,13 +209,21 @@ static int add_entry(struct keeper *k, struct change *c, struct dirty_bitmap *bm
 
 int keeper_build_table(struct keeper *k, struct change *c, struct error *err)
 {
-    size_t n = 0;
+    enum { ENTRY_BYTES = 56 }; /* in a superblock, besides the name, at least */
+    size_t n = 0, bytes = 0;
     int r = 0;
 
     if (k->tide)
         keeper_collect(k); /* what the last change has dropped has no place any more */
     for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
-        n += keeper_keeps(bm);
+        if (keeper_keeps(bm)) {
+            n++;
+            bytes += ENTRY_BYTES + strlen(dirty_name(bm));
+        }
+    /* An image may have 65,535. Not after a segment has been made for each, while all wait. */
+    if (bytes > TIDE_SUPER_BYTES)
+        return error_set(err, ENOSPC, "%zu bitmaps do not fit into a superblock of %llu bytes", n,
+                         (unsigned long long)TIDE_SUPER_BYTES);
     tide_table_fini(&c->next.table);
     c->next.table.items = xcalloc(n + 1, sizeof *c->next.table.items);
     c->current = xcalloc(n + 1, sizeof *c->current);

@@ -3,15 +3,15 @@
  *
  * A script is words; `a` and `b` are bitmaps, numbers are sectors, which are granules, too:
  *
- *     w5 W5     the guest writes sector 5; and is refused, if tide files fail
+ *     w5        the guest writes sector 5
  *     f         it flushes
  *     i         the disk is idle: bitmaps are saved in the image
  *     +a +da    add, disabled     -a  remove      ea da  enable, disable      ca  clear
  *     mab       a is merged into b                       xab  and cleared in the same transaction
  *     sa na     a backup advances a; with bitmap-mode never it does not
  *     r128      the disk gets 128 sectors                ro rw  reopened
- *     ! .       tide files fail from now on; no more     !i !h  syncs of the image fail, all writes
- *     @D        what comes now is not done by the guest at once: D tasks beside each other
+ *     ! .       tide files fail from now on; no more     !i !h  syncs of the image fail, its writes
+ *               too (and those of the tide file beside it)
  *     k         killed; at the end: otherwise it ends well
  *
  * What must be true: the image opens; where the content differs from a bitmap's base its bit is
@@ -32,6 +32,7 @@
 #include "rt/task.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <unistd.h>
 
@@ -40,6 +41,7 @@ enum { SECTORS = 128, FIRST_SIZE = 64, BITMAPS = 2, SECTOR = 512 };
 
 static struct machine m;
 static const char *place_in_time = "";
+static bool picky = true; /* a word that cannot be done is a mistake */
 
 #define MUST_HOLD(cond, ...)                                                                       \
     do {                                                                                           \
@@ -134,6 +136,9 @@ static void make_images(void)
     MUST_HOLD(graph_create(now.g, file, &err) == 0 && graph_create(now.g, image, &err) == 0 &&
                   graph_create(now.g, target, &err) == 0,
               "%s", err.text);
+    int fd = io_open("/d/t", O_RDWR, 0);
+    MUST_HOLD(fd >= 0 && io_fsync(fd) == 0 && io_sync_dir_of("/d/t") == 0, "/d/t");
+    io_close(fd);
 }
 
 static void use(void)
@@ -187,7 +192,7 @@ static const char *what_is_wrong(unsigned which, const struct known *k)
     const uint64_t n = node_size(now.n) / SECTOR;
 
     if (!bm)
-        return k->there ? know.foreign || know.faulty ? NULL : "it is gone" : NULL;
+        return !k->there || know.foreign || know.faulty || k->distrusted ? NULL : "it is gone";
     if (!k->there)
         return dirty_inconsistent(bm) ? NULL : "it is there"; /* it does not lie */
     if (dirty_inconsistent(bm))
@@ -217,8 +222,6 @@ static void take_note(unsigned which)
     struct dirty_bitmap *bm = dirty_find(now.n, names[which]);
     struct error err = ERROR_INIT;
 
-    know.now.bitmaps[which].there &= bm != NULL;
-    know.now.bitmaps[which].distrusted = bm && dirty_inconsistent(bm);
     if (!bm || !dirty_inconsistent(bm) || now.read_only)
         return;
     know.then = know.now;
@@ -284,6 +287,11 @@ static void judge(void)
     know.faulty &= know.failed;
     for (i = 0; i < BITMAPS; i++)
         know.unbased[i] = know.rebases[i] = false;
+    for (i = 0; i < BITMAPS; i++) {
+        struct dirty_bitmap *bm = dirty_find(now.n, names[i]);
+        know.now.bitmaps[i].there &= bm != NULL;
+        know.now.bitmaps[i].distrusted = bm && dirty_inconsistent(bm);
+    }
     for (i = 0; i < BITMAPS; i++)
         take_note(i);
 }
@@ -402,10 +410,10 @@ static void write_sector(unsigned i)
     know.stamp++;
     for (unsigned j = 0; j < SECTOR / 4; j++)
         buf[j] = know.stamp;
-    for (unsigned j = 0; j < BITMAPS; j++)
-        if (!know.now.bitmaps[j].enabled || now.foreign)
-            know.now.bitmaps[j].exempt[i] |= !now.foreign,
-                know.then.bitmaps[j].exempt[i] |= !now.foreign;
+    for (unsigned j = 0; j < BITMAPS; j++) {
+        know.now.bitmaps[j].exempt[i] |= !know.now.bitmaps[j].enabled;
+        know.then.bitmaps[j].exempt[i] |= !know.then.bitmaps[j].enabled;
+    }
     int r = edge_write(now.e, range_make((uint64_t)i * SECTOR, SECTOR), buf, 0);
     MUST_HOLD(r == 0 || failing(), "%s: %s", now.script, strerror(-r));
     if (r == 0)
@@ -479,8 +487,12 @@ static void let_fail(const char *path, bool writes)
     know.faulty = know.failed = true;
 }
 
+static bool can_do(const char *w);
+
 static void do_word(const char *w)
 {
+    if (!picky && !can_do(w))
+        return;
     know.saved &= *w == 'i' || *w == 'f' || *w == 'k';
     switch (*w) {
     case 'w':
@@ -591,9 +603,15 @@ static bool run(const char *script, uint64_t kill_at)
     return r == 0;
 }
 
-static void lose_power(void)
+/* Level process has nothing else than the run segments, and the image while it is saved. */
+static void lose_segments(void)
 {
     know.faulty |= strstr(now.options, "process") && !know.saved;
+}
+
+static void lose_power(void)
+{
+    lose_segments();
     machine_lose_power(&m);
 }
 
@@ -613,6 +631,7 @@ struct course {
     const char *name, *before, *script, *after, *options;
     const char *between; /* another program's script, before SCRIPT */
     bool foreign, no_runtime;
+    unsigned dices; /* different ends; 0: one */
 };
 
 enum after { KILLED, POWERLESS, KILLED_TWICE, AFTERS };
@@ -622,7 +641,7 @@ static void a_course(const struct course *c)
     static const char *const afters[] = {"killed", "powerless", "killed, and powerless later"};
     static char where[400];
     const char *only = getenv("ONLY_AT"), *more = getenv("TEST_DICE");
-    const unsigned dices = more ? (unsigned)atoi(more) : 1;
+    const unsigned dices = more ? (unsigned)atoi(more) : c->dices ? c->dices : 1;
 
     place_in_time = where;
     for (unsigned after = 0; after < AFTERS; after++) {
@@ -667,7 +686,7 @@ static void a_course(const struct course *c)
         a_course(&(struct course){#name, __VA_ARGS__});                                            \
     }
 
-COURSE(first_writes, "+a w1 f", "w2 w20 f w30", "w3 w33 k")
+COURSE(first_writes, "+a w1 f", "w2 w20 f w30", "w3 w33 k", .dices = 4)
 COURSE(a_bitmap_is_added, "w1", "w2 +a w3", "w4 k")
 COURSE(a_bitmap_is_added_beside_another, "+a w1 ca", "+b w3 -a w4", "w5 k")
 COURSE(clears, "+a w1 f", "w2 ca w3", "w4 k")
@@ -696,7 +715,79 @@ COURSE(switches_when_nothing_can_be_kept, "+a w1", "da ! ca . ea w2 i w3", "w4 k
 COURSE(everything_fails, "+a w1", "w2 !h w3 ca w30 w40", "w4 k")
 COURSE(the_image_cannot_be_synced, "+a w1", "!i w2 w3 ca w30", "w4 k")
 
+/* ---- any words ---- */
+
+static bool can_do(const char *w)
+{
+    const bool writable = now.e != NULL;
+    const char *of = strpbrk(w, "ab");
+    unsigned last = 0;
+
+    if (*w == 'r' && (w[1] == 'o' || w[1] == 'w'))
+        return writable == (w[1] == 'o');
+    if (!writable)
+        return *w == 'i';
+    if (*w == 'w' || *w == 'f')
+        return *w == 'f' || (uint64_t)atoi(w + 1) < node_size(now.n) / SECTOR;
+    if (now.foreign && *w != 'c' && *w != 'i')
+        return false;
+    for (; of && *of; of++) {
+        struct dirty_bitmap *bm = dirty_find(now.n, *of == 'a' ? "a" : "b");
+        if (*w == '+' ? bm != NULL : !bm || dirty_inconsistent(bm))
+            return false;
+        last = (unsigned)(*of - 'a');
+    }
+    return (*w != 's' && *w != 'n') ||
+           (node_size(now.n) == FIRST_SIZE * SECTOR && know.now.bitmaps[last].enabled);
+}
+
+static void any_words(void **state)
+{
+    static const char *const words[] = {
+        "w1",  "w2", "w3", "w9", "w17", "w25", "w33", "w41",  "w60", "w1",  "w2",
+        "w3",  "f",  "i",  "i",  "i",   "+a",  "+b",  "+da",  "+db", "-a",  "-b",
+        "ea",  "eb", "da", "db", "ca",  "cb",  "ca",  "cb",   "mab", "mba", "xab",
+        "xba", "sa", "sb", "na", "nb",  "r32", "r64", "r128", "ro",  "rw",  "rw"};
+    const char *histories = getenv("TEST_HISTORIES"), *first = getenv("TEST_SEED");
+    uint64_t n = histories ? strtoull(histories, NULL, 0) : 300;
+    uint64_t from = first ? strtoull(first, NULL, 0) : 1;
+    static char where[2000], script[400];
+
+    picky = false;
+    for (uint64_t seed = from; seed < from + n; seed++) {
+        struct dice dice = {seed * 0x9E3779B97F4A7C15ull};
+        int length = snprintf(where, sizeof where,
+                              "TEST_SEED=%llu TEST_HISTORIES=1:", (unsigned long long)seed);
+        place_in_time = where;
+        start(seed);
+        now.options = one_in(&dice, 6) ? "'level':'process'" : "";
+        now.no_runtime = one_in(&dice, 5);
+        for (unsigned life = 0; life < 5; life++) {
+            *script = '\0';
+            for (uint64_t i = dice_below(&dice, 9); i; i--)
+                strcat(strcat(script, words[dice_below(&dice, ARRAY_SIZE(words))]), " ");
+            now.foreign = life && one_in(&dice, 8);
+            uint64_t kill_at = one_in(&dice, 5) ? 0 : 1 + dice_below(&dice, 900);
+            length +=
+                snprintf(where + length, sizeof where - (size_t)length, " | %s%s%llu",
+                         now.foreign ? "(foreign) " : "", script, (unsigned long long)kill_at);
+            bool ended = run(script, life ? kill_at : 0);
+            now.foreign = false;
+            if (!ended && now.no_runtime)
+                lose_segments();
+            if (!ended && one_in(&dice, 2)) {
+                lose_power();
+                length += snprintf(where + length, sizeof where - (size_t)length, " powerless");
+            }
+        }
+        run("", 0);
+        machine_fini(&m);
+    }
+    picky = true;
+}
+
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(any_words),
     cmocka_unit_test(first_writes),
     cmocka_unit_test(a_bitmap_is_added),
     cmocka_unit_test(a_bitmap_is_added_beside_another),
