@@ -799,9 +799,7 @@ class History:
         delay = self.rng.random() ** 2 * most
         lose = self.place.power or self.rng.random() < 0.3
         if self.was_foreign and self.fmt != "qcow2":
-            # In one boot the file's times alone tell nothing without our stamp, which is on tmpfs:
-            # `witness: none`.
-            lose = False
+            lose = False    # as below: `witness: none`
         timer = threading.Timer(delay, self.place.cut)
         timer.start()
         with contextlib.suppress(*GONE):
@@ -830,7 +828,9 @@ class History:
         self.load.end()
         if not self.place.power and self.possible != {"clean"}:
             self.read_by_qemu()
-            if self.rng.random() < self.share_foreign:
+            # A raw file has only its times, which need our stamp; it was on tmpfs.
+            told = self.fmt == "qcow2" or not self.superset
+            if told and self.rng.random() < self.share_foreign:
                 self.foreign_writer()
         while self.rng.random() < 0.3 if recovery_kills is None else recovery_kills > 0:
             self.kill_in_recovery()
