@@ -1,5 +1,7 @@
 """Dirty bitmaps: each command with good and bad arguments, and the rules between them."""
 
+from tidemark_testlib import qemu_io
+
 from ..table import disk, image, nbd_server, null, sequence
 
 ADD, REMOVE, CLEAR = "block-dirty-bitmap-add", "block-dirty-bitmap-remove", "block-dirty-bitmap-clear"
@@ -424,9 +426,7 @@ def bitmap_persistence(t):
     t.nodes()
 
 
-@sequence(disk("a"), nbd_server("a"))
-def bitmap_after_kill(t):
-    """A killed daemon leaves its persistent bitmaps in use: inconsistent to the next."""
+def kill_with_a_bitmap(t):
     t(ADD, node="a", name="p", persistent=True)
     t.write("a", 0, 65536)
     t.hang_up("a")
@@ -436,12 +436,39 @@ def bitmap_after_kill(t):
     t.nodes()
     t.finish("kill")
     t.bitmaps_on_disk("a.qcow2")
+
+
+@sequence(disk("a"), nbd_server("a"))
+def bitmap_after_kill(t):
+    """A killed daemon leaves its persistent bitmaps in use: to QEMU inconsistent, to tidemarkd exact."""
+    kill_with_a_bitmap(t)
     t.start()
     t.nodes()
     t(REMOVE, node="a", name="p")
     t(ADD, node="a", name="p", persistent=True)
     t.nodes()
     t.finish()
+    t.check("a.qcow2")
+
+
+@sequence(disk("a"), nbd_server("a"))
+def bitmap_after_kill_and_qemu(t):
+    """QEMU writes the image that a killed daemon has left: its bitmap is inconsistent to both."""
+    kill_with_a_bitmap(t)
+    t.tool("qemu-io",
+           lambda where: bool(qemu_io(where / "a.qcow2", "write -P 7 2M 512", fmt="qcow2")))
+    t.bitmaps_on_disk("a.qcow2")
+    t.start()
+    t.nodes()
+    t(CLEAR, node="a", name="p")
+    t(SHA, node="a", name="p")
+    t.write("a", 0, 512)
+    t.nodes()
+    t(REMOVE, node="a", name="p")
+    t(ADD, node="a", name="p", persistent=True)
+    t.nodes()
+    t.finish()
+    t.bitmaps_on_disk("a.qcow2")
     t.check("a.qcow2")
 
 
