@@ -60,6 +60,7 @@ struct dirty_bitmap {
     bool kept;         /* persistent, or the successor of one that is */
     bool marked_since; /* a write has marked since the last clear or merge that can be undone */
     bool unbased;      /* its base is not durable yet: add, clear, enable before dirty_settle */
+    uint64_t change;   /* the last that made it so, of all bitmaps': a number that grows */
     bool concluding;   /* its successor is about to become the bitmap */
     bool rebased;      /* and with that a part of it has a new base, by JOB */
     bool rebuilt;      /* and that holds for all of it */
@@ -556,6 +557,13 @@ static uint64_t generation_before(const struct dirty_node *home, const char *nam
     return 0;
 }
 
+static uint64_t next_change(void)
+{
+    static _Atomic uint64_t last;
+
+    return ++last;
+}
+
 int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsigned flags,
               struct dirty_bitmap **ret, struct error *err)
 {
@@ -588,6 +596,7 @@ int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsi
         bm->peak_bytes = UINT64_MAX;
     else
         bm->unbased = true;
+    bm->change = next_change();
     if ((r = watch(bm, err)) < 0) {
         dirty_release(bm);
         return r;
@@ -673,6 +682,7 @@ int dirty_set_enabled(struct dirty_bitmap *bm, bool enabled, struct error *err)
     }
     bm->ended = !enabled;
     bm->unbased = enabled; /* what was written while it was disabled is in no base of anybody */
+    bm->change = next_change();
     return 0;
 }
 
@@ -715,6 +725,7 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
     if (!clean)
         return NULL;
     assert_quiet(bm->home->node);
+    bm->change = next_change();
     if (BROKEN(clear_in_place)) {
         bitmap_merge(clean, old);
         bitmap_clear_all(old);
@@ -960,11 +971,13 @@ int dirty_conclude(const struct dirty_outcome *outcomes, size_t n, struct error 
 {
     CLEANUP(memory_freep) struct node **nodes = xcalloc(n + 1, sizeof *nodes);
 
-    for (size_t i = 0; i < n; i++) {
-        fold(&outcomes[i]);
+    for (size_t i = 0; i < n; i++)
         nodes[i] = outcomes[i].bitmap->home->node;
-    }
-    GRAPH_LOCKED(node_graph(nodes[0])); /* not in the middle of a transaction */
+    /* Not in the middle of a transaction, whose commit would make durable what is folded so far:
+     * half of a group. */
+    GRAPH_LOCKED(node_graph(nodes[0]));
+    for (size_t i = 0; i < n; i++)
+        fold(&outcomes[i]);
     int r = dirty_commit(nodes, n, err);
     for (size_t i = 0; i < n; i++) {
         if (r < 0)
@@ -1107,6 +1120,8 @@ static void unsettle(struct node *const *nodes, size_t n)
 
 int dirty_settle(struct node *const *nodes, size_t n, struct error *err)
 {
+    /* What somebody else clears while we flush is not covered by this flush. */
+    const uint64_t covered = next_change();
     bool any = false;
     int r = 0;
 
@@ -1126,7 +1141,7 @@ int dirty_settle(struct node *const *nodes, size_t n, struct error *err)
     GRAPH_LOCKED(node_graph(nodes[0]));
     for (size_t i = 0; r == 0 && i < n; i++)
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            bm->settling = is_pending(bm);
+            bm->settling = is_pending(bm) && bm->change < covered;
     if (r == 0)
         r = dirty_commit(nodes, n, err);
     if (r < 0)
