@@ -284,12 +284,13 @@ static void hook_closing(struct graph_hook *h, struct node *n)
 
     if (!home)
         return;
-    while (!TAILQ_EMPTY(&home->list)) {
-        struct dirty_bitmap *bm = TAILQ_FIRST(&home->list);
+    struct dirty_bitmap *bm;
+    TAILQ_FOREACH (bm, &home->list, link) {
         bm->busy = false;
         bm->successor = NULL; /* is in the list itself */
-        dirty_release(bm);
     }
+    while ((bm = TAILQ_FIRST(&home->list)))
+        dirty_release(bm);
     node_unobserve(n, &home->observer);
     node_set_data(n, node_key, NULL);
     free(home->buckets);
