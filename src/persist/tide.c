@@ -217,7 +217,7 @@ static int open_and_read(struct tide *t, struct error *err)
         r = io_fstat(t->fd, &st);
     /* Its name, too: a program that was killed before it had made it durable has left it, and what
      * had it before would be back after a power loss. */
-    if (r == 0 && !t->read_only && !BROKEN(tide_name_found_believed))
+    if (r == 0 && !t->read_only)
         r = io_sync_dir_of(t->path);
     if (r < 0)
         return error_set_errno(err, -r, "syncing tide file '%s'", t->path);
