@@ -703,6 +703,7 @@ static int start(struct dirty_bitmap *bm, bool record, struct error *err)
         return no_memory(bm->home->node, bm->name, dirty_granularity(bm), err);
     assert_quiet(bm->home->node);
     bm->successor = enlist(bm->home, NULL, bits);
+    bm->successor->kept = bm->kept;
     bm->successor->enabled = record;
     bm->enabled = false;
     bm->busy = true;

@@ -600,7 +600,7 @@ static int random_histories_agree_with_a_model(void *arg)
 
 struct test_store {
     struct dirty_store store;
-    int asked, removed;
+    int asked, removed, gone, grown;
 };
 
 static int store_can_add(struct dirty_store *s, struct node *n, const char *name,
@@ -617,6 +617,37 @@ static int store_remove(struct dirty_store *s, struct node *n, const char *name,
     container_of(s, struct test_store, store)->removed++;
     if (!strcmp(name, "stuck"))
         return error_set(err, EIO, "stuck");
+    return 0;
+}
+
+static void store_bits_gone(struct dirty_store *s, struct node *n, struct bitmap *bits)
+{
+    container_of(s, struct test_store, store)->gone++;
+}
+
+static int store_grow(struct dirty_store *s, struct node *n, struct bitmap *bits, uint64_t to)
+{
+    container_of(s, struct test_store, store)->grown++;
+    return 0;
+}
+
+/* A set that the store knows must not be freed, or made larger, behind its back. */
+static int the_store_hears_of_successors(void *arg)
+{
+    struct test_store s = {{store_can_add, store_remove, .bits_gone = store_bits_gone,
+                            .grow = store_grow}}; /* outlives the world */
+    WORLD(w, 1 * MiB, 0);
+    struct error err = ERROR_INIT;
+
+    dirty_set_store(w.g, &s.store);
+    struct dirty_bitmap *p = add(&w, "p", 4096, DIRTY_PERSISTENT);
+    assert_int_equal(dirty_start(p, &err), 0);
+    world_resize(&w, 2 * MiB);
+    assert_int_equal(s.grown, 2);
+    assert_int_equal(dirty_restart(p, &err), 0);
+    assert_int_equal(s.gone, 2); /* the bitmap's old set and the successor's */
+    dirty_unstart(p);
+    assert_int_equal(s.gone, 3);
     return 0;
 }
 
@@ -663,6 +694,7 @@ IN_LOOP(a_resize_that_fails_changes_no_bitmap)
 IN_LOOP(what_a_failed_shrink_may_have_lost_is_dirty)
 IN_LOOP(an_undone_start_leaves_the_undo_of_a_clear_whole)
 IN_LOOP(the_store_is_asked_and_told)
+IN_LOOP(the_store_hears_of_successors)
 IN_LOOP(random_histories_agree_with_a_model)
 
 static const struct CMUnitTest tests[] = {
@@ -678,6 +710,7 @@ static const struct CMUnitTest tests[] = {
     TEST(what_a_failed_shrink_may_have_lost_is_dirty),
     TEST(an_undone_start_leaves_the_undo_of_a_clear_whole),
     TEST(the_store_is_asked_and_told),
+    TEST(the_store_hears_of_successors),
     TEST(random_histories_agree_with_a_model),
 };
 UNIT_MAIN(tests)
