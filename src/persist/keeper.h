@@ -63,8 +63,9 @@ int keeper_commit(struct keeper *k, struct error *err) MUST_CHECK;
 
 /* The same for several disks: durably all or none. */
 int keepers_commit(struct keeper *const *ks, size_t n, struct error *err) MUST_CHECK;
-/* Before a transaction changes anything in memory: what recovery has found is written anew. */
-int keeper_begin(struct keeper *k, struct error *err) MUST_CHECK;
+/* Before a transaction changes anything in memory: what recovery has found is written anew. -EBUSY:
+ * they cannot change together, see group.c. */
+int keepers_begin(struct keeper *const *ks, size_t n, struct error *err) MUST_CHECK;
 
 /* Around a write, see struct write_observer. */
 int keeper_before_write(struct keeper *k, struct range r) MUST_CHECK;

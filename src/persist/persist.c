@@ -220,15 +220,9 @@ static int store_remove(struct dirty_store *s, struct node *n, const char *name,
     return pn && pn->image ? image_remove(pn->image, name, err) : 0;
 }
 
-static int store_begin(struct dirty_store *s, struct node *n, struct error *err)
+/* Each once. */
+static size_t keepers_of(struct node *const *nodes, size_t n, struct keeper **ks)
 {
-    return keeper_of(n) ? keeper_begin(keeper_of(n), err) : 0;
-}
-
-static int store_commit(struct dirty_store *s, struct node *const *nodes, size_t n,
-                        struct error *err)
-{
-    CLEANUP(memory_freep) struct keeper **ks = xcalloc(n + 1, sizeof(struct keeper *));
     size_t count = 0;
 
     for (size_t i = 0; i < n; i++) {
@@ -239,7 +233,23 @@ static int store_commit(struct dirty_store *s, struct node *const *nodes, size_t
         if (k)
             ks[count++] = k;
     }
-    return keepers_commit(ks, count, err);
+    return count;
+}
+
+static int store_begin(struct dirty_store *s, struct node *const *nodes, size_t n,
+                       struct error *err)
+{
+    CLEANUP(memory_freep) struct keeper **ks = xcalloc(n + 1, sizeof(struct keeper *));
+
+    return keepers_begin(ks, keepers_of(nodes, n, ks), err);
+}
+
+static int store_commit(struct dirty_store *s, struct node *const *nodes, size_t n,
+                        struct error *err)
+{
+    CLEANUP(memory_freep) struct keeper **ks = xcalloc(n + 1, sizeof(struct keeper *));
+
+    return keepers_commit(ks, keepers_of(nodes, n, ks), err);
 }
 
 static int store_flush(struct dirty_store *s, struct node *n)

@@ -26,7 +26,10 @@ _Noreturn void violation_at(const char *file, int line, struct history *h, const
     fflush(stdout);
     fprintf(stderr, "%s:%d: seed %llu: %s\nrepeat with: tests/sim/sim --seed %llu%s%s%s --trace\n",
             file, line, (unsigned long long)h->seed, text, (unsigned long long)h->seed,
-            settings.persist ? " --persist" : "", settings.strict ? " --strict" : "",
+            settings.groups    ? " --groups"
+            : settings.persist ? " --persist"
+                               : "",
+            settings.strict ? " --strict" : "",
             settings.exhaustive  ? " --exhaustive 1000000"
             : settings.no_faults ? " --no-faults"
                                  : "");
@@ -373,6 +376,48 @@ static void open_disk(struct life *l, struct disk *d)
         violation(l->h, "%s cannot be used: %s", d->node, err.text);
 }
 
+/* A disk is taken away, or brought back, with its tide file. */
+static void come_and_go(struct history *h, struct disk *d, bool absent)
+{
+    char tide[SIM_PATH + 8], away[SIM_PATH + 16];
+    HEAP_OF_THE_MACHINE();
+
+    if (d->absent == absent)
+        return;
+    d->absent = absent;
+    snprintf(tide, sizeof tide, "%s.tide", d->path);
+    snprintf(away, sizeof away, "%s.away", tide);
+    if (store_rename(&h->m.store, absent ? tide : away, absent ? away : tide) == 0)
+        store_sync_dir(&h->m.store, store_dir(&h->m.store, "/d"), store_moment(&h->m.store) + 1);
+    machine_note(&h->m, "%s %s", d->node, absent ? "is away" : "comes");
+}
+
+bool history_open_late(struct life *l)
+{
+    struct history *h = l->h;
+    bool any = false;
+
+    if (!l->late || !one_in(&h->more_dice, 4))
+        return false;
+    l->late = false;
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        struct disk *d = &h->disks[i];
+        if (!d->absent)
+            continue;
+        const struct faults faults = h->m.faults; /* it comes well */
+        h->m.faults = (struct faults){.path = ""};
+        come_and_go(h, d, false);
+        open_disk(l, d);
+        judge_content(l, d);
+        for (unsigned k = 0; k < h->n_clients; k++)
+            if (h->clients[k].disk == d && h->clients[k].ops->opened)
+                h->clients[k].ops->opened(h->clients[k].self, l);
+        h->m.faults = faults;
+        any = true;
+    }
+    return any;
+}
+
 struct client_call {
     struct life *life;
     unsigned number;
@@ -387,9 +432,15 @@ static int client_task(void *arg)
     return 0;
 }
 
+/* Its client knows of nothing then, but for the end of the life. */
+static bool is_absent(const struct disk *d)
+{
+    return d && d->absent;
+}
+
 #define ALL_CLIENTS(h, function, ...)                                                              \
     for (unsigned k = 0; k < (h)->n_clients; k++)                                                  \
-        if ((h)->clients[k].ops->function)                                                         \
+        if ((h)->clients[k].ops->function && !is_absent((h)->clients[k].disk))                     \
     (h)->clients[k].ops->function((h)->clients[k].self, __VA_ARGS__)
 
 static void on_event(void *opaque, const char *name, struct json_object *data)
@@ -423,14 +474,16 @@ static void live(struct life *l)
                 h->m.store.free_blocks = l->free_blocks;
             l->guests_running = h->n_guests;
             for (unsigned i = 0; i < h->n_guests; i++) {
+                struct disk *d = &h->disks[dice_below(&h->dice, h->n_disks)];
+                while (d->absent)
+                    d = &h->disks[dice_below(&h->dice, h->n_disks)];
                 guests[i] = (struct guest){
-                    l, &h->disks[dice_below(&h->dice, h->n_disks)],
-                    4 + (unsigned)dice_below(&h->dice, settings.exhaustive ? 4 : 40)};
+                    l, d, 4 + (unsigned)dice_below(&h->dice, settings.exhaustive ? 4 : 40)};
                 scope_spawn(&guest_tasks, guest_task, &guests[i]);
             }
             for (unsigned i = 0; i < h->n_clients; i++) {
                 calls[i] = (struct client_call){l, i};
-                if (h->clients[i].ops->run)
+                if (h->clients[i].ops->run && !is_absent(h->clients[i].disk))
                     scope_spawn(&tasks, client_task, &calls[i]);
             }
             (void)!scope_join(&guest_tasks);
@@ -458,11 +511,15 @@ static int life_main(void *arg)
     l->js = jobs_new(l->g);
     jobs_set_listener(l->js, on_event, l);
     h->life = l;
+    unsigned first = settings.groups ? (unsigned)dice_below(&h->more_dice, h->n_disks) : 0;
     for (unsigned i = 0; i < h->n_disks; i++) {
+        struct disk *d = &h->disks[(first + i) % h->n_disks];
+        if (d->absent)
+            continue;
         if (!l->number)
-            create_image(l, &h->disks[i]);
-        open_disk(l, &h->disks[i]);
-        judge_content(l, &h->disks[i]);
+            create_image(l, d);
+        open_disk(l, d);
+        judge_content(l, d);
     }
     if (!l->number) {
         for (unsigned i = 0; i < h->n_disks; i++) /* what is made is durable when it is flushed */
@@ -478,6 +535,8 @@ static int life_main(void *arg)
     machine_note(&h->m, "closing");
     jobs_cancel_all(l->js);
     for (unsigned i = 0; i < h->n_disks; i++) {
+        if (!h->disks[i].n)
+            continue;
         edge_detach(h->disks[i].edge);
         node_unref(h->disks[i].n);
     }
@@ -529,6 +588,8 @@ static void between(struct history *h, enum life_end end, bool faulty)
         judge_files(h, "a power loss");
         h->power_losses++;
     }
+    for (unsigned i = 0; i < h->n_disks; i++)
+        come_and_go(h, &h->disks[i], false);
     ALL_CLIENTS(h, ended, end, power);
     machine_pass_time(&h->m, dice_below(&h->dice, 10) * NSEC_PER_SEC / 4);
     if (one_in(&h->dice, 20)) /* somebody sets the clock */
@@ -553,7 +614,7 @@ static void draw_disk(struct history *h, unsigned number)
         d->size += MiB;
     if (settings.persist) { /* that is about tide files: raw, most of them */
         struct dice *more = &h->more_dice;
-        d->qcow2 = one_in(more, 8);
+        d->qcow2 = one_in(more, 8) && !settings.groups;
         if (!d->qcow2)
             d->size = (16 + dice_below(more, 48)) * 4 * KiB;
         if (one_in(more, 16)) /* bits of more than one sector */
@@ -614,7 +675,15 @@ static uint64_t draw_kill(struct history *h)
 static void one_life(struct history *h, unsigned number)
 {
     struct life l = {.h = h, .number = number, .faults_before = h->m.n_faults};
+    for (unsigned i = 0; i < h->n_disks; i++)
+        h->disks[i].n = NULL;
+    if (settings.groups && number && !one_in(&h->more_dice, 3)) {
+        come_and_go(h, &h->disks[dice_below(&h->more_dice, h->n_disks)], true);
+        l.late = one_in(&h->more_dice, 2);
+    }
     uint64_t kill_at = number ? draw_kill(h) : 0;
+    if (settings.groups && !one_in(&h->more_dice, 4))
+        kill_at = 0; /* its clients see to that */
     if (number == 1 && settings.kill_at)
         kill_at = settings.kill_at;
     l.faults = number ? draw_faults(h) : (struct faults){.path = ""};
@@ -649,15 +718,28 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     draw_mood(h);
     draw_limits(h);
     h->with_runtime = !one_in(&h->dice, 6);
+    if (settings.groups) {
+        h->n_disks = 2 + one_in(&h->more_dice, 3);
+        h->lives += 3;
+        h->m.glimpses = 1000;
+    }
     for (unsigned i = 0; i < h->n_disks; i++) {
         draw_disk(h, i);
         struct disk *d = &h->disks[i];
+        if (settings.groups && !one_in(&h->more_dice, 4))
+            continue; /* few have one of its own */
         for (unsigned k = one_in(&h->dice, 3) ? 2 : 1; k; k--) {
             h->clients[h->n_clients].ops = &backup_client;
             h->clients[h->n_clients].disk = d;
             h->clients[h->n_clients].self = backup_client.start(h, d);
             h->n_clients++;
         }
+    }
+    for (unsigned k = settings.groups ? 1 + (unsigned)dice_below(&h->more_dice, 3) : 0;
+         k && h->n_clients < MAX_CLIENTS; k--) {
+        h->clients[h->n_clients].ops = &groups_client;
+        h->clients[h->n_clients].self = groups_client.start(h, NULL);
+        h->n_clients++;
     }
     if (settings.exhaustive) {
         h->lives = 1;
@@ -671,6 +753,8 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     h->n_guests = 0;
     h->with_faults = false;
     struct life last = {.h = h, .number = h->lives + 1, .free_blocks = -1};
+    for (unsigned i = 0; i < h->n_disks; i++)
+        h->disks[i].n = NULL;
     int r = machine_live(&h->m, 0, life_main, &last);
     if (r < 0)
         violation(h, "the program ended with %s", strerror(-r));
@@ -691,6 +775,8 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     }
     totals->glimpses += h->glimpses;
     totals->power_losses += h->power_losses;
+    totals->groups += h->groups;
+    totals->doubts += h->doubts;
     totals->m.events += h->m.events;
     totals->m.n_faults += h->m.n_faults;
     for (unsigned i = 0; i < h->n_clients; i++)

@@ -18,7 +18,7 @@
 #include "machine.h"
 #include "model.h"
 
-enum { MAX_DISKS = 2, MAX_GUESTS = 4, MAX_CLIENTS = 4 };
+enum { MAX_DISKS = 3, MAX_GUESTS = 4, MAX_CLIENTS = 9 };
 
 struct history;
 struct life;
@@ -46,6 +46,7 @@ struct client_ops {
     void (*finish)(void *c);
 };
 extern const struct client_ops backup_client; /* client.c */
+extern const struct client_ops groups_client; /* groups.c; of no one disk */
 
 struct disk {
     struct history *h;
@@ -56,6 +57,7 @@ struct disk {
     uint64_t size;
     struct model model;
     bool made;        /* and durable */
+    bool absent;      /* in this life, with its tide file; it may come late */
     bool sync_failed; /* in this life: a flush must not succeed any more */
     uint64_t sync_failed_at;
     enum left left; /* how the last life left it */
@@ -93,6 +95,7 @@ struct history {
     } bitmaps[LEFTS];
     uint64_t last_life_events;
     uint64_t writes, flushes, jobs, kills, power_losses, glimpses;
+    uint64_t groups, doubts; /* changes of several disks; bitmaps found in doubt */
 };
 
 struct life {
@@ -102,6 +105,7 @@ struct life {
     struct jobs *js;
     unsigned guests_running;
     bool stopping;          /* clients end */
+    bool late;              /* who is absent may come yet */
     struct faults faults;   /* once all is open and judged */
     int64_t free_blocks;    /* so are they; negative: enough */
     uint64_t faults_before; /* m.n_faults, when it began */
@@ -111,6 +115,7 @@ struct settings {
     bool tracing, no_faults;
     bool persist;         /* persistent bitmaps on raw images, too */
     bool strict;          /* a kill must not cost a bitmap */
+    bool groups;          /* several raw disks, whose bitmaps change together */
     const char *qemu_img; /* a directory: images are dumped there and checked by qemu-img */
     unsigned qemu_img_every;
     uint64_t kill_at;           /* of life 1, by event; 0: drawn */
@@ -135,5 +140,7 @@ int history_open(struct life *l, const char *json, struct node **ret, struct err
 int history_read_all(struct edge *e, uint64_t size, uint8_t *buf);
 char *history_user_describe(struct user *u);
 extern const struct user_ops history_user_ops;
+/* A disk that is absent comes. False: none does. */
+bool history_open_late(struct life *l);
 /* Sleeps up to so many microseconds of the machine's time. */
 void history_nap(struct life *l, uint64_t max_us);

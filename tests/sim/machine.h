@@ -44,6 +44,7 @@ struct machine {
     struct operations in_flight, completed; /* completed: their tasks have not run again yet */
     uint64_t events, kill_at;               /* events so far; the life dies at this one (0: not) */
     uint64_t life_events;                   /* events when this life began */
+    unsigned doomed; /* it dies about when the so-manieth write to a tide file begins; 0: not */
     bool killed, alive;
     struct faults faults;
     unsigned slow; /* operations take up to so many microseconds */
