@@ -101,15 +101,20 @@ static void finish(void *self)
     free(c);
 }
 
+static bool is_here(const struct side *s)
+{
+    return s->d->n && !s->d->coming;
+}
+
 static struct dirty_bitmap *bitmap_of(struct groups *c, struct side *s)
 {
-    return s->d->n ? dirty_find(s->d->n, c->bitmap) : NULL;
+    return is_here(s) ? dirty_find(s->d->n, c->bitmap) : NULL;
 }
 
 static bool all_open(struct groups *c)
 {
     for (struct side *s = first_side(c); s; s = next_side(c, s))
-        if (!s->d->n)
+        if (!is_here(s))
             return false;
     return true;
 }
@@ -151,9 +156,15 @@ static void judge_bits(struct groups *c, struct side *s, const char *when, enum 
         if (!differs(s, base, copy, copy_bytes, instant, disk, i) ||
             (a && bitmap_get(a, i * MODEL_SECTOR)) || (b && bitmap_get(b, i * MODEL_SECTOR)))
             continue;
-        violation(c->h, "LOST: %s, %s: sector %llu differs from %s, and '%s' is clear", s->d->node,
-                  when, (unsigned long long)i, base == BASE_COPY ? s->copy : "what was cleared",
-                  c->bitmap);
+        uint32_t stamp;
+        char known[400];
+        (void)!stamp_read(disk + i * MODEL_SECTOR, &stamp);
+        model_describe(&s->d->model, i, known, sizeof known);
+        violation(c->h,
+                  "LOST: %s, %s: sector %llu holds %#x (known: %s), which is not what %s has, and "
+                  "'%s' is clear",
+                  s->d->node, when, (unsigned long long)i, stamp, known,
+                  base == BASE_COPY ? s->copy : "what was cleared", c->bitmap);
     }
     HEAP_OF_THE_MACHINE();
     free(disk);
@@ -316,7 +327,7 @@ static void look(struct groups *c, const char *when)
 
     for (struct side *s = first_side(c); s; s = next_side(c, s)) {
         struct dirty_bitmap *bm = bitmap_of(c, s);
-        if (!s->d->n) {
+        if (!is_here(s)) {
             all = false;
             continue;
         }

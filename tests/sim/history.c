@@ -406,9 +406,11 @@ bool history_open_late(struct life *l)
             continue;
         const struct faults faults = h->m.faults; /* it comes well */
         h->m.faults = (struct faults){.path = ""};
+        d->coming = true;
         come_and_go(h, d, false);
         open_disk(l, d);
         judge_content(l, d);
+        d->coming = false;
         for (unsigned k = 0; k < h->n_clients; k++)
             if (h->clients[k].disk == d && h->clients[k].ops->opened)
                 h->clients[k].ops->opened(h->clients[k].self, l);
@@ -676,7 +678,7 @@ static void one_life(struct history *h, unsigned number)
 {
     struct life l = {.h = h, .number = number, .faults_before = h->m.n_faults};
     for (unsigned i = 0; i < h->n_disks; i++)
-        h->disks[i].n = NULL;
+        h->disks[i].n = NULL, h->disks[i].coming = false;
     if (settings.groups && number && !one_in(&h->more_dice, 3)) {
         come_and_go(h, &h->disks[dice_below(&h->more_dice, h->n_disks)], true);
         l.late = one_in(&h->more_dice, 2);
@@ -754,7 +756,7 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     h->with_faults = false;
     struct life last = {.h = h, .number = h->lives + 1, .free_blocks = -1};
     for (unsigned i = 0; i < h->n_disks; i++)
-        h->disks[i].n = NULL;
+        h->disks[i].n = NULL, h->disks[i].coming = false;
     int r = machine_live(&h->m, 0, life_main, &last);
     if (r < 0)
         violation(h, "the program ended with %s", strerror(-r));

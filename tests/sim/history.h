@@ -58,6 +58,7 @@ struct disk {
     struct model model;
     bool made;        /* and durable */
     bool absent;      /* in this life, with its tide file; it may come late */
+    bool coming;      /* it does, and has not been judged yet */
     bool sync_failed; /* in this life: a flush must not succeed any more */
     uint64_t sync_failed_at;
     enum left left; /* how the last life left it */
