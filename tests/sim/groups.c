@@ -353,7 +353,7 @@ static void look(struct groups *c, const char *when)
                 violation(c->h, "%s: '%s' is gone", s->d->node, c->bitmap);
             see(c, s);
         }
-        if (bm && dirty_busy(bm))
+        if (bm && dirty_busy(bm) && !anything_may_be(c)) /* an end that cannot be kept is none */
             violation(c->h, "%s: '%s' is busy, and no job runs", s->d->node, c->bitmap);
         judge_side(c, s, when);
     }
@@ -660,8 +660,7 @@ static void opened(void *self, struct life *l)
 static void quiet(void *self, struct life *l)
 {
     struct groups *c = self;
-    for (struct side *s = first_side(c); s; s = next_side(c, s))
-        judge_side(c, s, "at rest");
+    look(c, "at rest");
 }
 
 static void ended(void *self, enum life_end end, bool power)

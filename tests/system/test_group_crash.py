@@ -32,6 +32,7 @@ class Pair:
         self.place, self.rng = place, random.Random(f"pair-{seed}")
         self.count, self.generation = 0, None
         self.doubts = self.moved = self.lost = 0
+        self.about = 0.02        # after which a group that is pending has ended as likely as not
         self.jobs = None         # of the group whose end was not seen
 
     @property
@@ -109,10 +110,12 @@ class Pair:
         for load in loads:
             load.wait_written(self.rng.randint(1, 40))
         names = self.increment()
-        if self.rng.random() < 0.7:       # about when the group ends
+        self.at_end = False
+        if self.rng.random() < 0.8:       # about when the group ends
             with contextlib.suppress(*GONE):
                 self.qmp.wait_job(names[0], "pending", 60)
-            delay = self.rng.random() * 0.01
+            delay = self.about * (0.8 + 0.4 * self.rng.random())
+            self.at_end = True
         else:
             delay = self.rng.random() * 0.3
         timer = threading.Timer(delay, self.place.cut)
@@ -166,6 +169,8 @@ class Pair:
         else:
             must(jobs == self.jobs, f"advanced by {jobs}, not {self.jobs}")
             self.moved += 1
+        if self.at_end:
+            self.about *= 1.25 if one == self.generation else 0.8
         self.generation = one
 
     def verify(self):
