@@ -852,6 +852,10 @@ class History:
         if self.crash_during(opening, 0.3 if self.place.power else 0.03):
             self.superset = True
             self.possible = (self.possible & {"clean", "none"}) | {"superset"}
+            if self.was_foreign:
+                # If it was kept before the kill that no bitmap is believed, none has a set that a
+                # segment would have to hold: what the last program knew is known exactly.
+                self.possible.add("exact")
         else:
             self.possible = self.possible | {"exact"}
 
