@@ -56,7 +56,7 @@ class Side:
         self.file = f"driver=file,node-name=file,filename={self.image}"
         self.disk = f"driver={fmt},node-name=disk,file=file"
         if level != "power":
-            self.disk += f",x-tidemark-durability={level}"
+            self.disk += f",x-tidemark-persist.level={level}"
         export = ("--nbd-server", f"addr.type=unix,addr.path={sock}",
                   "--export", "type=nbd,id=exp,node-name=disk,name=disk,writable=on") if nbd else ()
         self.daemon = Daemon("--blockdev", self.file, "--blockdev", self.disk, *export,
@@ -78,7 +78,7 @@ class Side:
         done = subprocess.run(
             ["fio", "--name=x", "--ioengine=nbd", f"--uri={self.uri}", f"--rw={rw}", f"--bs={block}",
              f"--iodepth={depth}", f"--size={size}", f"--offset={offset}", "--time_based",
-             f"--runtime={args.seconds}", f"--randseed={seed}", "--norandommap",
+             f"--runtime={args.seconds * 1000:.0f}ms", f"--randseed={seed}", "--norandommap",
              "--output-format=json"],
             capture_output=True, check=True, stdin=subprocess.DEVNULL)
         text = done.stdout.decode()

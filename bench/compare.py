@@ -60,7 +60,7 @@ class Side:
     def fio(self, rw, block, depth, requests=None):
         """Bytes a second, for args.seconds or for so many requests."""
         until = ([f"--number_ios={requests}"] if requests else
-                 ["--time_based", "--ramp_time=0.5", f"--runtime={args.seconds}"])
+                 ["--time_based", "--ramp_time=0.5", f"--runtime={args.seconds * 1000:.0f}ms"])
         done = subprocess.run(
             ["fio", "--name=x", "--ioengine=nbd", f"--uri={self.uri}", f"--rw={rw}", f"--bs={block}",
              f"--iodepth={depth}", f"--size={args.size}M", *until, "--randrepeat=1", "--norandommap",

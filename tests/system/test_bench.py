@@ -1,4 +1,4 @@
-"""The comparison with qemu-storage-daemon that README tells people to run: it runs, and measures all."""
+"""The benchmarks, of which README tells people to run one: they run, and measure all that they say."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ import sys
 import pytest
 from tidemark_testlib import QSD
 
-COMPARE = pathlib.Path(__file__).parents[2] / "bench" / "compare.py"
+BENCH = pathlib.Path(__file__).parents[2] / "bench"
 SERIES = ["4k random read", "4k random write", "1M sequential read", "1M sequential write",
           "full backup", "1 % incremental", "full mirror", "4k random write during a backup"]
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not (shutil.which(QSD) and shutil.which("fio")),
 
 def test_compare_measures_all_its_series(tidemarkd):
     done = subprocess.run(
-        [sys.executable, "-B", COMPARE, "--rounds", "1", "--seconds", "0.5", "--size", "64", "--json"],
+        [sys.executable, "-B", BENCH / "compare.py", "--rounds", "1", "--seconds", "0.5", "--size", "64", "--json"],
         capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     *table, numbers = done.stdout.splitlines()
@@ -32,3 +32,21 @@ def test_compare_measures_all_its_series(tidemarkd):
         assert line.startswith(name)
         ours, theirs = values[f"{name}, tidemarkd"][0], values[f"{name}, qemu"][0]
         assert float(line.split()[-1]) == pytest.approx(ours / theirs, abs=0.006)
+
+
+def test_bitmaps_measures_each_side(tidemarkd):
+    sides = ["none", "eight", "eight process", "qemu none", "qemu eight"]
+    done = subprocess.run(
+        [BENCH / "bitmaps.py", "--rounds", "1", "--seconds", "0.3", "--size", "4", "--warm", "16",
+         "--sides", ",".join(sides), "--only", "4k,depth 32", "--json"],
+        capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = json.loads(done.stdout.splitlines()[-1])
+    rows = ["4k random, depth 32, fresh", "4k random, depth 32, warmed"]
+    assert sorted(values) == sorted(f"{row}, {side}" for row in rows for side in sides)
+    for name, [[seconds, writes, counters]] in values.items():
+        assert seconds > 0 and writes > 0, name
+        if name == f"{rows[0]}, eight":     # its regions had to become hot first
+            assert counters["commits"] > 0 and counters["entered"] > 0, values
+        elif name.endswith("none"):
+            assert not any(counters.values()), values
