@@ -297,6 +297,12 @@ struct bitmap *bitmap_new_over(uint64_t *words, uint64_t size_bytes, uint64_t gr
     return bm;
 }
 
+struct bitmap *bitmap_new_over_zeroes(uint64_t *words, uint64_t size_bytes,
+                                      uint64_t granularity_bytes)
+{
+    return new_with(words, size_bytes, granularity_bytes);
+}
+
 uint64_t bitmap_word_count(uint64_t size_bytes, uint64_t granularity_bytes)
 {
     return words_for(bits_for(size_bytes, log2_u64(granularity_bytes)), 0);

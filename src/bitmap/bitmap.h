@@ -25,6 +25,9 @@ struct bitmap *bitmap_new(uint64_t size_bytes, uint64_t granularity_bytes);
  * bitmap_word_count() of them: they *are* the bits, in host order, and what they hold counts.
  * Bits beyond the size are cleared. The words must outlive the bitmap. */
 struct bitmap *bitmap_new_over(uint64_t *words, uint64_t size_bytes, uint64_t granularity_bytes);
+/* Of words that are known to be zero: they are not read; pages that nobody has touched stay so. */
+struct bitmap *bitmap_new_over_zeroes(uint64_t *words, uint64_t size_bytes,
+                                      uint64_t granularity_bytes);
 uint64_t bitmap_word_count(uint64_t size_bytes, uint64_t granularity_bytes);
 /* Its lent words are at WORDS now, with the same content and, after them, clean room for a disk of
  * ROOM_BYTES. -ENOMEM, and they are where they were. */

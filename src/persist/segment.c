@@ -143,7 +143,7 @@ int segment_create(const struct segments *of, uint64_t epoch, uint64_t size_byte
     r = map_file(path, O_CREAT | O_EXCL, length, &map, err);
     if (r == 0) {
         uint64_t *words = (uint64_t *)((uint8_t *)map + HEADER_BYTES);
-        *bits = bitmap_new_over(words, size_bytes, granularity_bytes);
+        *bits = bitmap_new_over_zeroes(words, size_bytes, granularity_bytes);
         if (!*bits) {
             io_unmap(map, length);
             r = error_set_errno(err, ENOMEM, "Could not map the run segment '%s'", path);

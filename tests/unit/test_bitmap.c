@@ -466,7 +466,7 @@ static void lent_words_are_the_bits(void **state)
     CLEANUP(model_fini) struct model m = model_new(size, 512);
 
     {
-        CLEANUP(bitmap_freep) struct bitmap *bm = bitmap_new_over(words, size, 512);
+        CLEANUP(bitmap_freep) struct bitmap *bm = bitmap_new_over_zeroes(words, size, 512);
         scatter(&rng, bm, &m, 50);
         must_equal(bm, &m, "marks");
         assert_true(bitmap_memory(bm) < n * 8 / 32);
