@@ -11,6 +11,7 @@ from tidemark_testlib import (
     Daemon, QMPError, check_image, connect, create_image, nbd_uri, qemu_img, qemu_io,
 )
 from tidemark_testlib.load import Load, Model
+from tidemark_testlib.nbd import extents
 
 MiB = 1 << 20
 SIZE = 64 * MiB
@@ -83,6 +84,47 @@ def test_guests_are_moved(tidemarkd, tmp, options, fmt, target_options):
     check_image(image)
     if fmt == "qcow2":
         check_image(target)
+
+
+def test_an_export_with_a_bitmap_is_moved(tidemarkd, tmp):
+    """The guest moves, twice, and back, and its export goes on to show the bitmap of the first disk, which stays
+    busy and keeps that disk. (qemu-storage-daemon 7.2 aborts when the disk is to go.)"""
+    daemon, _, _, _ = start(tmp)
+    create_image(tmp / "third.raw", "raw", SIZE)
+    context = "qemu:dirty-bitmap:b"
+    with daemon as d:
+        q = d.qmp
+        q.execute("blockdev-add", driver="raw", node_name="third",
+                  file={"driver": "file", "filename": str(tmp / "third.raw")})
+        q.execute("block-dirty-bitmap-add", node="disk", name="b", persistent=True)
+        q.execute("block-export-add", type="nbd", id="shows", node_name="disk", name="shows", writable=True,
+                  bitmaps=["b"])
+        guest = connect(nbd_uri(tmp / "nbd.sock", "shows"), [context])
+        guest.pwrite(b"a" * 65536, 65536)
+        for n, (device, target) in enumerate([("disk", "target"), ("target", "third")]):
+            q.execute("blockdev-mirror", job_id=f"m{n}", device=device, target=target, sync="full")
+            q.wait_event("BLOCK_JOB_READY", device=f"m{n}")
+            q.execute("job-complete", id=f"m{n}")
+            q.wait_job(f"m{n}", "null")
+            assert export_node(q, "shows") == target
+            guest.pwrite(b"b" * 65536, (3 + n) * 65536)
+            assert [e for e in extents(guest, context) if e[2]] == [(65536, 65536, 1)]
+            with pytest.raises(QMPError, match="disk.* is in use"):
+                q.execute("blockdev-del", node_name="disk")
+            with pytest.raises(QMPError, match="Bitmap 'b' is currently in use"):
+                q.execute("block-dirty-bitmap-remove", node="disk", name="b")
+        assert guest.pread(5 * 65536, 0) == b"".join(bytes([byte]) * 65536 for byte in b"\0a\0bb")
+        q.execute("blockdev-mirror", job_id="back", device="third", target="disk", sync="full")
+        q.wait_event("BLOCK_JOB_READY", device="back")
+        q.execute("job-complete", id="back")
+        q.wait_job("back", "null")
+        guest.pwrite(b"c" * 65536, 10 * 65536)      # where the bitmap is, and it records
+        assert any(at <= 10 * 65536 < at + length for at, length, dirty in extents(guest, context) if dirty)
+        guest.shutdown()
+        q.execute("block-export-del", id="shows")
+        q.wait_event("BLOCK_EXPORT_DELETED", id="shows")
+        assert not q.bitmaps("disk")["b"]["busy"]
+        q.execute("block-dirty-bitmap-remove", node="disk", name="b")
 
 
 def test_completed_without_pivot(tidemarkd, tmp):

@@ -1,5 +1,6 @@
 """drive-mirror with a bitmap, over QMP: which chunks it copies, and what it leaves of the bitmap, chunk
-by chunk; target-is-zero; what block-job-change refuses."""
+by chunk, also when the target's file system is full and when the daemon ends; target-is-zero; what
+block-job-change refuses."""
 
 import pytest
 from tidemark_testlib import QMPError, connect, create_image, nbd_uri, qemu_img
@@ -20,16 +21,20 @@ MODES = {
 class Disk:
     """A daemon with a disk `disk`, and a guest who writes a chunk at a time."""
 
-    def __init__(self, daemon, tmp):
+    def __init__(self, daemon, tmp, prefix=()):
         self.tmp, self.sock = tmp, tmp / "nbd.sock"
-        image = create_image(tmp / "disk.qcow2", size=SIZE)
-        self.daemon = daemon(
-            "--blockdev", f"qcow2,node-name=disk,file.driver=file,file.filename={image}",
+        create_image(tmp / "disk.qcow2", size=SIZE)
+        self.make_daemon, self.prefix = daemon, prefix
+        self.start()
+        self.value = 0
+
+    def start(self):
+        self.daemon = self.make_daemon(
+            "--blockdev", f"qcow2,node-name=disk,file.driver=file,file.filename={self.tmp / 'disk.qcow2'}",
             "--nbd-server", f"addr.type=unix,addr.path={self.sock}",
-            "--export", "nbd,id=guest,node-name=disk,name=guest,writable=on")
+            "--export", "nbd,id=guest,node-name=disk,name=guest,writable=on", prefix=self.prefix)
         self.q = self.daemon.qmp
         self.guest = connect(nbd_uri(self.sock, "guest"))
-        self.value = 0
 
     def write(self, *chunks):
         """Something new in each of them, which fills half of it."""
@@ -58,9 +63,9 @@ class Disk:
         return self.q.bitmaps("disk")["b"]["busy"]
 
 
-def file_content(path):
-    raw = path.with_suffix(".content")
-    qemu_img("convert", "-f", "qcow2", "-O", "raw", path, raw)
+def file_content(path, fmt="qcow2", raw=None):
+    raw = raw or path.with_suffix(".content")
+    qemu_img("convert", "-f", fmt, "-O", "raw", path, raw)
     return raw.read_bytes()
 
 
@@ -146,6 +151,134 @@ def test_cancelled_midway_and_resumed(mirrored, mode):
     assert d.dirty() == after | (user | during if mode == "never" else set())
     d.daemon.stop()
     assert different(file_content(d.copy), instant) == set()
+
+
+class Full:
+    """A disk whose bitmap begins with a whole copy in a file system that then has room for some 16 chunks
+    more; 30 that are new there are dirty."""
+
+    def __init__(self, daemon, tmp, fs, fmt):
+        self.fs, self.fmt, self.tmp = fs, fmt, tmp
+        self.d = Disk(daemon, tmp, fs.prefix)
+        self.q = self.d.q
+        self.d.write(*range(0, 64))
+        self.q.execute("block-dirty-bitmap-add", node="disk", name="b", granularity=CHUNK)
+        self.q.execute("drive-mirror", job_id="m", device="disk", target=str(fs.path / "copy"), sync="full",
+                       format=fmt)
+        self.q.wait_event("BLOCK_JOB_READY", device="m")
+        end(self.d, "block-job-cancel")
+        fs.fill(leave=16 * CHUNK)
+        self.user = self.d.write(*range(68, 128, 2))
+
+    def begin(self, mode, **more):
+        """One chunk at a time."""
+        self.q.events.clear()
+        self.q.execute("drive-mirror", job_id="m", device="disk", target=str(self.fs.path / "copy"),
+                       mode="existing", format=self.fmt, buf_size=CHUNK, **MODES[mode], **more)
+
+    def content(self):
+        return file_content(self.fs.outside / "copy", self.fmt, self.tmp / "content.raw")
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+@pytest.mark.parametrize("mode", ["on-success", "always", "never"])
+def test_no_space(daemon, tmp, small_fs, mode, fmt):
+    """A really full file system: the documented error; `always` keeps what has reached the target, the
+    others nothing; with room made the next run brings the rest and not a chunk more."""
+    full = Full(daemon, tmp, small_fs("24M"), fmt)
+    d, q = full.d, full.q
+    full.begin(mode, speed=1)
+    q.wait_job("m", "running")
+    assert d.busy()
+    during = d.write(3, 65)
+    q.execute("block-job-set-speed", device="m", speed=0)
+    assert q.wait_event("BLOCK_JOB_ERROR", device="m")["data"] == {
+        "device": "m", "operation": "write", "action": "report"}
+    done = q.wait_event("BLOCK_JOB_COMPLETED", device="m")["data"]
+    q.wait_job("m", "null")
+    assert done["error"] == "No space left on device" and 0 < done["offset"] < done["len"]
+    lacking = different(full.content(), d.content())
+    assert 3 < len(full.user - lacking) < len(full.user) - 3
+    dirty = d.dirty()
+    assert dirty == (lacking if mode == "always" else full.user | during)
+    full.fs.make_room()
+    full.begin(mode)
+    q.wait_event("BLOCK_JOB_READY", device="m")
+    instant = d.content()
+    assert end(d, "block-job-cancel")["offset"] == len(dirty) * CHUNK
+    assert d.dirty() == (full.user | during if mode == "never" else set())
+    assert full.content() == instant
+
+
+@pytest.mark.parametrize("mode, policy", [("on-success", "stop"), ("always", "enospc"), ("never", "stop")])
+def test_stop_when_full(daemon, tmp, small_fs, mode, policy):
+    """It waits with its io-status and the bitmap busy, guests go on; with room made it goes on where it
+    stopped, and the bitmap is what it is after any completion."""
+    full = Full(daemon, tmp, small_fs("24M"), "raw")
+    d, q = full.d, full.q
+    full.begin(mode, on_target_error=policy)
+    assert q.wait_event("BLOCK_JOB_ERROR", device="m")["data"] == {
+        "device": "m", "operation": "write", "action": "stop"}
+    q.wait_job("m", "paused")
+    stopped = q.execute("query-block-jobs")[0]
+    assert stopped["io-status"] == "nospace" and d.busy()
+    during = d.write(3, 65, 68)
+    full.fs.make_room()
+    q.execute("job-resume", id="m")
+    q.wait_event("BLOCK_JOB_READY", device="m")
+    assert q.execute("query-block-jobs")[0]["io-status"] == "ok" and d.busy()
+    instant = d.content()
+    done = end(d, "block-job-cancel")
+    assert done["offset"] - stopped["offset"] < (len(full.user | during)) * CHUNK
+    after = d.write(99)
+    assert d.dirty() == after | (full.user | during if mode == "never" else set())
+    assert full.content() == instant
+
+
+@pytest.mark.parametrize("when", ["running", "ready", "pending"])
+@pytest.mark.parametrize("mode", ["on-success", "always", "never"])
+def test_the_daemon_ends(daemon, tmp, mode, when):
+    """SIGTERM cancels the mirror in whatever state it is; what the bitmap then is, is in the image, and
+    the next daemon's mirror brings the rest."""
+    d = Disk(daemon, tmp)
+    d.copy = tmp / "copy.qcow2"
+    d.write(*range(0, 64))
+    d.q.execute("block-dirty-bitmap-add", node="disk", name="b", granularity=CHUNK, persistent=True)
+    d.q.execute("drive-mirror", job_id="m", device="disk", target=str(d.copy), sync="full")
+    d.q.wait_event("BLOCK_JOB_READY", device="m")
+    end(d, "block-job-cancel")
+    user = d.write(*range(5, 45, 2))
+    d.q.events.clear()
+    begin(d, mode, auto_finalize=False, **({"buf_size": CHUNK, "speed": 4 * CHUNK} if when == "running" else {}))
+    if when == "running":
+        while d.q.job("m")["current-progress"] < 4 * CHUNK:
+            d.q.pump(0.02)
+    else:
+        d.q.wait_event("BLOCK_JOB_READY", device="m")
+    if when == "pending":
+        d.q.execute("job-complete", id="m")
+        d.q.wait_job("m", "pending")
+    during = d.write(5, 60)
+    now = d.content()
+    d.guest.shutdown()
+    d.daemon.stop()
+    lacking = different(file_content(d.copy), now)
+    assert (len(lacking) > 10) == (when == "running")
+    d.start()
+    dirty = d.dirty()
+    if mode == "always":
+        assert lacking <= dirty <= lacking | during
+    else:
+        assert dirty == user | during
+    assert d.content() == now and d.q.execute("query-jobs") == []
+    begin(d, mode)
+    d.q.wait_event("BLOCK_JOB_READY", device="m")
+    done = end(d, "block-job-cancel")
+    assert done["offset"] == len(dirty) * CHUNK
+    assert d.dirty() == (user | during if mode == "never" else set())
+    d.guest.shutdown()
+    d.daemon.stop()
+    assert file_content(d.copy) == now
 
 
 def test_target_is_zero(daemon, tmp):

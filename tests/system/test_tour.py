@@ -93,7 +93,7 @@ class Story:
         elif block.kind == "console":
             for command in transcript.commands(block):
                 self._command(command)
-        elif block.kind not in PICTURES or re.search(r"->|<-|^\$ ", block.text, re.M):
+        elif block.kind not in PICTURES or re.search(r"->|<-|^\$ |[{}]", block.text, re.M):
             raise Wrong(f"line {block.line}: nobody runs a block of '{block.kind}'")
 
     def _exchange(self, exchange):
@@ -256,6 +256,8 @@ WRONG_PAGES = (
     "    -> {\"execute\": \"quit\"}\n",                                 # not fenced
     "~~~qmp\n-> {\"execute\": \"quit\"}\n~~~\n",
     "```text\n-> {\"execute\": \"quit\"}\n```\n",                       # called a picture
+    "```text\n{\"execute\": \"quit\"}\n```\n",
+    "    {\"execute\": \"quit\"}\n",
     "```qmp\n{\"execute\": \"quit\"}\n```\n",                           # neither sent nor received
     "```qmp\n-> {\"execute\": \"quit\"}\n```\n",                        # without a reply
     "```qmp\n-> {\"execute\": \"quit\"}\n...\n<- {\"return\": {}}\n```\n",   # '...' without an end

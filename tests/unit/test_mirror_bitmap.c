@@ -247,6 +247,62 @@ JOB_TEST(a_pivot_that_fails_keeps_the_bitmap)
     }
 }
 
+/* A bitmap of the filter above what is replaced stays with the filter, and so with the guest: after
+ * the pivot it names what is written to the new disk, which brings the old one up to that again. */
+JOB_TEST(a_bitmap_above_what_is_replaced)
+{
+    static const char *const modes[] = {"on-success", "always", "never"};
+    for (int i = 0; i < 6; i++) {
+        bool never = i % 3 == 2;
+        struct guest gu;
+        two_disks(g, SIZE, 0);
+        memset(mem_of(s)->bytes, 0x11, SIZE);
+        memset(mem_of(t)->bytes, 0x11, SIZE);
+        struct node *over = user_filter(g), *ends[2] = {s, t};
+        guest_on(&gu, over, 1);
+        command_ok(g, "block-dirty-bitmap-add",
+                   parse("{'node':'over','name':'b','granularity':65536}"));
+        struct dirty_bitmap *bm = dirty_find(over, "b");
+        write_at(gu.edge, 3 * 65536, 512, 0x21);
+        for (int run = 0; run < 2; run++) { /* there and back */
+            struct node *from = ends[run], *to = ends[!run];
+            bool named[CHUNKS];
+            events[0] = '\0';
+            memset(mem_of(to)->written, 0, CHUNKS * sizeof *mem_of(to)->written);
+            mirror_ok(parse("{'device':'over','target':'%s','job-id':'j','sync':'bitmap',"
+                            "'bitmap':'b','bitmap-mode':'%s','replaces':'%s','copy-mode':'%s',"
+                            "'auto-finalize':false}",
+                            node_name(to), modes[i % 3], node_name(from),
+                            i < 3 ? "background" : "write-blocking"));
+            CHECK(dirty_busy(bm));
+            wait_for("j", "READY");
+            write_at(gu.edge, (5 + run) * 65536, 512, 0x22);
+            verb_ok("j", JOB_VERB_COMPLETE);
+            wait_for("j", "PENDING");
+            write_at(gu.edge, (8 + run) * 65536, 512, 0x23);
+            for (int c = 0; c < CHUNKS; c++)
+                named[c] = bitmap_any(dirty_bits(bm), range_make(c * 65536, 65536));
+            verb_ok("j", JOB_VERB_FINALIZE);
+            wait_for("j", "null");
+            CHECK(strstr(events, "j:COMPLETED j:concluded") && !dirty_busy(bm));
+            CHECK(gu.edge->node == over && over->file->node == to && same(SIZE));
+            for (int c = 0; c < CHUNKS; c++)
+                CHECK(!mem_of(to)->written[c] == !(named[c] || c == 5 + run || c == 8 + run));
+            CHECK(bitmap_count(dirty_bits(bm)) == (never ? (run ? 6u : 3u) * 65536 : 0));
+            write_at(gu.edge, (20 + run) * 65536, 512, 0x24);
+            CHECK(!same(SIZE) && mem_of(to)->bytes[(20 + run) * 65536] == 0x24);
+            for (int c = 0; c < CHUNKS; c++) {
+                bool before = c == 3 || c == 5 || c == 8 || (run && (c == 6 || c == 9 || c == 20));
+                bool dirty = bitmap_any(dirty_bits(bm), range_make(c * 65536, 65536));
+                CHECK(dirty == (c == 20 + run || (never && before)));
+            }
+        }
+        edge_detach(gu.edge);
+        node_unref(over);
+        close_disks();
+    }
+}
+
 /* The target may be an image of the changes alone: never a part of one of its clusters. */
 JOB_TEST(an_image_of_changes_has_whole_clusters)
 {
@@ -285,6 +341,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(the_bitmaps_granularity_is_the_jobs),
     cmocka_unit_test(the_bitmap_follows_its_table),
     cmocka_unit_test(a_pivot_that_fails_keeps_the_bitmap),
+    cmocka_unit_test(a_bitmap_above_what_is_replaced),
     cmocka_unit_test(an_image_of_changes_has_whole_clusters),
 };
 

@@ -61,7 +61,7 @@ def blocks(document):
             kind = None
         elif kind is not None:
             text.append(line)
-        elif re.search("```|~~~|<pre", line) or re.match(r"(    |\t).*(->|<-|\$ )", line):
+        elif re.search("```|~~~|<pre", line) or re.match(r"(    |\t).*(->|<-|\$ |[{}])", line):
             raise Wrong(f"line {number}: a block that is not fenced at the margin")
     if kind is not None:
         raise Wrong(f"line {begun}: this block does not end")

@@ -1,5 +1,5 @@
 """What backups accept, and how they end: all combinations in one run, bitmaps that are refused, disabled
-ones, a target whose file system is full."""
+ones, a target whose file system is full (a mirror's, too)."""
 
 from ..table import disk, image, nbd_server, sequence, small_disk
 from .backup import MODES, SYNCS, starts
@@ -114,6 +114,9 @@ def _(t, command):
 
 
 FULL = (disk("a", "raw", data="write -P 1 0 4M"), small_disk("t"), nbd_server("a"))
+PROGRESS = ["return[*].current-progress", "return[*].total-progress", "return[*].offset", "return[*].len"]
+# One request at a time: QEMU tells each that fails.
+MIRROR = {"job-id": "j", "device": "a", "target": "t", "sync": "full", "buf-size": 1 << 20}
 ALONE = {"job-id": "j", "device": "a", "target": "t", "x-perf": {"max-workers": 1}}
 
 
@@ -203,3 +206,73 @@ def drive_backup_no_space(t):
         t("query-jobs")
         t("job-dismiss", id="c")
         t.tool("left", left)
+
+
+# -- a mirror's target without space
+
+
+@sequence(*FULL)
+def mirror_no_space_reported(t):
+    """ENOSPC ends a mirror, before it is ready; with room made, the same target is used again."""
+    for policy in ({}, {"on-target-error": "report"}, {"on-source-error": "stop"}):
+        t("blockdev-mirror", {**MIRROR, "auto-dismiss": False, **policy})
+        t.wait_job("j")
+        t("query-jobs", mask=PROGRESS)
+        t("query-block-jobs", mask=PROGRESS)
+        t("job-dismiss", id="j")
+    t.nodes()
+    t.make_room()
+    t("blockdev-mirror", MIRROR)
+    t.wait("BLOCK_JOB_READY", device="j")
+    t("block-job-cancel", device="j")
+    t.wait_job("j", "null")
+
+
+@sequence(*FULL)
+def mirror_no_space_stopped(t):
+    """stop and enospc pause a mirror with io-status nospace; it goes on when it is resumed, stops again
+    while there is no room, and can be cancelled."""
+    for policy in ("stop", "enospc"):
+        t("blockdev-mirror", {**MIRROR, "on-target-error": policy})
+        for _ in range(2):
+            t.wait("BLOCK_JOB_ERROR", device="j")
+            t.wait_job("j", "paused")
+            t("query-block-jobs", mask=PROGRESS)
+            t("job-pause", id="j")
+            t("job-complete", id="j")
+            t("block-job-cancel", device="j")
+            t("job-resume", id="j")
+        t.wait("BLOCK_JOB_ERROR", device="j")
+        t.wait_job("j", "paused")
+        t("job-cancel", id="j")
+        t.wait_job("j", "null")
+    t("blockdev-mirror", {**MIRROR, "on-target-error": "stop"})
+    t.wait("BLOCK_JOB_ERROR", device="j")
+    t.wait_job("j", "paused")
+    t.make_room()
+    t("job-resume", id="j")
+    t.wait("BLOCK_JOB_READY", device="j")
+    t("query-block-jobs")
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.nodes()
+
+
+@sequence(disk("a", "raw"), small_disk("t", leave=0), nbd_server("a"))
+def mirror_no_space_when_ready(t):
+    """A ready mirror whose target takes no more: it is in standby, with its io-status, and guests go on;
+    with room made it is resumed, and completes with what was written meanwhile."""
+    t("blockdev-mirror", {**MIRROR, "sync": "none", "on-target-error": "stop"})
+    t.wait_job("j", "ready")
+    t.write("a", 0, 1 << 20, 7)
+    t.wait("BLOCK_JOB_ERROR", device="j")
+    t.wait_job("j", "standby")
+    t("query-block-jobs", mask=PROGRESS)
+    t.write("a", 2 << 20, 65536, 8)
+    t.read("a", 0, 3 << 20)
+    t.make_room()
+    t("job-resume", id="j")
+    t("job-complete", id="j")
+    t.wait_job("j", "null")
+    t.nodes()
+    t.read("a", 0, 3 << 20)
