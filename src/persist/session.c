@@ -182,6 +182,7 @@ int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **
     keeper_look(k);
     if (k->recovery.verdict == RECOVERY_NONE && !n->read_only && !BROKEN(verdict_not_kept))
         keep_verdict(k);
+    keepers_ask_again(k->options.peers);
     *ret = k;
     return 0;
 }
@@ -222,6 +223,7 @@ static int close_session(struct keeper *k, struct error *err)
     if (r < 0)
         return error_set_errno(err, -r, "Could not flush the image");
     super_copy(&s, tide_super(k->tide));
+    keeper_drop_old_records(k, &s);
     for (size_t i = 0; r == 0 && i < s.table.n; i++) {
         struct tide_bitmap *b = &s.table.items[i];
         struct tide_area *areas[] = {&b->current, &b->successor};
@@ -244,6 +246,11 @@ static int close_session(struct keeper *k, struct error *err)
         error_set_errno(err, -r, "Could not look at the image");
     if (r < 0)
         return r;
+    if (BROKEN(group_close_drops_record))
+        while (s.n_records)
+            super_drop_record(&s, &s.records[0].group);
+    if (keeper_in_doubt(k))
+        keeper_carry_groups(k, &s); /* in the extents that these have now */
     s.in_use = false;
     s.ring_sequence = k->ring_next;
     return tide_write_super(k->tide, &s, err);
@@ -280,6 +287,8 @@ static void end_session(struct keeper *k)
     if (!k->in_use || !k->tide || k->lost)
         return;
     super_copy(&old, tide_super(k->tide));
+    if (old.table.n == 0)
+        keeper_drop_old_records(k, &old);
     if (r == 0 && tide_failed(k->tide))
         r = -EIO;
     if (r == 0)
@@ -379,7 +388,7 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
         return 0;
     }
     for (struct dirty_bitmap *bm = dirty_first(k->node); r == 0 && bm; bm = dirty_next(bm))
-        if (keeper_keeps(bm))
+        if (keeper_keeps(bm) && !dirty_held(bm))
             r = dirty_check(bm, DIRTY_CHECK_BUSY, err);
     if (r == 0 && k->options.image)
         r = image_reopen(k->options.image, true, true, err);
@@ -417,6 +426,14 @@ struct json_object *keeper_info(struct keeper *k)
     json_add_uint(info, "bytes-added", k->recovery.bytes_added);
     if (k->recovery.witness)
         json_add_string(info, "witness", k->recovery.witness);
+    if (keeper_in_doubt(k)) {
+        struct json_object *doubt = json_object_new_object();
+        char group[33];
+        keeper_group_text(&k->doubt.group, group);
+        json_add_string(doubt, "group", group);
+        json_add_string(doubt, "coordinator", k->doubt.coordinator.path);
+        json_add(info, "in-doubt", doubt);
+    }
     return info;
 }
 
