@@ -21,6 +21,7 @@ struct backup {
     bool succeeded;
     bool full, keeps; /* keeps: success moves the bitmap's base */
     bool always;      /* what a failed one has achieved counts */
+    bool clears, cut; /* the bitmap, in the same command; which has not been answered */
     char job[24], node[24], path[SIM_PATH];
     uint64_t generation; /* of the bitmap, before it */
     uint64_t from;       /* of the instant; that itself is known when the command has returned */
@@ -187,6 +188,8 @@ static int open_target(struct client *c, struct life *l, const char *path, struc
     return history_open(l, json, ret, &err);
 }
 
+static uint64_t generation(struct client *c);
+
 /* The chain with B on top is the disk at its instant? And it becomes the chain, if B keeps. */
 static void take_in(struct client *c, struct node *target)
 {
@@ -214,12 +217,17 @@ static void take_in(struct client *c, struct node *target)
         if (b->keeps)
             c->kept[i] = stamp;
     }
-    if (b->keeps && b->succeeded) {
-        c->has_chain = true;
+    /* A job can succeed before its command is answered: the disk is still being flushed for the
+     * clear, and a cut there leaves the bitmap with the bits that it had, and its generation. */
+    const bool was_cleared = !b->clears || !b->cut || generation(c) != b->generation;
+    if (b->keeps && b->succeeded && was_cleared) {
         c->base_from = b->instant.from;
         c->in_chunks = false;
         c->losses = b->losses;
+    } else if (b->keeps && b->succeeded) {
+        c->in_chunks |= !c->has_chain; /* of a failed job that it has not kept */
     }
+    c->has_chain |= b->keeps && b->succeeded;
 }
 
 /* ---- jobs ---- */
@@ -326,8 +334,6 @@ static void await_job(struct client *c, struct life *l)
         machine_note(&c->h->m, "%s was cancelled", b->job);
 }
 
-static uint64_t generation(struct client *c);
-
 static void back_up(struct client *c, struct life *l, const char *bitmap_action)
 {
     static const char *const modes[] = {"on-success", "always", "never"};
@@ -340,6 +346,7 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
 
     *b = (struct backup){.full = *bitmap_action, .always = !strcmp(mode, "always")};
     b->keeps = b->full || strcmp(mode, "never");
+    b->clears = !strcmp(bitmap_action, "clear");
     snprintf(b->job, sizeof b->job, "job%u-%u", c->number, ++c->next);
     snprintf(b->node, sizeof b->node, "target%u-%u", c->number, c->next);
     snprintf(b->path, sizeof b->path, "/d/backup%u-%u", c->number, c->next);
@@ -476,8 +483,10 @@ static void quiet(void *self, struct life *l)
 static void ended(void *self, enum life_end end, bool power, bool no_segments)
 {
     struct client *c = self;
-    if (c->backup.running && !c->backup.instant.held) /* cut inside the command: any time since */
+    if (c->backup.running && !c->backup.instant.held) { /* cut inside the command: any time since */
+        c->backup.cut = true;
         model_instant(&c->d->model, c->backup.from, &c->backup.instant);
+    }
     if (power)
         c->left = LEFT_POWERLESS;
     else if (c->left == LEFT_CLEAN && end == END_KILLED)
