@@ -197,6 +197,7 @@ void keeper_end_guarded(struct keeper *k)
 
     checkpoint_stop(k);
     hot_free(steal(k->hot));
+    LOCKED(&k->lock); /* what is gone from memory may yet be collected (keeper_bits_gone) */
     const bool read_only = k->node->read_only; /* then there is what was added since, at most */
     int r = image_save(k->options.image, !k->lost && !read_only, &err);
     if (r < 0 && (k->lost || read_only))

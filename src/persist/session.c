@@ -284,6 +284,7 @@ static void end_session(struct keeper *k)
         r = keeper_commit(k, &err); /* what recovery has found is not found twice */
     checkpoint_stop(k);
     hot_free(steal(k->hot));
+    LOCKED(&k->lock); /* what is gone from memory may yet be collected (keeper_bits_gone) */
     if (!k->in_use || !k->tide || k->lost)
         return;
     super_copy(&old, tide_super(k->tide));

@@ -1,4 +1,4 @@
-/* Bitmaps of several raw disks through kills: each life is a process of its own, which ends for
+/* Bitmaps of several disks through kills: each life is a process of its own, which ends for
  * good at the N-th operation that has an effect. What the lives, and the parent between them,
  * share. */
 #pragma once
@@ -19,6 +19,7 @@ enum { DISKS = 3, KILLED = 77, WRITE_AT = 1 << 20 };
 #define DISK_BYTES (4 * MiB)
 
 static char dir[64];
+static const char *format = "raw"; /* of the disks; or qcow2 */
 
 /* ---- a life ---- */
 
@@ -81,8 +82,8 @@ static inline void open_disk(struct life *l, unsigned i)
     char json[512];
 
     snprintf(json, sizeof json,
-             "{'driver':'raw','node-name':'d%u','file':{'driver':'file','filename':'%s/%u'}}", i,
-             dir, i);
+             "{'driver':'%s','node-name':'d%u','file':{'driver':'file','filename':'%s/%u'}}",
+             format, i, dir, i);
     l->n[i] = open_ok(l->g, json);
     l->e[i] = attach(&l->user[i], l->n[i], PERM_ALL, PERM_ALL);
 }
@@ -240,16 +241,41 @@ static inline unsigned files(bool remove)
     return n;
 }
 
+static inline void make_image(struct life *l, unsigned i)
+{
+    struct error err = ERROR_INIT;
+    char text[256], *p;
+
+    snprintf(text, sizeof text,
+             "{'driver':'qcow2','file':{'driver':'file','filename':'%s/%u'},'size':%llu}", dir, i,
+             (unsigned long long)DISK_BYTES);
+    while ((p = strchr(text, '\'')))
+        *p = '"';
+    CLEANUP(json_putp) struct json_object *o = json_tokener_parse(text);
+    int r = graph_create(l->g, o, &err);
+    CHECK_OK(r, err);
+}
+
+static inline void make_images(struct life *l)
+{
+    for (unsigned i = 0; i < DISKS; i++)
+        make_image(l, i);
+}
+
 static inline void make_disks(void)
 {
+    const bool raw = !strcmp(format, "raw");
+
     for (unsigned i = 0; i < DISKS; i++) {
         char path[80];
         snprintf(path, sizeof path, "%s/%u", dir, i);
         int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
         assert_true(fd >= 0);
-        assert_int_equal(ftruncate(fd, DISK_BYTES), 0);
+        assert_int_equal(ftruncate(fd, raw ? DISK_BYTES : 0), 0);
         close(fd);
     }
+    if (!raw)
+        assert_false(run_life(make_images, 0, false, (1u << DISKS) - 1));
 }
 
 static inline void lose_segments(void)
