@@ -473,9 +473,10 @@ static void quiet(void *self, struct life *l)
 {
     struct client *c = self;
     struct dirty_bitmap *bm = bitmap(c);
-    if (!c->backup.running) /* else it has not asked yet what became of it */
-        judge_bitmap(c, "at rest",
-                     !c->losses && !history_absent(l, c) && c->h->m.n_faults == l->faults_before);
+    const bool absent = history_absent(l, c);
+    /* Else it has not asked yet what became of it, or has not looked since somebody else wrote. */
+    if (!c->backup.running && !(absent && c->d->blind))
+        judge_bitmap(c, "at rest", !c->losses && !absent && c->h->m.n_faults == l->faults_before);
     c->had_bitmap = bm && dirty_persistent(bm) && !dirty_inconsistent(bm) &&
                     c->h->m.n_faults == l->faults_before;
 }
