@@ -94,8 +94,10 @@ static void judge_bitmap(struct client *c, const char *when, bool exact)
         return;
     uint8_t *buf = malloc(c->d->size);
     uint64_t for_nothing = 0, budget = 0;
+    struct dirty_state st;
     const uint64_t outwards = max_u64(dirty_granularity(bm), c->in_chunks ? 64 * KiB : 0);
     assert(buf);
+    dirty_get_state(bm, &st);
     int r = history_read_all(c->d->edge, c->d->size, buf);
     if (r < 0)
         violation(c->h, "%s cannot be read %s: %s", c->d->node, when, strerror(-r));
@@ -105,6 +107,9 @@ static void judge_bitmap(struct client *c, const char *when, bool exact)
         uint32_t stamp;
         (void)!stamp_read(buf + i * MODEL_SECTOR, &stamp);
         bool set = bitmap_get(dirty_bits(bm), i * MODEL_SECTOR);
+        /* So it stays if its job's end cannot be made durable. */
+        if (dirty_busy(bm) && st.successor)
+            set |= bitmap_get(st.successor, i * MODEL_SECTOR);
         if (stamp != c->kept[i] && !set)
             violation(c->h,
                       "LOST: %s, %s: sector %llu holds %#x, the chain has %#x, and '%s' is clear",
