@@ -216,7 +216,7 @@ static int close_session(struct keeper *k, struct error *err)
 {
     const struct range all = range_make(0, node_size(k->node));
     CLEANUP(super_fini) struct super s = {0};
-    struct edge *e = node_primary(k->node);
+    struct edge *e = k->options.image ? NULL : node_primary(k->node);
     int fd = keeper_descriptor(k);
 
     int r = e ? edge_flush(e) : node_flush(k->node);
@@ -276,7 +276,8 @@ static void end_session(struct keeper *k)
     CLEANUP(super_fini) struct super old = {0};
     int r = 0;
 
-    if (k->options.image) {
+    /* An image has no place for two outcomes: while it is in doubt its tide file has all. */
+    if (k->options.image && (k->lost || k->node->read_only || !keeper_in_doubt(k))) {
         keeper_end_guarded(k);
         return;
     }
