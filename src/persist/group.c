@@ -344,16 +344,36 @@ int keepers_commit(struct keeper *const *ks, size_t n, struct error *err)
 
 /* ---- after a crash ---- */
 
+static const struct tide_record *record_of(const struct super *s, const struct tide_id *group)
+{
+    for (size_t i = 0; i < s->n_records; i++)
+        if (tide_id_equal(&s->records[i].group, group))
+            return &s->records[i];
+    return NULL;
+}
+
+/* Is this superblock of the tide file WHO, as far as GROUP is concerned? A qcow2 image gets another
+ * file when its guard does not vouch for the one that it has; the records are in that, too. */
+static bool is_its(const struct super *s, const struct tide_member *who,
+                   const struct tide_id *group)
+{
+    return tide_id_equal(&s->uuid, &who->uuid) || record_of(s, group);
+}
+
 /* The superblock of another disk's tide file, which may be open here. 0, or -ENOENT: there is none,
  * or it is another one. */
-static int look_at(struct keeper *k, const struct tide_member *who, struct super *ret)
+static int look_at(struct keeper *k, const struct tide_member *who, const struct tide_id *group,
+                   struct super *ret)
 {
     struct error err = ERROR_INIT;
     struct tide *t;
 
     struct keeper *here;
     LIST_FOREACH (here, k->options.peers, in_peers)
-        if (here->tide && tide_id_equal(&tide_super(here->tide)->uuid, &who->uuid)) {
+        if (here != k && here->tide &&
+            (tide_id_equal(&tide_super(here->tide)->uuid, &who->uuid) ||
+             (!strcmp(here->options.path, who->path) &&
+              is_its(tide_super(here->tide), who, group)))) {
             super_copy(ret, tide_super(here->tide));
             return 0;
         }
@@ -362,7 +382,7 @@ static int look_at(struct keeper *k, const struct tide_member *who, struct super
         return -ENOENT;
     super_copy(ret, tide_super(t));
     tide_close(t);
-    if (tide_id_equal(&ret->uuid, &who->uuid))
+    if (is_its(ret, who, group))
         return 0;
     super_fini(ret);
     return -ENOENT;
@@ -370,10 +390,9 @@ static int look_at(struct keeper *k, const struct tide_member *who, struct super
 
 static bool has_record(const struct super *s, const struct tide_id *group)
 {
-    for (size_t i = 0; i < s->n_records; i++)
-        if (tide_id_equal(&s->records[i].group, group))
-            return !s->records[i].undecided;
-    return false;
+    const struct tide_record *r = record_of(s, group);
+
+    return r && !r->undecided;
 }
 
 /* Was the group of this id committed? */
@@ -383,7 +402,7 @@ static enum answer ask(struct keeper *k, const struct tide_member *whom,
 {
     CLEANUP(super_fini) struct super first = {0};
 
-    if (look_at(k, whom, &first) < 0)
+    if (look_at(k, whom, group, &first) < 0)
         return BROKEN(group_absent_means_no) ? NO : UNKNOWN;
     return has_record(&first, group) ? YES : NO;
 }
@@ -497,10 +516,13 @@ static bool has_followed(struct keeper *k, const struct tide_member *who,
                          const struct tide_id *group)
 {
     CLEANUP(super_fini) struct super s = {0};
+    struct keeper *here;
 
-    if (tide_id_equal(&who->uuid, &tide_super(k->tide)->uuid))
-        return true;
-    return look_at(k, who, &s) == 0 && !tide_id_equal(&s.group, group);
+    /* An image that is open here may have another one. */
+    LIST_FOREACH (here, k->options.peers, in_peers)
+        if (here->tide && here->options.image && !strcmp(here->options.path, who->path))
+            return !tide_id_equal(&tide_super(here->tide)->group, group);
+    return look_at(k, who, group, &s) == 0 && !tide_id_equal(&s.group, group);
 }
 
 void keeper_drop_old_records(struct keeper *k, struct super *s)
@@ -508,7 +530,7 @@ void keeper_drop_old_records(struct keeper *k, struct super *s)
     for (size_t i = 0; i < s->n_records;) {
         const struct tide_record *r = &s->records[i];
         bool all = true;
-        for (size_t j = 0; all && j < r->n; j++)
+        for (size_t j = 1; all && j < r->n; j++) /* but for the first, which K is */
             all = has_followed(k, &r->members[j], &r->group);
         struct tide_id group = r->group;
         if (all)
