@@ -207,8 +207,29 @@ static inline void say(const char *what)
     close(fd);
 }
 
+static inline void say_number(const char *name, uint64_t number)
+{
+    char path[80];
+
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    FILE *f = fopen(path, "w");
+    CHECK(f && fprintf(f, "%llu", (unsigned long long)number) > 0 && fclose(f) == 0);
+}
+
+static inline uint64_t said_number(const char *name)
+{
+    unsigned long long number;
+    char path[80];
+
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    FILE *f = fopen(path, "r");
+    CHECK(f && fscanf(f, "%llu", &number) == 1 && fclose(f) == 0);
+    return number;
+}
+
 static inline void clear_all(struct life *l)
 {
+    say_number("generation", generation_of(l, 0));
     for (unsigned i = 0; i < DISKS; i++)
         write_at(l, i, WRITE_AT);
     transact(l, "clear");
