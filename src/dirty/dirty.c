@@ -34,6 +34,7 @@
 struct dirty_graph {
     struct graph_hook hook;
     struct dirty_store *store; /* lent; NULL: bitmaps live in memory only */
+    uint64_t changes;          /* so many have begun (dirty_begin) */
 };
 
 TAILQ_HEAD(dirty_list, dirty_bitmap);
@@ -60,16 +61,18 @@ struct dirty_bitmap {
     bool kept;         /* persistent, or the successor of one that is */
     bool marked_since; /* a write has marked since the last clear or merge that can be undone */
     bool unbased;      /* its base is not durable yet: add, clear, enable before dirty_settle */
-    uint64_t change;   /* the last that made it so, of all bitmaps': a number that grows */
     bool concluding;   /* its successor is about to become the bitmap */
     bool rebased;      /* and with that a part of it has a new base, by JOB */
     bool rebuilt;      /* and that holds for all of it */
     bool settling;     /* its base is about to become durable */
+    uint64_t change;   /* that it is pending of, with which it settles; 0: none, it is alone */
     bool ended;        /* disabled, and that is not durable yet */
     bool before_lent;  /* BEFORE is a transaction's for its undo: dirty_forget frees it */
+    char *why_held;    /* in doubt, and what to say of it; NULL: it is not */
     const char *job;
     struct bitmap *before;    /* what it was before a clear that is not durable yet; NULL: none */
     struct bitmap *unsettled; /* the same, OR-ed back because it never will be */
+    struct bitmap *answered;  /* OR-ed into the bits by the answer to a doubt, not durable yet */
     const struct bitmap *folded; /* OR-ed into the successor by the outcome under way */
     uint64_t generation;
     char *last_job;
@@ -128,6 +131,14 @@ static struct dirty_store *store_of(const struct node *n)
     struct dirty_graph *dg = graph_get_data(node_graph(n), graph_key);
 
     return dg ? dg->store : NULL;
+}
+
+/* BM has a base that is not durable yet. */
+static void is_changed(struct dirty_bitmap *bm)
+{
+    struct dirty_graph *dg = graph_get_data(node_graph(bm->home->node), graph_key);
+
+    bm->change = dg ? dg->changes : 0;
 }
 
 static void free_bits(struct dirty_bitmap *bm, struct bitmap *bits)
@@ -288,6 +299,7 @@ static void hook_closing(struct graph_hook *h, struct node *n)
     TAILQ_FOREACH (bm, &home->list, link) {
         bm->busy = false;
         bm->successor = NULL; /* is in the list itself */
+        free(steal(bm->why_held));
     }
     while ((bm = TAILQ_FIRST(&home->list)))
         dirty_release(bm);
@@ -455,6 +467,9 @@ int dirty_check(struct dirty_bitmap *bm, unsigned checks, struct error *err)
 {
     const char *name = bm->name ? bm->name : "";
 
+    if ((checks & DIRTY_CHECK_BUSY) && bm->why_held)
+        return error_set(err, EBUSY, "Bitmap '%s' is in doubt and cannot be used: %s", name,
+                         bm->why_held);
     if ((checks & DIRTY_CHECK_BUSY) && bm->busy)
         return error_set(err, EBUSY,
                          "Bitmap '%s' is currently in use by another operation and cannot be used",
@@ -558,13 +573,6 @@ static uint64_t generation_before(const struct dirty_node *home, const char *nam
     return 0;
 }
 
-static uint64_t next_change(void)
-{
-    static _Atomic uint64_t last;
-
-    return ++last;
-}
-
 int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsigned flags,
               struct dirty_bitmap **ret, struct error *err)
 {
@@ -597,7 +605,7 @@ int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsi
         bm->peak_bytes = UINT64_MAX;
     else
         bm->unbased = true;
-    bm->change = next_change();
+    is_changed(bm);
     if ((r = watch(bm, err)) < 0) {
         dirty_release(bm);
         return r;
@@ -611,6 +619,13 @@ void dirty_release(struct dirty_bitmap *bm)
 {
     struct dirty_node *home = bm->home;
 
+    if (bm->why_held) {
+        struct dirty_bitmap *s = steal(bm->successor);
+        bm->busy = false;
+        free(steal(bm->why_held));
+        if (s)
+            dirty_release(s);
+    }
     assert(!bm->busy && !bm->successor);
     TAILQ_REMOVE(&home->list, bm, link);
     if (bm->name) {
@@ -620,6 +635,7 @@ void dirty_release(struct dirty_bitmap *bm)
     if (bm->name)
         unwatch(home);
     free_bits(bm, bm->before);
+    free_bits(bm, bm->answered);
     free_bits(bm, bm->bits);
     free(bm->last_job);
     free(bm->name);
@@ -683,7 +699,7 @@ int dirty_set_enabled(struct dirty_bitmap *bm, bool enabled, struct error *err)
     }
     bm->ended = !enabled;
     bm->unbased = enabled; /* what was written while it was disabled is in no base of anybody */
-    bm->change = next_change();
+    is_changed(bm);
     return 0;
 }
 
@@ -726,7 +742,6 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
     if (!clean)
         return NULL;
     assert_quiet(bm->home->node);
-    bm->change = next_change();
     if (BROKEN(clear_in_place)) {
         bitmap_merge(clean, old);
         bitmap_clear_all(old);
@@ -738,6 +753,7 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
         bm->before_lent = true;
     }
     bm->bits = clean;
+    is_changed(bm);
     bm->peak_before = max_u64(bm->peak_before, bm->peak_bytes);
     bm->peak_bytes = size;
     bm->marked_since = false;
@@ -805,6 +821,7 @@ static int start(struct dirty_bitmap *bm, bool record, struct error *err)
         return no_memory(bm->home->node, bm->name, dirty_granularity(bm), err);
     assert_quiet(bm->home->node);
     bm->successor = enlist(bm->home, NULL, bits);
+    bm->successor->kept = bm->kept;
     bm->successor->enabled = record;
     int r = watch(bm, err); /* is, unless it is inconsistent */
     if (r < 0) {
@@ -916,6 +933,43 @@ void dirty_unstart(struct dirty_bitmap *bm)
     bm->successor = NULL;
     dirty_release(s);
     unwatch(bm->home);
+}
+
+/* ---- in doubt ---- */
+
+int dirty_hold(struct dirty_bitmap *bm, bool record, const char *why, struct bitmap **yes,
+               struct error *err)
+{
+    int r = start(bm, record, err);
+    if (r < 0)
+        return r;
+    bm->why_held = xstrdup(why);
+    bm->successor->peak_bytes = bm->peak_bytes;
+    *yes = bm->successor->bits;
+    return 0;
+}
+
+bool dirty_held(const struct dirty_bitmap *bm)
+{
+    return bm->why_held;
+}
+
+void dirty_answer(struct dirty_bitmap *bm, const struct dirty_answer *a)
+{
+    struct dirty_bitmap *s = bm->successor;
+
+    assert(bm->why_held && s);
+    assert_quiet(bm->home->node);
+    free(steal(bm->why_held));
+    if (!a->yes) { /* what was written since is in the successor, as everywhere */
+        bitmap_merge(s->bits, bm->bits);
+        bm->answered = steal(bm->bits);
+    }
+    succeed(bm, false);
+    bm->enabled = a->enabled;
+    if (a->inconsistent || bm->inconsistent)
+        dirty_set_inconsistent(bm);
+    dirty_set_generation(bm, a->generation, a->job);
 }
 
 /* Does what the job has done give the bitmap a new base? */
@@ -1033,34 +1087,108 @@ static void settled(struct dirty_bitmap *bm)
     dirty_set_generation(bm, bm->generation + 1, NULL);
 }
 
-static int commit(struct node *const *nodes, size_t n, bool ending, struct error *err)
+/* Changes that are to be settled: all bitmaps of one, on whatever node, or none. A disk has pending
+ * bitmaps of one at most (dirty_begin). */
+struct changes {
+    uint64_t *ids;
+    size_t n;
+};
+
+static void changes_fini(struct changes *c)
 {
+    free(c->ids);
+}
+
+static bool is_of(const struct dirty_bitmap *bm, const struct changes *c)
+{
+    for (size_t i = 0; is_pending(bm) && i < c->n; i++)
+        if (c->ids[i] == bm->change)
+            return true;
+    return false;
+}
+
+static void add_change(struct changes *c, const struct dirty_bitmap *bm)
+{
+    uint64_t *more = is_of(bm, c) ? NULL : xcalloc(c->n + 1, sizeof *more);
+
+    if (!more)
+        return;
+    if (c->n)
+        memcpy(more, c->ids, c->n * sizeof *more);
+    more[c->n++] = bm->change;
+    free(c->ids);
+    c->ids = more;
+}
+
+/* The nodes, and the further ones that have bitmaps of these changes. Caller frees. */
+static struct node **with_others(struct node *const *nodes, size_t n, const struct changes *c,
+                                 size_t *count)
+{
+    struct graph *g = node_graph(nodes[0]);
+    size_t all = n;
+
+    for (struct node *m = graph_first(g); m; m = graph_next(m))
+        all++;
+    struct node **ret = xcalloc(all, sizeof *ret);
+    memcpy(ret, nodes, n * sizeof *ret);
+    *count = n;
+    for (struct node *m = graph_first(g); m; m = graph_next(m)) {
+        bool wanted = false;
+        for (struct dirty_bitmap *bm = dirty_first(m); bm && !wanted; bm = dirty_next(bm))
+            wanted = bm->kept && bm->change && is_of(bm, c);
+        for (size_t i = 0; wanted && i < n; i++)
+            wanted = nodes[i] != m;
+        if (wanted)
+            ret[(*count)++] = m;
+    }
+    return ret;
+}
+
+/* Flushes the node, if some kept bitmap of these changes is there, and then they are settling. */
+static int flush_changed(struct node *n, const struct changes *c, struct error *err)
+{
+    struct dirty_store *s = store_of(n);
+    bool flushed = false;
     int r = 0;
 
-    for (size_t i = 0; r == 0 && i < n; i++) {
-        struct dirty_store *s = store_of(nodes[i]);
-        bool flushed = false;
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); r == 0 && bm; bm = dirty_next(bm)) {
-            if (!bm->kept || !must_settle_now(bm, ending) || !s || !s->flush)
-                continue;
-            if (!flushed && !BROKEN(settled_without_flush) && (r = s->flush(s, nodes[i])) < 0)
-                error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
-            flushed = bm->settling = true;
-        }
+    for (struct dirty_bitmap *bm = dirty_first(n); r == 0 && bm; bm = dirty_next(bm)) {
+        if (!bm->kept || !is_of(bm, c) || bm->settling || !s || !s->flush)
+            continue;
+        if (!flushed && !BROKEN(settled_without_flush) && (r = s->flush(s, n)) < 0)
+            error_set_errno(err, -r, "Failed to flush node '%s'", node_name(n));
+        flushed = bm->settling = true;
     }
+    return r;
+}
+
+static int commit(struct node *const *nodes, size_t n, bool ending, struct error *err)
+{
+    CLEANUP(changes_fini) struct changes now = {0};
+    size_t count = 0;
+    int r = 0;
+
+    for (size_t i = 0; i < n; i++)
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
+            if (bm->kept && must_settle_now(bm, ending))
+                add_change(&now, bm);
+    CLEANUP(memory_freep) struct node **all = n ? with_others(nodes, n, &now, &count) : NULL;
+    for (size_t i = 0; r == 0 && i < count; i++)
+        r = flush_changed(all[i], &now, err);
     struct dirty_store *s = n ? store_of(nodes[0]) : NULL;
     if (r == 0 && s && s->commit)
-        r = s->commit(s, nodes, n, err);
-    for (size_t i = 0; i < n; i++) {
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
+        r = s->commit(s, all, count, err);
+    for (size_t i = 0; i < count; i++) {
+        for (struct dirty_bitmap *bm = dirty_first(all[i]); bm; bm = dirty_next(bm)) {
             if (bm->settling && r == 0)
                 settled(bm);
             bm->settling = false;
-            if (r == 0)
+            if (r == 0) {
                 bm->ended = false;
+                free_bits(bm, steal(bm->answered));
+            }
         }
-        if (node_of(nodes[i]))
-            unwatch(node_of(nodes[i]));
+        if (node_of(all[i]))
+            unwatch(node_of(all[i]));
     }
     return r;
 }
@@ -1070,36 +1198,42 @@ int dirty_commit(struct node *const *nodes, size_t n, struct error *err)
     return commit(nodes, n, something_ends(nodes, n), err);
 }
 
-/* A clear waits for its dirty_settle: what was before it, and what has been marked since, are two
- * sets already, and another clear would have no place for the second. */
-static bool some_clear_is_pending(struct node *const *nodes, size_t n)
+static bool something_is_pending(struct node *const *nodes, size_t n)
 {
     for (size_t i = 0; i < n; i++)
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            if (bm->kept && bm->before)
+            if (bm->kept && is_pending(bm))
                 return true;
     return false;
 }
 
+/* What waits for its dirty_settle on these nodes is settled before something new is: what was
+ * before a clear, and what has been marked since, are two sets already, and another clear would
+ * have no place for the second. */
 int dirty_begin(struct node *const *nodes, size_t n, struct error *err)
 {
-    int r = 0;
+    struct dirty_graph *dg = n ? graph_get_data(node_graph(nodes[0]), graph_key) : NULL;
 
-    for (size_t i = 0; r == 0 && i < n; i++) {
-        struct dirty_store *s = store_of(nodes[i]);
-        if (s && s->begin)
-            r = s->begin(s, nodes[i], err);
-    }
-    return r == 0 && some_clear_is_pending(nodes, n) ? commit(nodes, n, true, err) : r;
+    if (dg)
+        dg->changes++;
+    int r = dirty_join(nodes, n, err);
+    return r == 0 && something_is_pending(nodes, n) ? commit(nodes, n, true, err) : r;
+}
+
+int dirty_join(struct node *const *nodes, size_t n, struct error *err)
+{
+    struct dirty_store *s = n ? store_of(nodes[0]) : NULL;
+
+    return s && s->begin ? s->begin(s, nodes, n, err) : 0;
 }
 
 /* The disk cannot be made durable: nothing that was cleared may stay so, nothing be trusted that
  * has no base. */
-static void unsettle(struct node *const *nodes, size_t n)
+static void unsettle(struct node *const *nodes, size_t n, const struct changes *c)
 {
     for (size_t i = 0; i < n; i++) {
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
-            if (!is_pending(bm))
+            if (!is_of(bm, c))
                 continue;
             if (bm->before) {
                 bm->unsettled = steal(bm->before);
@@ -1119,34 +1253,73 @@ static void unsettle(struct node *const *nodes, size_t n)
             free_bits(bm, steal(bm->unsettled));
 }
 
-int dirty_settle(struct node *const *nodes, size_t n, struct error *err)
+/* They have been settled by a later flush that succeeded, and the disk says now that it cannot be
+ * made durable: an error is told to one of two flushes. Nor may a change be told to have failed and
+ * stand. */
+static void distrust(struct node *const *nodes, size_t n, const struct changes *c)
 {
-    /* What somebody else clears while we flush is not covered by this flush. */
-    const uint64_t covered = next_change();
+    struct error err = ERROR_INIT;
+
+    for (size_t i = 0; i < n; i++)
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
+            for (size_t k = 0; bm->kept && k < c->n; k++)
+                if (bm->change == c->ids[k])
+                    dirty_set_inconsistent(bm);
+    if (dirty_commit(nodes, n, &err) < 0)
+        log_warning("%s", err.text);
+}
+
+/* What becomes pending while these are flushed is of another change, and needs another flush. */
+static int settle(struct node *const *nodes, size_t n, const struct changes *c, struct error *err)
+{
     bool any = false;
     int r = 0;
 
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; r == 0 && i < n; i++) {
         struct dirty_store *s = store_of(nodes[i]);
         bool flush = false;
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
-            flush |= is_pending(bm) && bm->kept;
-            any |= is_pending(bm);
-        }
-        if (flush && s && s->flush && r == 0 && !BROKEN(settled_without_flush) &&
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
+            flush |= bm->kept && is_of(bm, c);
+        if (flush && s && s->flush && !BROKEN(settled_without_flush) &&
             (r = s->flush(s, nodes[i])) < 0)
             error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
     }
-    if (!any)
-        return 0;
     GRAPH_LOCKED(node_graph(nodes[0]));
-    for (size_t i = 0; r == 0 && i < n; i++)
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            bm->settling = is_pending(bm) && bm->change < covered;
+    for (size_t i = 0; i < n; i++)
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
+            any |= is_of(bm, c);
+            bm->settling =
+                r == 0 && is_pending(bm) && (is_of(bm, c) || BROKEN(settled_without_flush));
+        }
+    if (!any) { /* somebody has settled them meanwhile, with a flush of their own */
+        if (r < 0)
+            distrust(nodes, n, c);
+        return r;
+    }
     if (r == 0)
         r = dirty_commit(nodes, n, err);
     if (r < 0)
-        unsettle(nodes, n);
+        unsettle(nodes, n, c);
+    return r;
+}
+
+int dirty_settle(struct node *const *nodes, size_t n, struct error *err)
+{
+    CLEANUP(changes_fini) struct changes pending = {0};
+    size_t count = 0;
+
+    for (size_t i = 0; i < n; i++)
+        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
+            if (is_pending(bm))
+                add_change(&pending, bm);
+    if (!pending.n)
+        return 0;
+    CLEANUP(memory_freep) struct node **all = with_others(nodes, n, &pending, &count);
+    for (size_t i = n; i < count; i++)
+        node_ref(all[i]);
+    int r = settle(all, count, &pending, err);
+    for (size_t i = n; i < count; i++)
+        node_unref(all[i]);
     return r;
 }
 
@@ -1170,12 +1343,12 @@ void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
         .generation = bm->generation + bm->rebased,
         .job = bm->rebased ? bm->job : bm->last_job,
     };
-    if (bm->unsettled)
+    if (bm->unsettled || bm->answered)
         ret->folded = s ? s->bits : bm->bits;
     if (bm->concluding) {
         ret->current = BROKEN(rolled_back_in_place) && !bm->rebased ? bm->bits : s->bits;
         ret->successor = NULL;
-        ret->folded = bm->unsettled ? s->bits : bm->folded;
+        ret->folded = bm->unsettled || bm->answered ? s->bits : bm->folded;
         ret->inconsistent = (bm->inconsistent && !bm->rebuilt) || s->inconsistent;
         ret->based = ret->based || bm->rebuilt;
     }

@@ -147,10 +147,32 @@ struct dirty_outcome {
  * that base and node consist of, also what others have written there (rebuilt). */
 int dirty_conclude(const struct dirty_outcome *outcomes, size_t n, struct error *err) MUST_CHECK;
 
+/* ---- in doubt ---- */
+
+/* Whether a loaded BM has moved on, together with bitmaps of other disks, is not known yet: it is
+ * busy, its bits are those of a no, its successor's, which *YES gets and the caller fills in, those
+ * of a yes. Writes are recorded in the successor, if RECORD. Nobody can use it, but it can be
+ * removed; WHY is what refusals say. Quiesced. */
+int dirty_hold(struct dirty_bitmap *bm, bool record, const char *why, struct bitmap **yes,
+               struct error *err) MUST_CHECK;
+bool dirty_held(const struct dirty_bitmap *bm);
+
+/* It is known: what the bitmap is then. */
+struct dirty_answer {
+    bool yes;
+    bool enabled, inconsistent;
+    uint64_t generation;
+    const char *job;
+};
+/* Quiesced; durable after dirty_commit(). What is not to be there at all is then released. */
+void dirty_answer(struct dirty_bitmap *bm, const struct dirty_answer *a);
+
 /* ---- what is durable ---- */
 
 /* Before bitmaps of these nodes are changed by what is to be committed. */
 int dirty_begin(struct node *const *nodes, size_t n, struct error *err) MUST_CHECK;
+/* Nodes that are new in the change that has begun last: it is still one. */
+int dirty_join(struct node *const *nodes, size_t n, struct error *err) MUST_CHECK;
 /* Makes what these nodes' bitmaps are now durable, all or nothing; waits. Quiesced, if what is
  * marked has changed. On error the caller undoes its changes and calls it again. */
 int dirty_commit(struct node *const *nodes, size_t n, struct error *err) MUST_CHECK;
@@ -184,7 +206,8 @@ struct dirty_store {
     int (*can_add)(struct dirty_store *s, struct node *n, const char *name,
                    uint64_t granularity_bytes, struct error *err);
     int (*remove)(struct dirty_store *s, struct node *n, const char *name, struct error *err);
-    int (*begin)(struct dirty_store *s, struct node *n, struct error *err); /* dirty_begin's */
+    int (*begin)(struct dirty_store *s, struct node *const *nodes, size_t n,
+                 struct error *err); /* dirty_begin's */
     /* dirty_commit's and dirty_settle's work: what dirty_get_state says of N nodes' persistent
      * bitmaps becomes durable, of all or of none. */
     int (*commit)(struct dirty_store *s, struct node *const *nodes, size_t n, struct error *err);

@@ -127,7 +127,9 @@ static void add_abort(struct action *a)
 static int remove_prepare(struct action *a, struct error *err)
 {
     struct dirty_bitmap *bm;
-    int r = find_bitmap(a, DIRTY_CHECK_BUSY | DIRTY_CHECK_READONLY, &bm, err);
+    int r = find_bitmap(a, DIRTY_CHECK_READONLY, &bm, err);
+    if (r == 0 && !dirty_held(bm)) /* in doubt: who can tell may never come back */
+        r = dirty_check(bm, DIRTY_CHECK_BUSY, err);
     if (r == 0)
         r = dirty_remove_stored(bm, err);
     if (r < 0)
@@ -396,7 +398,7 @@ static int prepare_node(struct action *a, struct error *err)
 static int join(struct transaction *t, struct node *overlay, struct error *err)
 {
     t->nodes[t->node_count++] = node_ref(overlay);
-    return dirty_begin(&overlay, 1, err);
+    return dirty_join(&overlay, 1, err);
 }
 
 static int put_overlay(struct action *a, struct node *overlay, struct error *err)

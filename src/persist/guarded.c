@@ -155,6 +155,7 @@ static int leave_records(struct keeper *k, struct error *err)
 
     super_copy(&s, tide_super(k->tide));
     tide_table_fini(&s.table);
+    keeper_carry_groups(k, &s); /* nothing is in doubt: it asks nobody any more */
     s.in_use = false;
     return tide_write_super(k->tide, &s, err);
 }
@@ -171,6 +172,7 @@ static void end_tide(struct keeper *k)
 
     if (k->tide) {
         super_copy(&old, tide_super(k->tide));
+        keeper_drop_old_records(k, &old);
         int r = old.n_records ? leave_records(k, &err) : tide_remove(steal(k->tide), &err);
         if (r < 0)
             log_warning("Node '%s': %s", node_name(k->node), err.text);
@@ -195,6 +197,7 @@ void keeper_end_guarded(struct keeper *k)
 
     checkpoint_stop(k);
     hot_free(steal(k->hot));
+    LOCKED(&k->lock); /* what is gone from memory may yet be collected (keeper_bits_gone) */
     const bool read_only = k->node->read_only; /* then there is what was added since, at most */
     int r = image_save(k->options.image, !k->lost && !read_only, &err);
     if (r < 0 && (k->lost || read_only))

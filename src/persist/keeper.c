@@ -312,7 +312,8 @@ int keeper_renew(struct keeper *k, struct error *err)
     bool all = true;
 
     super_copy(&c.next, tide_super(k->tide));
-    keeper_carry_groups(k, &c.next);
+    if (tide_id_none(&k->doubt.group)) /* else it says what is to be carried on */
+        keeper_carry_groups(k, &c.next);
     c.current = xcalloc(c.next.table.n + 1, sizeof *c.current);
     c.successor = xcalloc(c.next.table.n + 1, sizeof *c.successor);
     for (size_t i = 0; i < c.next.table.n; i++) {

@@ -79,8 +79,8 @@ int keeper_commit(struct keeper *k, struct error *err) MUST_CHECK;
 /* The same for several disks: durably all or none. */
 int keepers_commit(struct keeper *const *ks, size_t n, struct error *err) MUST_CHECK;
 /* Before a transaction changes anything in memory: what recovery has found is written anew; the
- * image says that its copies are in use. */
-int keeper_begin(struct keeper *k, struct error *err) MUST_CHECK;
+ * images say that their copies are in use. -EBUSY: they cannot change together, see group.c. */
+int keepers_begin(struct keeper *const *ks, size_t n, struct error *err) MUST_CHECK;
 
 /* Around a write, see struct write_observer. */
 int keeper_before_write(struct keeper *k, struct range r) MUST_CHECK;

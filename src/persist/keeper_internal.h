@@ -87,11 +87,11 @@ struct keeper {
     uint64_t resizing_bytes; /* equal to the disk's size: it is not being resized */
 
     /* A group that was prepared when the last program ended, and whose first member cannot be
-     * asked: its bitmaps are busy, and both outcomes are carried on. */
+     * asked: its bitmaps are held (dirty_hold), and both outcomes are carried on (group.c). */
     struct {
         struct tide_id group; /* none: no doubt */
         struct tide_member coordinator;
-        struct tide_table next; /* generations and jobs, if it was committed */
+        struct tide_table no, yes; /* what the bitmaps are then; places and bits: dirty/'s */
     } doubt;
 
     struct {
@@ -137,6 +137,7 @@ int keeper_change_state(struct keeper *k, struct error *err) MUST_CHECK;
  * NULL. */
 int keeper_renew(struct keeper *k, struct error *err) MUST_CHECK;
 void keeper_give_up(struct keeper *k, const struct error *why);
+int keeper_begin(struct keeper *k, struct error *err) MUST_CHECK;
 /* The steps of a change, for groups. */
 bool keeper_has_to_commit(const struct keeper *k);
 bool keeper_has_bitmaps(const struct keeper *k);
@@ -210,10 +211,18 @@ void checkpoint_info(const struct keeper *k, struct json_object *info);
 
 /* What a change leaves as it is: a group that is in doubt, records of groups that others need. */
 void keeper_carry_groups(struct keeper *k, struct super *next);
-/* The table of S that holds: with a group that was prepared, the one that the group's record tells.
- * *DOUBT: nobody knows; then it is the older. */
-const struct tide_table *keeper_resolve(struct keeper *k, const struct super *s, bool *doubt);
+/* The table of S that holds, in *RET: with a group that was prepared, the one that the group's
+ * record tells. *DOUBT: nobody knows; then it is the older, and k->doubt has both. */
+void keeper_resolve(struct keeper *k, const struct super *s, struct tide_table *ret, bool *doubt);
 void keeper_forget_doubt(struct keeper *k);
+/* Records of groups that nobody asks for any more. */
+void keeper_drop_old_records(struct keeper *k, struct super *s);
+/* Does some bitmap of K wait for the answer? */
+bool keeper_in_doubt(const struct keeper *k);
+/* Hexadecimal. */
+void keeper_group_text(const struct tide_id *group, char text[33]);
+/* A disk has been opened: who is in doubt asks again. The graph is locked. */
+void keepers_ask_again(struct keepers *all);
 
 /* ---- recover.c ---- */
 

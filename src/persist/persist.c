@@ -306,36 +306,51 @@ static int store_remove(struct dirty_store *s, struct node *n, const char *name,
     return pn && pn->image ? image_remove(pn->image, name, err) : 0;
 }
 
-static int store_begin(struct dirty_store *s, struct node *n, struct error *err)
+/* Images without a tide file. */
+static int use_images_for_change(struct node *const *nodes, size_t n, struct error *err)
 {
-    struct persist_node *pn = node_of(n);
+    int r = 0;
 
-    if (!pn || n->read_only)
-        return 0;
-    if (pn->keeper)
-        return keeper_begin(pn->keeper, err);
-    return use_image_for_change(pn, err);
+    for (size_t i = 0; r == 0 && i < n; i++) {
+        struct persist_node *pn = node_of(nodes[i]);
+        if (pn && !pn->keeper && !nodes[i]->read_only)
+            r = use_image_for_change(pn, err);
+    }
+    return r;
 }
 
-static int store_commit(struct dirty_store *s, struct node *const *nodes, size_t n,
-                        struct error *err)
+/* Each once. */
+static size_t keepers_of(struct node *const *nodes, size_t n, struct keeper **ks)
 {
-    CLEANUP(memory_freep) struct keeper **ks = xcalloc(n + 1, sizeof(struct keeper *));
     size_t count = 0;
 
     for (size_t i = 0; i < n; i++) {
         struct keeper *k = keeper_of(nodes[i]);
-        struct persist_node *pn = node_of(nodes[i]);
-        int r = !k && pn && !nodes[i]->read_only ? use_image_for_change(pn, err) : 0;
-        if (r < 0)
-            return r;
         for (size_t j = 0; k && j < count; j++)
             if (ks[j] == k)
                 k = NULL;
         if (k)
             ks[count++] = k;
     }
-    return keepers_commit(ks, count, err);
+    return count;
+}
+
+static int store_begin(struct dirty_store *s, struct node *const *nodes, size_t n,
+                       struct error *err)
+{
+    CLEANUP(memory_freep) struct keeper **ks = xcalloc(n + 1, sizeof(struct keeper *));
+
+    int r = use_images_for_change(nodes, n, err);
+    return r < 0 ? r : keepers_begin(ks, keepers_of(nodes, n, ks), err);
+}
+
+static int store_commit(struct dirty_store *s, struct node *const *nodes, size_t n,
+                        struct error *err)
+{
+    CLEANUP(memory_freep) struct keeper **ks = xcalloc(n + 1, sizeof(struct keeper *));
+
+    int r = use_images_for_change(nodes, n, err);
+    return r < 0 ? r : keepers_commit(ks, keepers_of(nodes, n, ks), err);
 }
 
 static int store_flush(struct dirty_store *s, struct node *n)

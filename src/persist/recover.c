@@ -18,7 +18,8 @@
  * written (writes.c).
  *
  * And, bitmap by bitmap: what was inconsistent, or has no durable base, stays so. A bitmap that a
- * job held is its current OR its successor: as if the job had failed.
+ * job held is its current OR its successor: as if the job had failed. One that was to move on with
+ * other disks is found by the answer to whether it has; without an answer both are kept (group.c).
  *
  * Nothing is written here. What has been found is written anew when the node is first written to or
  * closed (keeper.c: a session begins); until then the next open finds no less. Only that bitmaps
@@ -34,7 +35,7 @@
 
 /* What there is to go by. */
 struct found {
-    const struct tide_table *sets; /* that hold */
+    const struct tide_table *sets, *others; /* that hold; NULL, or in doubt: or these */
     enum recovery verdict;
     uint32_t *table; /* of hot regions; NULL: none are to be added */
     bool segments;
@@ -144,7 +145,7 @@ static int weigh(struct keeper *k, struct found *f, struct error *err)
         keeper_decide(k, RECOVERY_CLEAN, "");
         return 0;
     }
-    if (have_segments(k, s, f->sets)) {
+    if (have_segments(k, s, f->sets) && (!f->others || have_segments(k, s, f->others))) {
         f->segments = true;
         keeper_decide(k, RECOVERY_EXACT, "the last program was killed");
         return 0;
@@ -201,9 +202,10 @@ static void add_hot(struct keeper *k, const struct found *f, struct bitmap *bits
     k->recovery.bytes_added += bitmap_count(bits) - before;
 }
 
-static const struct tide_bitmap *find(const struct tide_table *t, const struct tide_bitmap *b)
+/* Is there anything in what B says, of a disk that was left as S says? */
+static bool is_usable(const struct found *f, const struct super *s, const struct tide_bitmap *b)
 {
-    return tide_table_find((struct tide_table *)t, b->name);
+    return f->verdict != RECOVERY_NONE && !b->inconsistent && (b->based || !s->in_use);
 }
 
 /* Is nothing in the tide file that the image does not tell? We were killed before it could name the
@@ -216,86 +218,210 @@ static bool image_tells_all(const struct image *image, const struct tide_table *
     return !image_has_in_use(image);
 }
 
-/* OTHER: what B is if a group that is in doubt was committed; NULL: the same, or no doubt. */
-static int make_dirty(struct keeper *k, const struct found *f, const struct tide_bitmap *b,
-                      const struct tide_bitmap *other, struct error *err)
+/* BITS, which have the disk's size, get what B had; HOT: and what was hot. -EBADMSG: that cannot be
+ * told any more. */
+static int load(struct keeper *k, const struct found *f, const struct tide_bitmap *b, bool hot,
+                struct bitmap *bits, struct error *why)
 {
     const struct super *s = tide_super(k->tide);
-    const unsigned flags = DIRTY_PERSISTENT | DIRTY_LOADED | (b->enabled ? 0 : DIRTY_DISABLED);
-    bool usable = f->verdict != RECOVERY_NONE && !b->inconsistent && (b->based || !s->in_use);
-    struct image *image = k->options.image;
-    struct dirty_bitmap *bm;
+    const uint64_t size = bitmap_size(bits);
     int r;
 
-    if (image && image_has(image, b->name) && !BROKEN(tide_preferred_to_image)) {
-        r = image_load(image, b->name, &bm, err);
-        if (r == 0 && bm && k->guarded) /* else others may have given it another base */
-            dirty_set_generation(bm, b->generation, b->last_job);
-        return r;
-    }
-    /* Then it says inconsistent, too, and knows how its clusters are to be freed. And a tide file
-     * that the image does not name knows nothing of it. */
-    if (image && f->verdict == RECOVERY_NONE && (image_names(image, b->name) || k->foreign) &&
-        !BROKEN(tide_preferred_to_image))
-        return 0;
-    k->from_tide = true;
-    r = dirty_add(k->node, b->name, 1ull << b->granularity_bits, flags, &bm, err);
-    if (r < 0)
-        return r;
-    dirty_set_generation(bm, b->generation, b->last_job);
-    if (!usable) {
-        dirty_set_inconsistent(bm);
-        return 0;
-    }
-    struct bitmap *bits = dirty_bits(bm);
-    uint64_t size = bitmap_size(bits);
     if (size != s->size_bytes && (r = bitmap_resize(bits, s->size_bytes)) < 0)
-        return error_set_errno(err, -r, "Bitmap '%s'", b->name);
-    struct error why = ERROR_INIT;
-    r = read_set(k, f, b, b->current, bits, &why);
+        return error_set_errno(why, -r, "Bitmap '%s'", b->name);
+    r = read_set(k, f, b, b->current, bits, why);
     if (r == 0)
-        r = read_set(k, f, b, b->successor, bits, &why);
-    if (r == 0 && other)
-        r = read_set(k, f, other, other->current, bits, &why);
-    if (r == 0 && other)
-        r = read_set(k, f, other, other->successor, bits, &why);
-    if (r == -EBADMSG) {
-        log_warning("Node '%s': bitmap '%s' is inconsistent: %s", node_name(k->node), b->name,
-                    why.text);
-        dirty_set_inconsistent(bm);
-        return 0;
-    }
-    if (r < 0 && err)
-        *err = why;
-    if (r < 0)
-        return r;
-    if (f->table && b->enabled)
+        r = read_set(k, f, b, b->successor, bits, why);
+    if (r == 0 && f->table && hot)
         add_hot(k, f, bits);
     if (size != s->size_bytes) {
         /* Cut while it was resized: what grew is dirty. */
-        if ((r = bitmap_resize(bits, size)) < 0)
-            return error_set_errno(err, -r, "Bitmap '%s'", b->name);
+        int resized = bitmap_resize(bits, size);
+        if (resized < 0)
+            return error_set_errno(why, -resized, "Bitmap '%s'", b->name);
         if (size > s->size_bytes)
             bitmap_mark(bits, range_between(s->size_bytes, size));
     }
+    return r;
+}
+
+static void tell_unreadable(struct keeper *k, const struct tide_bitmap *b, const struct error *why)
+{
+    log_warning("Node '%s': bitmap '%s' is inconsistent: %s", node_name(k->node), b->name,
+                why->text);
+}
+
+static int add(struct keeper *k, const struct tide_bitmap *b, unsigned granularity_bits,
+               bool enabled, struct dirty_bitmap **ret, struct error *err)
+{
+    const unsigned flags = DIRTY_PERSISTENT | DIRTY_LOADED | (enabled ? 0 : DIRTY_DISABLED);
+
+    k->from_tide = true;
+    int r = dirty_add(k->node, b->name, 1ull << granularity_bits, flags, ret, err);
+    if (r == 0)
+        dirty_set_generation(*ret, b->generation, b->last_job);
+    return r;
+}
+
+/* Has the image what holds of the bitmap of this name? Either it is exact, or it says inconsistent,
+ * too, and knows how its clusters are to be freed. And a tide file that the image does not name
+ * knows nothing of it. */
+static bool is_images_own(const struct keeper *k, const struct found *f, const char *name)
+{
+    struct image *image = k->options.image;
+
+    return image && !BROKEN(tide_preferred_to_image) &&
+           (image_has(image, name) ||
+            (f->verdict == RECOVERY_NONE && (image_names(image, name) || k->foreign)));
+}
+
+/* Of such a bitmap. NO, YES: what the tide file says of it, by either answer if that is in doubt;
+ * NULL: nothing.
+ *
+ * No doubt is of the bits of a copy that is exact. Before a group is prepared its members' copies
+ * are in use, durably, and only a save says again that they are not: ours, which leaves out what is
+ * held, so whoever made it knew the answer; or another program's, which takes over no copy that is
+ * in use. But here nobody knows which of two generations it has: then it is none that a client has
+ * seen. */
+static int load_images_own(struct keeper *k, const struct found *f, const struct tide_bitmap *no,
+                           const struct tide_bitmap *yes, const char *name, struct error *err)
+{
+    struct dirty_bitmap *bm;
+
+    if (!image_has(k->options.image, name))
+        return 0;
+    int r = image_load(k->options.image, name, &bm, err);
+    /* Without our guard others may have given it another base: then, too. */
+    if (r == 0 && bm && k->guarded && no && yes && no->generation == yes->generation)
+        dirty_set_generation(bm, no->generation, no->last_job);
+    return r;
+}
+
+static int make_dirty(struct keeper *k, const struct found *f, const struct tide_bitmap *b,
+                      struct error *err)
+{
+    struct error why = ERROR_INIT;
+    struct dirty_bitmap *bm;
+
+    if (is_images_own(k, f, b->name))
+        return load_images_own(k, f, b, b, b->name, err);
+    int r = add(k, b, b->granularity_bits, b->enabled, &bm, err);
+    if (r < 0)
+        return r;
+    if (is_usable(f, tide_super(k->tide), b)) {
+        r = load(k, f, b, b->enabled, dirty_bits(bm), &why);
+        if (r < 0 && r != -EBADMSG) {
+            if (err)
+                *err = why;
+            return r;
+        }
+        if (r < 0)
+            tell_unreadable(k, b, &why);
+    } else {
+        r = -EBADMSG;
+    }
     bool as_it_was = f->verdict == RECOVERY_CLEAN || (f->segments && BROKEN(segment_reused));
-    if (as_it_was && !b->successor.epoch)
-        keeper_adopt(k, bm, bits, b, b->current);
+    if (r < 0)
+        dirty_set_inconsistent(bm);
+    else if (as_it_was && !b->successor.epoch)
+        keeper_adopt(k, bm, dirty_bits(bm), b, b->current);
     return 0;
 }
 
-/* Bitmaps that the group has moved on, or not: whose base nobody knows. */
-static void hold_doubtful(struct keeper *k, const struct tide_table *old,
-                          const struct tide_table *new)
+/* ---- in doubt ---- */
+
+/* What B, which is of one of the two tables in doubt, says of the bits. In the end it says itself
+ * whether it can be trusted. */
+static int load_outcome(struct keeper *k, const struct found *f, struct tide_bitmap *b, bool hot,
+                        struct bitmap *bits, struct error *err)
 {
-    for (size_t i = 0; i < old->n; i++) {
-        const struct tide_bitmap *was = &old->items[i], *is = find(new, was);
-        struct dirty_bitmap *bm = dirty_find(k->node, was->name);
-        if (bm &&
-            (!is || is->generation != was->generation || is->current.epoch != was->current.epoch ||
-             is->successor.epoch != was->successor.epoch))
-            dirty_set_busy(bm, true);
+    struct error why = ERROR_INIT;
+    int r = 0;
+
+    b->inconsistent = !is_usable(f, tide_super(k->tide), b);
+    b->based = true;
+    if (b->inconsistent)
+        return 0;
+    if (bitmap_granularity(bits) == 1ull << b->granularity_bits) {
+        r = load(k, f, b, hot, bits, &why);
+    } else { /* removed, and another one of the name added */
+        CLEANUP(bitmap_freep)
+        struct bitmap *its = bitmap_new(bitmap_size(bits), 1ull << b->granularity_bits);
+        r = its ? load(k, f, b, hot, its, &why)
+                : error_set_errno(&why, ENOMEM, "Bitmap '%s'", b->name);
+        if (r == 0)
+            bitmap_merge(bits, its);
     }
+    if (r == -ENOMEM) {
+        if (err)
+            *err = why;
+        return r;
+    }
+    if (r < 0)
+        tell_unreadable(k, b, &why);
+    b->inconsistent = r < 0;
+    return 0;
+}
+
+/* NO, YES: what a bitmap is by either answer; NULL: it is not there. */
+static int hold(struct keeper *k, const struct found *f, struct tide_bitmap *no,
+                struct tide_bitmap *yes, struct error *err)
+{
+    const unsigned bits = !yes  ? no->granularity_bits
+                          : !no ? yes->granularity_bits
+                                : min_u64(no->granularity_bits, yes->granularity_bits);
+    const bool record = (no && no->enabled) || (yes && yes->enabled);
+    struct bitmap *of_yes;
+    struct dirty_bitmap *bm;
+    char group[33];
+
+    const char *name = no ? no->name : yes->name;
+    if (is_images_own(k, f, name))
+        return load_images_own(k, f, no, yes, name, err);
+    int r = add(k, no ? no : yes, bits, record, &bm, err);
+    if (r < 0)
+        return r;
+    if (!no)
+        dirty_set_generation(bm, 0, NULL);
+    keeper_group_text(&k->doubt.group, group);
+    CLEANUP(memory_freep)
+    char *why = xasprintf("whether it has moved on with group %s is known to '%s' alone, which is "
+                          "not there",
+                          group, k->doubt.coordinator.path);
+    r = dirty_hold(bm, record, why, &of_yes, err);
+    if (r == 0 && no)
+        r = load_outcome(k, f, no, false, dirty_bits(bm), err);
+    if (r == 0 && yes)
+        r = load_outcome(k, f, yes, record, of_yes, err);
+    if (r == 0 && no && !yes && f->table && record) /* what is written is in the successor */
+        add_hot(k, f, of_yes);
+    if (r == 0 && (!no || no->inconsistent) && (!yes || yes->inconsistent))
+        dirty_set_inconsistent(bm);
+    return r;
+}
+
+static bool is_same(const struct tide_bitmap *a, const struct tide_bitmap *b)
+{
+    return a && b && a->generation == b->generation && a->current.epoch == b->current.epoch &&
+           a->successor.epoch == b->successor.epoch && a->enabled == b->enabled &&
+           a->inconsistent == b->inconsistent && a->based == b->based;
+}
+
+/* A bitmap that is the same by either answer is in no doubt. */
+static int make_in_doubt(struct keeper *k, const struct found *f, struct error *err)
+{
+    struct tide_table *no = &k->doubt.no, *yes = &k->doubt.yes;
+    int r = 0;
+
+    for (size_t i = 0; r == 0 && i < no->n; i++) {
+        struct tide_bitmap *is = tide_table_find(yes, no->items[i].name);
+        r = is_same(&no->items[i], is) ? make_dirty(k, f, &no->items[i], err)
+                                       : hold(k, f, &no->items[i], is, err);
+    }
+    for (size_t i = 0; r == 0 && i < yes->n; i++)
+        if (!tide_table_find(no, yes->items[i].name))
+            r = hold(k, f, NULL, &yes->items[i], err);
+    return r;
 }
 
 static void tell(const struct keeper *k)
@@ -303,9 +429,9 @@ static void tell(const struct keeper *k)
     const struct tide_table *t = &tide_super(k->tide)->table;
     const char *name = node_name(k->node);
 
-    if (!tide_id_none(&k->doubt.group))
+    if (keeper_in_doubt(k))
         log_warning("Node '%s': whether its bitmaps have moved on with others is known to '%s' "
-                    "alone, which is not there: they stay busy",
+                    "alone, which is not there: they stay busy until it is, or can be removed",
                     name, k->doubt.coordinator.path);
 
     switch (k->recovery.verdict) {
@@ -374,28 +500,34 @@ static int recover(struct keeper *k, struct error *err)
     k->epoch = BROKEN(epoch_reused) ? behind_named(s) : s->next_epoch;
     k->ring_next = s->ring_sequence;
     bool doubt;
-    f.sets = keeper_resolve(k, s, &doubt);
     if (k->options.image && !s->in_use && s->table.n == 0) {
         k->recovery.verdict = RECOVERY_NEW; /* it has records of groups, and no bitmaps */
         return 0;
     }
+    CLEANUP(tide_table_fini) struct tide_table sets = {0};
+    keeper_resolve(k, s, &sets, &doubt);
+    f.sets = &sets;
+    f.others = doubt ? &s->next : NULL;
     r = watch(k, f.sets, err);
+    if (r == 0 && doubt)
+        r = watch(k, f.others, err);
     if (r == 0)
         r = weigh(k, &f, err);
     f.verdict = k->recovery.verdict;
     if (f.verdict == RECOVERY_NONE)
         free(steal(f.table));
-    for (size_t i = 0; r == 0 && i < f.sets->n; i++)
-        r = make_dirty(k, &f, &f.sets->items[i], doubt ? find(&s->next, &f.sets->items[i]) : NULL,
-                       err);
-    if (doubt && r == 0)
-        hold_doubtful(k, f.sets, &s->next);
+    if (r == 0 && doubt)
+        r = make_in_doubt(k, &f, err);
+    for (size_t i = 0; r == 0 && !doubt && i < sets.n; i++)
+        r = make_dirty(k, &f, &sets.items[i], err);
     free(f.table);
     if (r < 0)
         return r;
     dirty_loaded(k->node);
     k->stale = f.verdict != RECOVERY_CLEAN || !tide_id_none(&s->group);
-    if (f.verdict == RECOVERY_NONE && k->options.image && image_tells_all(k->options.image, f.sets))
+    if (f.verdict == RECOVERY_NONE && k->options.image &&
+        image_tells_all(k->options.image, f.sets) &&
+        (!f.others || image_tells_all(k->options.image, f.others)))
         k->recovery.verdict = RECOVERY_NEW; /* as if the file was not there */
     tell(k);
     return 0;

@@ -182,6 +182,7 @@ int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **
     keeper_look(k);
     if (k->recovery.verdict == RECOVERY_NONE && !n->read_only && !BROKEN(verdict_not_kept))
         keep_verdict(k);
+    keepers_ask_again(k->options.peers);
     *ret = k;
     return 0;
 }
@@ -215,13 +216,14 @@ static int close_session(struct keeper *k, struct error *err)
 {
     const struct range all = range_make(0, node_size(k->node));
     CLEANUP(super_fini) struct super s = {0};
-    struct edge *e = node_primary(k->node);
+    struct edge *e = k->options.image ? NULL : node_primary(k->node);
     int fd = keeper_descriptor(k);
 
     int r = e ? edge_flush(e) : node_flush(k->node);
     if (r < 0)
         return error_set_errno(err, -r, "Could not flush the image");
     super_copy(&s, tide_super(k->tide));
+    keeper_drop_old_records(k, &s);
     for (size_t i = 0; r == 0 && i < s.table.n; i++) {
         struct tide_bitmap *b = &s.table.items[i];
         struct tide_area *areas[] = {&b->current, &b->successor};
@@ -244,6 +246,11 @@ static int close_session(struct keeper *k, struct error *err)
         error_set_errno(err, -r, "Could not look at the image");
     if (r < 0)
         return r;
+    if (BROKEN(group_close_drops_record))
+        while (s.n_records)
+            super_drop_record(&s, &s.records[0].group);
+    if (keeper_in_doubt(k))
+        keeper_carry_groups(k, &s); /* in the extents that these have now */
     s.in_use = false;
     s.ring_sequence = k->ring_next;
     return tide_write_super(k->tide, &s, err);
@@ -269,7 +276,8 @@ static void end_session(struct keeper *k)
     CLEANUP(super_fini) struct super old = {0};
     int r = 0;
 
-    if (k->options.image) {
+    /* An image has no place for two outcomes: while it is in doubt its tide file has all. */
+    if (k->options.image && (k->lost || k->node->read_only || !keeper_in_doubt(k))) {
         keeper_end_guarded(k);
         return;
     }
@@ -277,9 +285,12 @@ static void end_session(struct keeper *k)
         r = keeper_commit(k, &err); /* what recovery has found is not found twice */
     checkpoint_stop(k);
     hot_free(steal(k->hot));
+    LOCKED(&k->lock); /* what is gone from memory may yet be collected (keeper_bits_gone) */
     if (!k->in_use || !k->tide || k->lost)
         return;
     super_copy(&old, tide_super(k->tide));
+    if (old.table.n == 0)
+        keeper_drop_old_records(k, &old);
     if (r == 0 && tide_failed(k->tide))
         r = -EIO;
     if (r == 0)
@@ -379,7 +390,7 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
         return 0;
     }
     for (struct dirty_bitmap *bm = dirty_first(k->node); r == 0 && bm; bm = dirty_next(bm))
-        if (keeper_keeps(bm))
+        if (keeper_keeps(bm) && !dirty_held(bm))
             r = dirty_check(bm, DIRTY_CHECK_BUSY, err);
     if (r == 0 && k->options.image)
         r = image_reopen(k->options.image, true, true, err);
@@ -417,6 +428,14 @@ struct json_object *keeper_info(struct keeper *k)
     json_add_uint(info, "bytes-added", k->recovery.bytes_added);
     if (k->recovery.witness)
         json_add_string(info, "witness", k->recovery.witness);
+    if (keeper_in_doubt(k)) {
+        struct json_object *doubt = json_object_new_object();
+        char group[33];
+        keeper_group_text(&k->doubt.group, group);
+        json_add_string(doubt, "group", group);
+        json_add_string(doubt, "coordinator", k->doubt.coordinator.path);
+        json_add(info, "in-doubt", doubt);
+    }
     return info;
 }
 

@@ -46,8 +46,12 @@ enum {
     BITMAP_INCONSISTENT = 2,
     BITMAP_BASED = 4,
     BITMAP_HAS_JOB = 8,
-    BITMAP_FLAGS = 15,
+    BITMAP_ONLY_IF_YES = 16,
+    BITMAP_ENABLED_IF_YES = 32,
+    BITMAP_FLAGS = 63,
 };
+
+#define RECORD_UNDECIDED (UINT32_C(1) << 31)
 
 /* ---- memory ---- */
 
@@ -321,19 +325,32 @@ static int check_member(const struct check *c, const char *what, size_t i,
     return check_text(c, what, i, m->path, TIDE_PATH_MAX);
 }
 
+/* Bitmaps that are what they are only if the answer is yes stand beside those that then are. */
+static int check_ifs(const struct check *c, const char *table, const struct tide_table *t)
+{
+    for (size_t i = 0; i < t->n; i++)
+        if (t->items[i].only_if_yes || t->items[i].enabled_if_yes)
+            REFUSE(c, "%s %zu depends on an answer that nobody waits for", table, i);
+    return 0;
+}
+
 static int check_groups(const struct check *c)
 {
     const struct super *s = c->s;
+    int r;
     if (tide_id_none(&s->group)) {
         if (s->next.n || s->coordinator.path)
             REFUSE(c, "a table of %zu bitmaps is prepared for no group", s->next.n);
+        r = check_ifs(c, "bitmap", &s->table);
     } else {
-        int r = check_member(c, "coordinator", 0, &s->coordinator);
+        r = check_member(c, "coordinator", 0, &s->coordinator);
         if (r == 0)
             r = check_table(c, "prepared bitmap", &s->next);
-        if (r < 0)
-            return r;
+        if (r == 0)
+            r = check_ifs(c, "prepared bitmap", &s->next);
     }
+    if (r < 0)
+        return r;
     for (size_t i = 0; i < s->n_records; i++) {
         const struct tide_record *rec = &s->records[i];
         if (tide_id_none(&rec->group) || !rec->n)
@@ -342,7 +359,7 @@ static int check_groups(const struct check *c)
             if (tide_id_equal(&s->records[k].group, &rec->group))
                 REFUSE(c, "commit records %zu and %zu are of one group", k, i);
         for (size_t k = 0; k < rec->n; k++) {
-            int r = check_member(c, "member", k, &rec->members[k]);
+            r = check_member(c, "member", k, &rec->members[k]);
             if (r < 0)
                 return r;
         }
@@ -411,7 +428,9 @@ static void put_table(struct out_cursor *c, const struct tide_table *t)
         size_t name = strlen(b->name), job = b->last_job ? strlen(b->last_job) : 0;
         unsigned flags = (b->enabled ? BITMAP_ENABLED : 0) |
                          (b->inconsistent ? BITMAP_INCONSISTENT : 0) |
-                         (b->based ? BITMAP_BASED : 0) | (b->last_job ? BITMAP_HAS_JOB : 0);
+                         (b->based ? BITMAP_BASED : 0) | (b->last_job ? BITMAP_HAS_JOB : 0) |
+                         (b->only_if_yes ? BITMAP_ONLY_IF_YES : 0) |
+                         (b->enabled_if_yes ? BITMAP_ENABLED_IF_YES : 0);
         if (job > UINT16_MAX) {
             c->overrun = true; /* as if there were no room for it */
             return;
@@ -479,7 +498,7 @@ int super_encode(const struct super *s, void *buf, size_t *length, struct error 
     }
     for (size_t i = 0; i < s->n_records; i++) {
         put_id(&c, &s->records[i].group);
-        put_le32(&c, (uint32_t)s->records[i].n);
+        put_le32(&c, (uint32_t)s->records[i].n | (s->records[i].undecided ? RECORD_UNDECIDED : 0));
         for (size_t k = 0; k < s->records[i].n; k++)
             put_member(&c, &s->records[i].members[k]);
     }
@@ -548,6 +567,8 @@ static int get_bitmap(struct cursor *c, const char *what, size_t i, struct tide_
     b->enabled = flags & BITMAP_ENABLED;
     b->inconsistent = flags & BITMAP_INCONSISTENT;
     b->based = flags & BITMAP_BASED;
+    b->only_if_yes = flags & BITMAP_ONLY_IF_YES;
+    b->enabled_if_yes = flags & BITMAP_ENABLED_IF_YES;
     b->current.extent = get_u8(c);
     b->successor.extent = get_u8(c);
     b->generation = get_le64(c);
@@ -605,6 +626,8 @@ static int get_record(struct cursor *c, struct tide_record *rec, struct error *e
     int r = 0;
     rec->group = get_id(c);
     uint32_t n = get_le32(c);
+    rec->undecided = n & RECORD_UNDECIDED;
+    n &= ~RECORD_UNDECIDED;
     rec->members = items_for(c, n, MEMBER_HEAD, sizeof *rec->members);
     if (!rec->members)
         return error_set(err, EBADMSG, "%u members of a group do not fit into %zu bytes", n,

@@ -45,6 +45,9 @@ struct tide_bitmap {
     bool enabled;      /* records; of a busy one: its successor does */
     bool inconsistent; /* must not be trusted until it is cleared or rebuilt */
     bool based;        /* its base is durable; a crash before makes it inconsistent */
+    /* Of a table in doubt, which is written to meanwhile: what it is not if the answer is no. */
+    bool only_if_yes;    /* there */
+    bool enabled_if_yes; /* enabled */
     uint64_t generation;
     char *last_job; /* that raised the generation; NULL: no job did */
     /* Offsets in the tide file; 0: not allocated (never needed so far; level process). Each has
@@ -66,11 +69,12 @@ struct tide_member {
 };
 
 /* In the first member's file: the group has been committed, and these (itself too) may not all
- * have followed yet. */
+ * have followed yet; or, UNDECIDED, it has not been so far, and they may be asking. */
 struct tide_record {
     struct tide_id group;
     struct tide_member *members;
     size_t n;
+    bool undecided;
 };
 
 struct super {

@@ -520,8 +520,28 @@ static bool is_used(const struct tide_bitmap *b, unsigned extent)
     return extent == b->current.extent || (b->successor.epoch && extent == b->successor.extent);
 }
 
+static uint64_t epoch_in(const struct tide_bitmap *b, unsigned extent)
+{
+    return b->current.extent == extent     ? b->current.epoch
+           : b->successor.extent == extent ? b->successor.epoch
+                                           : 0;
+}
+
+/* Where the table has the area that extent E of B, of the prepared one, is: an epoch is one area's.
+ * 0: it has not. */
+static uint64_t shared_extent(const struct super *s, const struct tide_bitmap *b, unsigned e)
+{
+    const uint64_t epoch = epoch_in(b, e);
+
+    for (size_t k = 0; epoch && k < s->table.n; k++)
+        for (unsigned o = 0; o < TIDE_EXTENTS; o++)
+            if (epoch_in(&s->table.items[k], o) == epoch)
+                return s->table.items[k].extent[o];
+    return 0;
+}
+
 /* Gives both tables extents. What the prepared one has in common with the other it keeps in common,
- * which is told by the offsets that they had. */
+ * which is told by the areas' epochs, and by the offsets that they had. */
 static void place(struct super *s, const struct super *before)
 {
     bool none = s->level == TIDE_PROCESS && s->in_use;
@@ -534,8 +554,9 @@ static void place(struct super *s, const struct super *before)
     for (size_t i = 0; i < s->next.n; i++)
         for (unsigned e = 0; e < TIDE_EXTENTS; e++) {
             struct tide_bitmap *b = &s->next.items[i];
-            uint64_t was = before->next.items[i].extent[e], is = 0;
-            for (size_t k = 0; was && k < s->table.n; k++)
+            const uint64_t was = before->next.items[i].extent[e];
+            uint64_t is = shared_extent(s, b, e);
+            for (size_t k = 0; was && !is && k < s->table.n; k++)
                 for (unsigned o = 0; o < TIDE_EXTENTS; o++)
                     if (before->table.items[k].extent[o] == was)
                         is = s->table.items[k].extent[o];

@@ -50,8 +50,10 @@ static SCHEMA_LIST(BlockDirtyInfo);
 SCHEMA_ENUM(XTidemarkRecoveryState, VALUE("new"), VALUE("clean"), VALUE("exact"), VALUE("superset"),
             VALUE("none"));
 
+static SCHEMA_OBJECT(XTidemarkDoubt, REQ("group", str), REQ("coordinator", str));
+
 static SCHEMA_OBJECT(XTidemarkRecovery, REQ("state", XTidemarkRecoveryState), OPT("reason", str),
-                     REQ("bytes-added", int), OPT("witness", str));
+                     REQ("bytes-added", int), OPT("witness", str), OPT("in-doubt", XTidemarkDoubt));
 
 static SCHEMA_OBJECT(XTidemarkHotRegions, REQ("region-size", int), REQ("slots", int),
                      REQ("hot", int), REQ("clean", int), REQ("waiting", int), REQ("commits", int),

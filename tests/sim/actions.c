@@ -470,7 +470,8 @@ static void quiet(void *self, struct life *l)
     struct actor *a = self;
     for (unsigned i = 0; i < a->n; i++)
         a->bad |= !look(a, a->row[i].name).good;
-    if (a->doing.kind == NOTHING) /* else it has not looked yet what became of it */
+    /* Else it has not looked yet what became of it, or since somebody else wrote. */
+    if (a->doing.kind == NOTHING && !(a->d->blind && history_absent(l, a)))
         judge(a, "at rest");
 }
 

@@ -21,6 +21,7 @@ struct backup {
     bool succeeded;
     bool full, keeps; /* keeps: success moves the bitmap's base */
     bool always;      /* what a failed one has achieved counts */
+    bool clears, cut; /* the bitmap, in the same command; which has not been answered */
     char job[24], node[24], path[SIM_PATH];
     uint64_t generation; /* of the bitmap, before it */
     uint64_t from;       /* of the instant; that itself is known when the command has returned */
@@ -93,8 +94,10 @@ static void judge_bitmap(struct client *c, const char *when, bool exact)
         return;
     uint8_t *buf = malloc(c->d->size);
     uint64_t for_nothing = 0, budget = 0;
+    struct dirty_state st;
     const uint64_t outwards = max_u64(dirty_granularity(bm), c->in_chunks ? 64 * KiB : 0);
     assert(buf);
+    dirty_get_state(bm, &st);
     int r = history_read_all(c->d->edge, c->d->size, buf);
     if (r < 0)
         violation(c->h, "%s cannot be read %s: %s", c->d->node, when, strerror(-r));
@@ -104,6 +107,9 @@ static void judge_bitmap(struct client *c, const char *when, bool exact)
         uint32_t stamp;
         (void)!stamp_read(buf + i * MODEL_SECTOR, &stamp);
         bool set = bitmap_get(dirty_bits(bm), i * MODEL_SECTOR);
+        /* So it stays if its job's end cannot be made durable. */
+        if (dirty_busy(bm) && st.successor)
+            set |= bitmap_get(st.successor, i * MODEL_SECTOR);
         if (stamp != c->kept[i] && !set)
             violation(c->h,
                       "LOST: %s, %s: sector %llu holds %#x, the chain has %#x, and '%s' is clear",
@@ -187,6 +193,8 @@ static int open_target(struct client *c, struct life *l, const char *path, struc
     return history_open(l, json, ret, &err);
 }
 
+static uint64_t generation(struct client *c);
+
 /* The chain with B on top is the disk at its instant? And it becomes the chain, if B keeps. */
 static void take_in(struct client *c, struct node *target)
 {
@@ -214,12 +222,17 @@ static void take_in(struct client *c, struct node *target)
         if (b->keeps)
             c->kept[i] = stamp;
     }
-    if (b->keeps && b->succeeded) {
-        c->has_chain = true;
+    /* A job can succeed before its command is answered: the disk is still being flushed for the
+     * clear, and a cut there leaves the bitmap with the bits that it had, and its generation. */
+    const bool was_cleared = !b->clears || !b->cut || generation(c) != b->generation;
+    if (b->keeps && b->succeeded && was_cleared) {
         c->base_from = b->instant.from;
         c->in_chunks = false;
         c->losses = b->losses;
+    } else if (b->keeps && b->succeeded) {
+        c->in_chunks |= !c->has_chain; /* of a failed job that it has not kept */
     }
+    c->has_chain |= b->keeps && b->succeeded;
 }
 
 /* ---- jobs ---- */
@@ -326,8 +339,6 @@ static void await_job(struct client *c, struct life *l)
         machine_note(&c->h->m, "%s was cancelled", b->job);
 }
 
-static uint64_t generation(struct client *c);
-
 static void back_up(struct client *c, struct life *l, const char *bitmap_action)
 {
     static const char *const modes[] = {"on-success", "always", "never"};
@@ -340,6 +351,7 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
 
     *b = (struct backup){.full = *bitmap_action, .always = !strcmp(mode, "always")};
     b->keeps = b->full || strcmp(mode, "never");
+    b->clears = !strcmp(bitmap_action, "clear");
     snprintf(b->job, sizeof b->job, "job%u-%u", c->number, ++c->next);
     snprintf(b->node, sizeof b->node, "target%u-%u", c->number, c->next);
     snprintf(b->path, sizeof b->path, "/d/backup%u-%u", c->number, c->next);
@@ -466,9 +478,10 @@ static void quiet(void *self, struct life *l)
 {
     struct client *c = self;
     struct dirty_bitmap *bm = bitmap(c);
-    if (!c->backup.running) /* else it has not asked yet what became of it */
-        judge_bitmap(c, "at rest",
-                     !c->losses && !history_absent(l, c) && c->h->m.n_faults == l->faults_before);
+    const bool absent = history_absent(l, c);
+    /* Else it has not asked yet what became of it, or has not looked since somebody else wrote. */
+    if (!c->backup.running && !(absent && c->d->blind))
+        judge_bitmap(c, "at rest", !c->losses && !absent && c->h->m.n_faults == l->faults_before);
     c->had_bitmap = bm && dirty_persistent(bm) && !dirty_inconsistent(bm) &&
                     c->h->m.n_faults == l->faults_before;
 }
@@ -476,8 +489,10 @@ static void quiet(void *self, struct life *l)
 static void ended(void *self, enum life_end end, bool power, bool no_segments)
 {
     struct client *c = self;
-    if (c->backup.running && !c->backup.instant.held) /* cut inside the command: any time since */
+    if (c->backup.running && !c->backup.instant.held) { /* cut inside the command: any time since */
+        c->backup.cut = true;
         model_instant(&c->d->model, c->backup.from, &c->backup.instant);
+    }
     if (power)
         c->left = LEFT_POWERLESS;
     else if (c->left == LEFT_CLEAN && end == END_KILLED)

@@ -26,7 +26,10 @@ _Noreturn void violation_at(const char *file, int line, struct history *h, const
     fflush(stdout);
     fprintf(stderr, "%s:%d: seed %llu: %s\nrepeat with: tests/sim/sim --seed %llu%s%s%s --trace\n",
             file, line, (unsigned long long)h->seed, text, (unsigned long long)h->seed,
-            settings.persist ? " --persist" : "", settings.strict ? " --strict" : "",
+            settings.groups    ? " --groups"
+            : settings.persist ? " --persist"
+                               : "",
+            settings.strict ? " --strict" : "",
             settings.exhaustive  ? " --exhaustive 1000000"
             : settings.no_faults ? " --no-faults"
                                  : "");
@@ -457,6 +460,50 @@ static void open_disk(struct life *l, struct disk *d)
     use_disk(l, d);
 }
 
+/* A disk is taken away, or brought back, with its tide file. */
+static void come_and_go(struct history *h, struct disk *d, bool absent)
+{
+    char tide[SIM_PATH + 8], away[SIM_PATH + 16];
+    HEAP_OF_THE_MACHINE();
+
+    if (d->absent == absent)
+        return;
+    d->absent = absent;
+    snprintf(tide, sizeof tide, "%s.tide", d->path);
+    snprintf(away, sizeof away, "%s.away", tide);
+    if (store_rename(&h->m.store, absent ? tide : away, absent ? away : tide) == 0)
+        store_sync_dir(&h->m.store, store_dir(&h->m.store, "/d"), store_moment(&h->m.store) + 1);
+    machine_note(&h->m, "%s %s", d->node, absent ? "is away" : "comes");
+}
+
+bool history_open_late(struct life *l)
+{
+    struct history *h = l->h;
+    bool any = false;
+
+    if (!l->late || !one_in(&h->more_dice, 4))
+        return false;
+    l->late = false;
+    for (unsigned i = 0; i < h->n_disks; i++) {
+        struct disk *d = &h->disks[i];
+        if (!d->absent)
+            continue;
+        const struct faults faults = h->m.faults; /* it comes well */
+        h->m.faults = (struct faults){.path = ""};
+        d->coming = true;
+        come_and_go(h, d, false);
+        open_disk(l, d);
+        judge_content(l, d);
+        d->coming = false;
+        for (unsigned k = 0; k < h->n_clients; k++)
+            if (h->clients[k].disk == d && h->clients[k].ops->opened)
+                h->clients[k].ops->opened(h->clients[k].self, l);
+        h->m.faults = faults;
+        any = true;
+    }
+    return any;
+}
+
 struct client_call {
     struct life *life;
     unsigned number;
@@ -471,14 +518,21 @@ static int client_task(void *arg)
     return 0;
 }
 
+/* Its client knows of nothing then, but for the end of the life. */
+static bool is_absent(const struct disk *d)
+{
+    return d && d->absent;
+}
+
 #define ALL_CLIENTS(h, function, ...)                                                              \
     for (unsigned k = 0; k < (h)->n_clients; k++)                                                  \
-        if ((h)->clients[k].ops->function)                                                         \
+        if ((h)->clients[k].ops->function && !is_absent((h)->clients[k].disk))                     \
     (h)->clients[k].ops->function((h)->clients[k].self __VA_OPT__(, ) __VA_ARGS__)
 
 #define PRESENT_CLIENTS(l, function, ...)                                                          \
     for (unsigned k = 0; k < (l)->h->n_clients; k++)                                               \
-        if ((l)->h->clients[k].ops->function && !((l)->absent >> k & 1))                           \
+        if ((l)->h->clients[k].ops->function && !((l)->absent >> k & 1) &&                         \
+            !is_absent((l)->h->clients[k].disk))                                                   \
     (l)->h->clients[k].ops->function((l)->h->clients[k].self, __VA_ARGS__)
 
 bool history_absent(const struct life *l, const void *client)
@@ -509,7 +563,8 @@ static void enough_room(struct history *h)
 static void count_checkpoints(struct history *h)
 {
     for (unsigned i = 0; i < h->n_disks; i++) {
-        CLEANUP(json_putp) struct json_object *info = persist_hot_info(h->disks[i].n);
+        CLEANUP(json_putp)
+        struct json_object *info = h->disks[i].n ? persist_hot_info(h->disks[i].n) : NULL;
         if (!info)
             continue;
         h->checkpoints_done.idle += json_get_uint(info, "idle-checkpoints", 0);
@@ -558,14 +613,17 @@ static void live(struct life *l)
             l->guests_running = h->n_guests;
             l->stopping = false;
             for (unsigned i = 0; i < h->n_guests; i++) {
+                struct disk *d = &h->disks[dice_below(&h->dice, h->n_disks)];
+                while (d->absent)
+                    d = &h->disks[dice_below(&h->dice, h->n_disks)];
                 guests[i] = (struct guest){
-                    l, &h->disks[dice_below(&h->dice, h->n_disks)],
-                    4 + (unsigned)dice_below(&h->dice, settings.exhaustive ? 4 : 40)};
+                    l, d, 4 + (unsigned)dice_below(&h->dice, settings.exhaustive ? 4 : 40)};
                 scope_spawn(&guest_tasks, guest_task, &guests[i]);
             }
             for (unsigned i = 0; i < h->n_clients; i++) {
                 calls[i] = (struct client_call){l, i};
-                if (h->clients[i].ops->run && !(l->absent >> i & 1))
+                if (h->clients[i].ops->run && !(l->absent >> i & 1) &&
+                    !is_absent(h->clients[i].disk))
                     scope_spawn(&tasks, client_task, &calls[i]);
             }
             (void)!scope_join(&guest_tasks);
@@ -581,7 +639,8 @@ static void live(struct life *l)
     /* Idle, and then it dies. */
     if (settings.persist && one_in(&h->more_dice, 6)) {
         for (unsigned i = 0; i < h->n_disks; i++)
-            persist_save_idle(h->disks[i].n);
+            if (h->disks[i].n)
+                persist_save_idle(h->disks[i].n);
         if (l->number <= h->lives && one_in(&h->more_dice, 2))
             h->m.kill_at = h->m.events + 1;
     }
@@ -604,11 +663,15 @@ static int life_main(void *arg)
     l->js = jobs_new(l->g);
     jobs_set_listener(l->js, on_event, l);
     h->life = l;
+    unsigned first = settings.groups ? (unsigned)dice_below(&h->more_dice, h->n_disks) : 0;
     for (unsigned i = 0; i < h->n_disks; i++) {
+        struct disk *d = &h->disks[(first + i) % h->n_disks];
+        if (d->absent)
+            continue;
         if (!l->number)
-            create_image(l, &h->disks[i]);
-        open_disk(l, &h->disks[i]);
-        judge_content(l, &h->disks[i]);
+            create_image(l, d);
+        open_disk(l, d);
+        judge_content(l, d);
     }
     if (!l->number) {
         for (unsigned i = 0; i < h->n_disks; i++) /* what is made is durable when it is flushed */
@@ -619,10 +682,10 @@ static int life_main(void *arg)
         ALL_CLIENTS(h, made, l);
     } else {
         clients_look(l);
-        if (settings.persist)
+        if (with_others())
             in_between(l);
         live(l);
-        if (settings.persist && one_in(&h->more_dice, 4)) {
+        if (with_others() && one_in(&h->more_dice, 4)) {
             in_between(l);
             live(l);
         }
@@ -630,6 +693,8 @@ static int life_main(void *arg)
     machine_note(&h->m, "closing");
     jobs_cancel_all(l->js);
     for (unsigned i = 0; i < h->n_disks; i++) {
+        if (!h->disks[i].n)
+            continue;
         edge_detach(h->disks[i].edge);
         node_unref(h->disks[i].n);
     }
@@ -685,6 +750,8 @@ static void between(struct history *h, enum life_end end, bool faulty)
         judge_files(h, "a power loss");
         h->power_losses++;
     }
+    for (unsigned i = 0; i < h->n_disks; i++)
+        come_and_go(h, &h->disks[i], false);
     bool no_segments = others_disturb_segments(h) || !h->with_runtime;
     ALL_CLIENTS(h, ended, end, power, no_segments);
     others_between(h, end, power);
@@ -701,7 +768,7 @@ static void between(struct history *h, enum life_end end, bool faulty)
 static void draw_level(struct history *h, struct disk *d)
 {
     struct dice *more = &h->more_dice;
-    d->process = one_in(more, 8);
+    d->process = one_in(more, 8) && !settings.groups;
     const char *level = d->process ? "process" : "power";
     d->slots = h->limits.slots ? h->limits.slots : 4;
     d->region_bytes = h->limits.slots ? UINT64_C(1) << h->limits.region_bits : MiB;
@@ -732,7 +799,7 @@ static void draw_disk(struct history *h, unsigned number)
         d->size += MiB;
     if (settings.persist) { /* that is about tide files: as many raw ones */
         struct dice *more = &h->more_dice;
-        d->qcow2 = one_in(more, 2);
+        d->qcow2 = one_in(more, 2) && !settings.groups;
         if (!d->qcow2)
             d->size = (16 + dice_below(more, 48)) * 4 * KiB;
         if (one_in(more, 16)) /* bits of more than one sector */
@@ -826,10 +893,18 @@ static void one_life(struct history *h, unsigned number)
 {
     struct life l = {.h = h, .number = number, .faults_before = h->m.n_faults};
     h->life_number = number;
+    for (unsigned i = 0; i < h->n_disks; i++)
+        h->disks[i].n = NULL, h->disks[i].coming = false;
+    if (settings.groups && number && !one_in(&h->more_dice, 3)) {
+        come_and_go(h, &h->disks[dice_below(&h->more_dice, h->n_disks)], true);
+        l.late = one_in(&h->more_dice, 2);
+    }
     uint64_t kill_at = number ? draw_kill(h) : 0;
+    if (settings.groups && !one_in(&h->more_dice, 4))
+        kill_at = 0; /* its clients see to that */
     l.foreign = is_foreign(h, number);
     /* Who has not seen what another program did cannot know it from what comes after. */
-    for (unsigned k = 0; k < h->n_clients && settings.persist && number; k++)
+    for (unsigned k = 0; k < h->n_clients && with_others() && number; k++)
         if (l.foreign || one_in(&h->more_dice, h->after_foreign ? 2 : 8))
             l.absent |= 1u << k;
     if ((l.foreign || h->after_foreign) && one_in(&h->more_dice, 2))
@@ -882,13 +957,26 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     draw_limits(h);
     draw_checkpoints(h);
     h->with_runtime = !one_in(&h->dice, 6);
+    if (settings.groups) {
+        h->n_disks = 2 + one_in(&h->more_dice, 3);
+        h->lives += 3;
+        h->m.glimpses = 1000;
+    }
     for (unsigned i = 0; i < h->n_disks; i++) {
         draw_disk(h, i);
         struct disk *d = &h->disks[i];
+        if (settings.groups && !one_in(&h->more_dice, 4))
+            continue; /* few have one of its own */
         for (unsigned k = one_in(&h->dice, 3) ? 2 : 1; k; k--)
             add_client(h, d, &backup_client);
-        for (unsigned k = settings.persist ? 2 : 0; k && one_in(&h->more_dice, 2); k--)
+        for (unsigned k = with_others() ? 2 : 0; k && one_in(&h->more_dice, 2); k--)
             add_client(h, d, &bitmap_client);
+    }
+    for (unsigned k = settings.groups ? 1 + (unsigned)dice_below(&h->more_dice, 3) : 0;
+         k && h->n_clients < MAX_CLIENTS; k--) {
+        h->clients[h->n_clients].ops = &groups_client;
+        h->clients[h->n_clients].self = groups_client.start(h, NULL);
+        h->n_clients++;
     }
     if (settings.exhaustive) {
         h->lives = 1;
@@ -902,6 +990,8 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     h->n_guests = 0;
     h->with_faults = false;
     struct life last = {.h = h, .number = h->lives + 1, .free_blocks = -1};
+    for (unsigned i = 0; i < h->n_disks; i++)
+        h->disks[i].n = NULL, h->disks[i].coming = false;
     int r = machine_live(&h->m, 0, life_main, &last);
     if (r < 0)
         violation(h, "the program ended with %s", strerror(-r));
@@ -926,6 +1016,8 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     totals->checkpoints_done.left += h->checkpoints_done.left;
     totals->glimpses += h->glimpses;
     totals->power_losses += h->power_losses;
+    totals->groups += h->groups;
+    totals->doubts += h->doubts;
     totals->m.events += h->m.events;
     totals->m.n_faults += h->m.n_faults;
     for (unsigned i = 0; i < h->n_clients; i++)

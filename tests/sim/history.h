@@ -18,7 +18,7 @@
 #include "machine.h"
 #include "model.h"
 
-enum { MAX_DISKS = 2, MAX_GUESTS = 4, MAX_CLIENTS = 8 };
+enum { MAX_DISKS = 3, MAX_GUESTS = 4, MAX_CLIENTS = 9 };
 #define SIM_RUNTIME "/run/tidemark"
 
 struct history;
@@ -51,6 +51,7 @@ struct client_ops {
 };
 extern const struct client_ops backup_client; /* client.c */
 extern const struct client_ops bitmap_client; /* actions.c */
+extern const struct client_ops groups_client; /* groups.c; of no one disk */
 
 struct disk {
     struct history *h;
@@ -64,6 +65,8 @@ struct disk {
     uint64_t slots, region_bytes; /* of hot regions */
     struct model model;
     bool made;        /* and durable */
+    bool absent;      /* in this life, with its tide file; it may come late */
+    bool coming;      /* it does, and has not been judged yet */
     bool sync_failed; /* in this life: a flush must not succeed any more */
     uint64_t sync_failed_at;
     enum left left;     /* how the last life left it */
@@ -115,6 +118,7 @@ struct history {
     } checkpoints_done;
     uint64_t last_life_events;
     uint64_t writes, flushes, jobs, kills, power_losses, glimpses;
+    uint64_t groups, doubts; /* changes of several disks; bitmaps found in doubt */
 };
 
 struct life {
@@ -126,6 +130,7 @@ struct life {
     bool stopping;          /* clients end */
     unsigned absent;        /* 1 << number: clients that do not look */
     bool foreign;           /* another program's, which knows nothing of tide files or clients */
+    bool late;              /* who is absent may come yet */
     struct faults faults;   /* once all is open and judged */
     int64_t free_blocks;    /* so are they; negative: enough */
     uint64_t faults_before; /* m.n_faults, when it began */
@@ -135,12 +140,20 @@ struct settings {
     bool tracing, no_faults;
     bool persist;         /* persistent bitmaps on raw images, too */
     bool strict;          /* a kill must not cost a bitmap */
+    bool groups;          /* several raw disks, whose bitmaps change together */
     const char *qemu_img; /* a directory: images are dumped there and checked by qemu-img */
     unsigned qemu_img_every;
     uint64_t kill_at;           /* of life 1, by event; 0: drawn */
     struct choices *exhaustive; /* small ones, and all that a power loss can leave */
 };
 extern struct settings settings;
+
+/* Are there others than the program and its clients (others.c)? Several disks have enough of each
+ * other. */
+static inline bool with_others(void)
+{
+    return settings.persist && !settings.groups;
+}
 
 /* Runs one; returns the hash of its trace. */
 uint64_t history_run(uint64_t seed, struct history *totals);
@@ -177,5 +190,7 @@ uint64_t history_budget(const struct disk *d, uint64_t granularity, unsigned los
 /* Must a good persistent bitmap of D be good yet, after this? NO_SEGMENTS: as for `ended`. */
 bool history_must_keep(const struct disk *d, enum left left, bool no_segments);
 const char *history_left(enum left left);
+/* A disk that is absent comes. False: none does. */
+bool history_open_late(struct life *l);
 /* Sleeps up to so many microseconds of the machine's time. */
 void history_nap(struct life *l, uint64_t max_us);

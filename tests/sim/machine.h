@@ -45,6 +45,7 @@ struct machine {
     uint64_t events, kill_at;               /* events so far; the life dies at this one (0: not) */
     const char *kill_near; /* but with a write of such a path in flight, if it can */
     uint64_t life_events;  /* events when this life began */
+    unsigned doomed; /* it dies about when the so-manieth write to a tide file begins; 0: not */
     bool killed, alive;
     struct faults faults;
     unsigned slow; /* operations take up to so many microseconds */

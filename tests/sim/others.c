@@ -120,7 +120,7 @@ bool others_disturb_segments(struct history *h)
 {
     struct dice *more = &h->more_dice;
     bool disturbed = false;
-    if (!settings.persist || !h->with_runtime)
+    if (!with_others() || !h->with_runtime)
         return false;
     /* Words of a session that went on are nobody's to put back: nothing could tell. */
     bool older = h->saved && h->saved_of != h->life_number;
@@ -145,7 +145,7 @@ bool others_disturb_segments(struct history *h)
 
 void others_copy_segments(struct history *h)
 {
-    if (settings.persist && h->with_runtime && one_in(&h->more_dice, 4)) {
+    if (with_others() && h->with_runtime && one_in(&h->more_dice, 4)) {
         HEAP_OF_THE_MACHINE();
         save_segments(h);
         h->saved_of = h->life_number;
@@ -158,7 +158,7 @@ void others_between(struct history *h, enum life_end end, bool power)
         struct disk *d = &h->disks[i];
         if (power && d->foreign)
             d->blind = true; /* nobody has seen it before its traces went */
-        if (!settings.persist || d->qcow2 || !d->made || !one_in(&h->more_dice, 16))
+        if (!with_others() || d->qcow2 || !d->made || !one_in(&h->more_dice, 16))
             continue;
         machine_pass_time(&h->m, NSEC_PER_SEC / 10);
         somebody_writes(h, d, is_told(h, d, end == END_CLEAN || power));

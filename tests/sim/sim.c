@@ -1,7 +1,8 @@
 /* sim: histories of the real program on a simulated machine (history.h).
  *
- *     sim [--seed N] [--offset N] [--count N] [--trace] [--no-faults] [--persist] [--strict]
- *         [--twice] [--quiet] [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]
+ *     sim [--seed N] [--offset N] [--count N] [--trace] [--no-faults] [--persist] [--groups]
+ *         [--strict] [--twice] [--quiet] [--kill-at EVENT] [--exhaustive N]
+ *         [--qemu-img DIR [EVERY]]
  *
  *     --seed N       the first seed ($TIDEMARK_SEED, or 1)
  *     --offset N     is added to it
@@ -10,6 +11,7 @@
  *     --twice        each one twice: the hash of its trace must be the same
  *     --no-faults    no I/O errors
  *     --persist      persistent bitmaps on raw images, too
+ *     --groups       several raw disks, whose bitmaps change together; some are absent at times
  *     --strict       a bitmap must come through a kill
  *     --kill-at E    the first life after the images are made dies at its event E
  *     --exhaustive N each history small, its one life killed at each of its events, and then all
@@ -25,8 +27,7 @@
 static int usage(void)
 {
     fprintf(stderr, "usage: sim [--seed N] [--offset N] [--count N] [--trace] [--no-faults] "
-                    "[--persist] "
-                    "[--strict] [--twice] [--quiet]"
+                    "[--persist] [--groups] [--strict] [--twice] [--quiet]"
                     " [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]\n");
     return 2;
 }
@@ -75,6 +76,8 @@ int main(int argc, char **argv)
             settings.no_faults = true;
         else if (!strcmp(argv[i], "--persist"))
             settings.persist = true;
+        else if (!strcmp(argv[i], "--groups"))
+            settings.groups = settings.persist = true;
         else if (!strcmp(argv[i], "--strict"))
             settings.strict = true;
         else if (!strcmp(argv[i], "--twice"))
@@ -139,6 +142,9 @@ int main(int argc, char **argv)
                (unsigned long long)totals.checkpoints_done.period,
                (unsigned long long)totals.checkpoints_done.flush,
                (unsigned long long)totals.checkpoints_done.left);
+    if (!quiet && settings.groups)
+        printf("%llu changes of several disks, %llu bitmaps found in doubt\n",
+               (unsigned long long)totals.groups, (unsigned long long)totals.doubts);
     static const char *const lefts[] = {"clean closes", "failing closes", "kills", "power losses"};
     for (int i = 0; i < LEFTS && !quiet; i++)
         printf("persistent bitmaps good after %s: %llu of %llu\n", lefts[i],

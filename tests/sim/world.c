@@ -485,6 +485,9 @@ static struct operation *submit(struct machine *m, const struct io_op *op)
     }
     o->done_ns = m->now_ns + duration_ns(m, op->kind);
     m->counts[op->kind]++;
+    if (m->doomed && op->kind == IO_WRITE && o->file && strstr(o->file->path, ".tide") &&
+        --m->doomed == 0 && !m->kill_at)
+        m->kill_at = m->events + 1 + dice_below(&m->dice, 3);
     TAILQ_INSERT_TAIL(&m->in_flight, o, link);
     trace_operation(m, o, ">");
     return o;
@@ -617,6 +620,7 @@ int machine_live(struct machine *m, uint64_t kill_at, task_fn *main, void *arg)
 {
     struct operation *o;
     m->killed = false;
+    m->doomed = 0;
     m->life_events = m->events;
     m->kill_at = kill_at ? m->events + kill_at : 0;
     heap_life(true);

@@ -600,7 +600,7 @@ static int random_histories_agree_with_a_model(void *arg)
 
 struct test_store {
     struct dirty_store store;
-    int asked, removed;
+    int asked, removed, gone, grown;
 };
 
 static int store_can_add(struct dirty_store *s, struct node *n, const char *name,
@@ -617,6 +617,119 @@ static int store_remove(struct dirty_store *s, struct node *n, const char *name,
     container_of(s, struct test_store, store)->removed++;
     if (!strcmp(name, "stuck"))
         return error_set(err, EIO, "stuck");
+    return 0;
+}
+
+static void store_bits_gone(struct dirty_store *s, struct node *n, struct bitmap *bits)
+{
+    container_of(s, struct test_store, store)->gone++;
+}
+
+static int store_grow(struct dirty_store *s, struct node *n, struct bitmap *bits, uint64_t to)
+{
+    container_of(s, struct test_store, store)->grown++;
+    return 0;
+}
+
+/* A set that the store knows must not be freed, or made larger, behind its back. */
+static int the_store_hears_of_successors(void *arg)
+{
+    struct test_store s = {{store_can_add, store_remove, .bits_gone = store_bits_gone,
+                            .grow = store_grow}}; /* outlives the world */
+    WORLD(w, 1 * MiB, 0);
+    struct error err = ERROR_INIT;
+
+    dirty_set_store(w.g, &s.store);
+    struct dirty_bitmap *p = add(&w, "p", 4096, DIRTY_PERSISTENT);
+    assert_int_equal(dirty_start(p, &err), 0);
+    world_resize(&w, 2 * MiB);
+    assert_int_equal(s.grown, 2);
+    assert_int_equal(dirty_restart(p, &err), 0);
+    assert_int_equal(s.gone, 2); /* the bitmap's old set and the successor's */
+    dirty_unstart(p);
+    assert_int_equal(s.gone, 3);
+    return 0;
+}
+
+static int conclude_later(void *arg)
+{
+    return dirty_conclude(arg, 1, NULL);
+}
+
+/* Nobody else's commit may find a bitmap of a group at its end before the group is: sim --groups,
+ * seed 143. */
+static int an_outcome_waits_for_its_turn(void *arg)
+{
+    WORLD(w, 1 * MiB, 0);
+    struct dirty_state st;
+    SCOPE(tasks);
+
+    struct dirty_bitmap *p = add(&w, "p", 4096, 0);
+    assert_int_equal(dirty_start(p, NULL), 0);
+    struct dirty_outcome o = {.bitmap = p, .advance = true, .job = "j"};
+    graph_lock(w.g);
+    scope_spawn(&tasks, conclude_later, &o);
+    for (int i = 0; i < 5; i++)
+        assert_int_equal(task_yield(), 0);
+    dirty_get_state(p, &st);
+    assert_true(st.successor && st.generation == 0);
+    graph_unlock(w.g);
+    assert_int_equal(scope_join(&tasks), 0);
+    dirty_get_state(p, &st);
+    assert_true(!st.successor && st.generation == 1);
+    return 0;
+}
+
+static bool settling;
+static struct dirty_bitmap *later;
+
+/* While the first change is flushed another one is made. */
+static int store_flush(struct dirty_store *s, struct node *n)
+{
+    if (!later || !settling)
+        return 0;
+    struct error err = ERROR_INIT;
+    struct graph *g = node_graph(n);
+    struct bitmap *old;
+    graph_quiesce_begin(g, &n, 1);
+    struct dirty_bitmap *bm = later;
+    later = NULL;
+    assert_int_equal(dirty_begin(&n, 1, &err), 0);
+    old = dirty_clear(bm);
+    assert_non_null(old);
+    assert_int_equal(dirty_commit(&n, 1, &err), 0);
+    dirty_forget(bm, old);
+    graph_quiesce_end(g, &n, 1);
+    return 0;
+}
+
+/* A clear is durable after a flush that began after it, not one that somebody else has begun
+ * before. */
+static int a_clear_waits_for_a_flush_of_its_own(void *arg)
+{
+    struct test_store s = {{store_can_add, store_remove, .flush = store_flush}};
+    WORLD(w, 1 * MiB, 0);
+    struct dirty_state st;
+
+    dirty_set_store(w.g, &s.store);
+    struct dirty_bitmap *one = add(&w, "one", 4096, DIRTY_PERSISTENT);
+    struct dirty_bitmap *two = add(&w, "two", 4096, DIRTY_PERSISTENT);
+    assert_int_equal(dirty_settle(&w.n, 1, NULL), 0);
+    world_write(&w, range_make(0, 512));
+    struct bitmap *old = dirty_clear(one);
+    assert_int_equal(dirty_commit(&w.n, 1, NULL), 0);
+    dirty_forget(one, old);
+    later = two;
+    settling = true;
+    assert_int_equal(dirty_settle(&w.n, 1, NULL), 0);
+    settling = false;
+    dirty_get_state(one, &st);
+    assert_true(!st.successor && st.generation == 2);
+    dirty_get_state(two, &st);
+    assert_true(st.successor && st.generation == 1);
+    assert_int_equal(dirty_settle(&w.n, 1, NULL), 0);
+    dirty_get_state(two, &st);
+    assert_true(!st.successor && st.generation == 2);
     return 0;
 }
 
@@ -663,6 +776,9 @@ IN_LOOP(a_resize_that_fails_changes_no_bitmap)
 IN_LOOP(what_a_failed_shrink_may_have_lost_is_dirty)
 IN_LOOP(an_undone_start_leaves_the_undo_of_a_clear_whole)
 IN_LOOP(the_store_is_asked_and_told)
+IN_LOOP(the_store_hears_of_successors)
+IN_LOOP(an_outcome_waits_for_its_turn)
+IN_LOOP(a_clear_waits_for_a_flush_of_its_own)
 IN_LOOP(random_histories_agree_with_a_model)
 
 static const struct CMUnitTest tests[] = {
@@ -678,6 +794,9 @@ static const struct CMUnitTest tests[] = {
     TEST(what_a_failed_shrink_may_have_lost_is_dirty),
     TEST(an_undone_start_leaves_the_undo_of_a_clear_whole),
     TEST(the_store_is_asked_and_told),
+    TEST(the_store_hears_of_successors),
+    TEST(an_outcome_waits_for_its_turn),
+    TEST(a_clear_waits_for_a_flush_of_its_own),
     TEST(random_histories_agree_with_a_model),
 };
 UNIT_MAIN(tests)

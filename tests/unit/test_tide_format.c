@@ -263,7 +263,8 @@ static const struct hostile {
     {BITMAP_A + 4, 1, 32, "bitmap 0: granularity_bits is 32, not 9..31"},
     {NEXT_A + 4, 1, 0, "prepared bitmap 0: granularity_bits is 0, not 9..31"},
     {NEXT_A + 4, 1, 15, NULL},
-    {BITMAP_A + 5, 1, 16, "bitmap 0: flags are 0x10, and its job's id has 0 bytes"},
+    {BITMAP_A + 5, 1, 64, "bitmap 0: flags are 0x40, and its job's id has 0 bytes"},
+    {NEXT_A + 5, 1, 16, "prepared bitmap 0 depends on an answer that nobody waits for"},
     {BITMAP_A + 6, 1, 3, "bitmap 0: the current area is in extent 3, not 0..2"},
     {BITMAP_A + 7, 1, 3, "bitmap 0: the successor area is in extent 3, not 0..2"},
     {BITMAP_A + 7, 1, 0, "bitmap 0: current and successor are both in extent 0"},
@@ -288,7 +289,7 @@ static const struct hostile {
     {COORDINATOR + 16, 2, 0xffff, "the path of a coordinator is not one, or ends beyond the end"},
     {COORDINATOR + 18, 1, 0, "the path of a coordinator is not one, or ends beyond the end"},
     {RECORD + 16, 4, 0, NULL},
-    {RECORD + 16, 4, UINT32_MAX, "4294967295 members of a group do not fit into"},
+    {RECORD + 16, 4, UINT32_MAX, "2147483647 members of a group do not fit into"},
     {MEMBER_2 + 16, 2, 0, NULL},
     {MEMBER_2 + 18, 1, 0, "the path of a group's member is not one, or ends beyond the end"},
 };
