@@ -169,10 +169,12 @@ static void forget_versions(struct sector *sec, uint64_t upto)
     }
 }
 
+/* It has no versions any more. */
 static void clean(struct inode *i, struct sector *sec)
 {
-    forget_versions(sec, UINT64_MAX);
-    TAILQ_REMOVE(&i->dirty, sec, dirty);
+    TAILQ_REMOVE(&i->dirty, sec, link);
+    i->sectors[sec->number] = NULL;
+    pool_give(&sectors, sec);
 }
 
 void content_free(struct inode *i)
@@ -180,19 +182,23 @@ void content_free(struct inode *i)
     for (size_t k = 0; k < i->n_blocks; k++)
         i->store->free_blocks += i->blocks[k] != BLOCK_HOLE;
     i->store->free_memory += (int64_t)i->capacity;
-    for (size_t k = 0; k < i->n_sectors; k++)
-        if (i->sectors[k]) {
-            forget_versions(i->sectors[k], UINT64_MAX);
-            payload_unref(i->sectors[k]->now);
-            payload_unref(i->sectors[k]->durable);
-            pool_give(&sectors, i->sectors[k]);
-        }
+    struct sector *sec;
+    while ((sec = TAILQ_FIRST(&i->dirty))) {
+        forget_versions(sec, UINT64_MAX);
+        clean(i, sec);
+    }
+    for (size_t k = 0; k < i->n_sectors; k++) {
+        payload_unref(i->now[k]);
+        payload_unref(i->durable[k]);
+    }
     while (!TAILQ_EMPTY(&i->locks)) {
         struct lock *l = TAILQ_FIRST(&i->locks);
         TAILQ_REMOVE(&i->locks, l, link);
         free(l);
     }
     TAILQ_REMOVE(&i->store->inodes, i, link);
+    free(i->now);
+    free(i->durable);
     free(i->sectors);
     free(i->blocks);
     free(i->resizings);
@@ -212,14 +218,12 @@ static void *grown(void *row, size_t *n, size_t want, size_t size)
     return row;
 }
 
-static struct sector *sector_at(struct inode *i, size_t number)
+/* There are N sectors, at the least. */
+static void reach(struct inode *i, size_t n)
 {
-    i->sectors = grown(i->sectors, &i->n_sectors, number + 1, sizeof *i->sectors);
-    if (!i->sectors[number]) {
-        i->sectors[number] = pool_take(&sectors);
-        *i->sectors[number] = (struct sector){.number = (uint32_t)number};
-    }
-    return i->sectors[number];
+    i->now = grown(i->now, &i->n_now, n, sizeof *i->now);
+    i->durable = grown(i->durable, &i->n_durable, n, sizeof(struct payload *));
+    i->sectors = grown(i->sectors, &i->n_sectors, n, sizeof *i->sectors);
 }
 
 static void modified(struct inode *i)
@@ -265,16 +269,20 @@ static void written_again(struct inode *i, uint64_t b)
 /* ---- sectors ---- */
 
 /* Steals the reference. */
-static void put(struct inode *i, struct sector *sec, struct payload *p, bool direct)
+static void put(struct inode *i, size_t number, struct payload *p, bool direct)
 {
+    struct sector *sec = i->sectors[number];
+    if (!sec) {
+        i->sectors[number] = sec = pool_take(&sectors);
+        *sec = (struct sector){.number = (uint32_t)number};
+        TAILQ_INSERT_TAIL(&i->dirty, sec, link);
+    }
     struct version *v = pool_take(&versions), **last = &sec->versions;
-    if (!*last)
-        TAILQ_INSERT_TAIL(&i->dirty, sec, dirty);
     while (*last)
         last = &(*last)->newer;
     *v = (struct version){.order = store_moment(i->store), .payload = p};
     *last = v;
-    payload_set(&sec->now, p);
+    payload_set(&i->now[number], p);
     sec->direct = direct;
 }
 
@@ -282,13 +290,11 @@ static void zero_range(struct inode *i, uint64_t at, uint64_t end)
 {
     for (uint64_t s = at / SIM_SECTOR; s < i->n_sectors && s * SIM_SECTOR < end; s++) {
         uint64_t from = max_u64(at, s * SIM_SECTOR), to = min_u64(end, (s + 1) * SIM_SECTOR);
-        struct sector *sec = i->sectors[s];
-        if (!sec)
-            continue;
+        struct payload *now = i->now[s];
         size_t in = from % SIM_SECTOR, n = to - from;
-        bool differs = sec->now && isal_zero_detect(sec->now->bytes + in, (int)n);
-        if (differs || sec->versions)
-            put(i, sec, payload_with(sec->now, NULL, in, n), false);
+        bool differs = now && isal_zero_detect(now->bytes + in, (int)n);
+        if (differs || i->sectors[s])
+            put(i, s, payload_with(now, NULL, in, n), false);
     }
 }
 
@@ -346,12 +352,17 @@ size_t inode_read(struct inode *i, void *buf, size_t n, uint64_t at)
         memset(to + have, 0, n - have);
         return n;
     }
-    for (size_t done = 0; done < n;) {
-        uint64_t s = (at + done) / SIM_SECTOR, in = (at + done) % SIM_SECTOR;
-        size_t here = min_u64(n - done, SIM_SECTOR - in);
-        payload_read(s < i->n_sectors && i->sectors[s] ? i->sectors[s]->now : NULL, to + done, in,
-                     here);
-        done += here;
+    for (uint64_t end = at + n; at < end;) {
+        uint64_t s = at / SIM_SECTOR, next = min_u64(end, (s + 1) * SIM_SECTOR);
+        if (s < i->n_sectors && i->now[s]) {
+            memcpy(to, i->now[s]->bytes + at % SIM_SECTOR, next - at);
+        } else {
+            while (next < end && (++s >= i->n_sectors || !i->now[s]))
+                next = min_u64(end, next + SIM_SECTOR);
+            memset(to, 0, next - at);
+        }
+        to += next - at;
+        at = next;
     }
     return n;
 }
@@ -382,13 +393,14 @@ int64_t inode_write_parcel(struct inode *i, const struct parcel *p, bool direct,
     if (!have && p->n)
         return -ENOSPC;
     uint64_t end = p->at + min_u64(p->n, have);
+    reach(i, div_round_up(end, SIM_SECTOR));
     for (uint64_t at = p->at; at < end;) {
         size_t in, here;
         struct payload *from = piece(p, at, &in, &here);
         here = min_u64(here, end - at);
         if (!lands || choose_lands(lands)) {
-            struct sector *sec = sector_at(i, at / SIM_SECTOR);
-            put(i, sec, payload_with(sec->now, from, in, here), direct);
+            uint64_t s = at / SIM_SECTOR;
+            put(i, s, payload_with(i->now[s], from, in, here), direct);
             if (at + here > i->size)
                 set_size(i, at + here);
             modified(i);
@@ -486,10 +498,10 @@ int64_t inode_seek(struct inode *i, uint64_t at, int whence)
 static void sync_sector(struct inode *i, struct sector *sec, uint64_t upto)
 {
     for (struct version *v = sec->versions; v && v->order < upto; v = v->newer)
-        payload_set(&sec->durable, v->payload);
+        payload_set(&i->durable[sec->number], v->payload);
     forget_versions(sec, upto);
     if (!sec->versions)
-        TAILQ_REMOVE(&i->dirty, sec, dirty);
+        clean(i, sec);
 }
 
 static void sync_size(struct inode *i, uint64_t upto)
@@ -508,7 +520,7 @@ void inode_sync(struct inode *i, uint64_t upto, bool with_times)
 {
     struct sector *sec, *next;
     for (sec = TAILQ_FIRST(&i->dirty); sec; sec = next) {
-        next = TAILQ_NEXT(sec, dirty);
+        next = TAILQ_NEXT(sec, link);
         sync_sector(i, sec, upto);
     }
     sync_size(i, upto);
@@ -519,7 +531,7 @@ void inode_sync(struct inode *i, uint64_t upto, bool with_times)
 void inode_sync_range(struct inode *i, uint64_t at, size_t n, uint64_t upto)
 {
     for (uint64_t s = at / SIM_SECTOR; s * SIM_SECTOR < at + n && s < i->n_sectors; s++)
-        if (i->sectors[s] && i->sectors[s]->versions)
+        if (i->sectors[s])
             sync_sector(i, i->sectors[s], upto);
     sync_size(i, upto);
 }
@@ -531,18 +543,19 @@ void inode_sync_failed(struct inode *i, uint64_t upto)
     for (sec = TAILQ_FIRST(&i->dirty); sec; sec = next) {
         uint32_t n = 0;
         struct version *v;
-        next = TAILQ_NEXT(sec, dirty);
+        struct payload **now = &i->now[sec->number], **durable = &i->durable[sec->number];
+        next = TAILQ_NEXT(sec, link);
         for (v = sec->versions; v && v->order < upto; v = v->newer)
             n++;
         uint32_t which = choose_survivor(i->store->choices, n);
         for (v = sec->versions; which; which--, v = v->newer)
-            payload_set(&sec->durable, v->payload);
+            payload_set(durable, v->payload);
         forget_versions(sec, upto);
         if (sec->versions)
             continue;
-        TAILQ_REMOVE(&i->dirty, sec, dirty);
         if (sec->direct || choose(i->store->choices, 2))
-            payload_set(&sec->now, sec->durable); /* the page is dropped */
+            payload_set(now, *durable); /* the page is dropped */
+        clean(i, sec);
     }
 }
 
@@ -562,7 +575,7 @@ static struct payload *survivor(const struct inode *i, const struct sector *sec,
 {
     uint64_t from = 0, to = UINT64_MAX; /* the orders that can be there */
     uint64_t at = (uint64_t)sec->number * SIM_SECTOR, before = i->durable_size;
-    struct payload *survives = sec->durable;
+    struct payload *survives = i->durable[sec->number];
     for (size_t k = 0; k < i->n_resizings; k++) {
         bool cuts = i->resizings[k].size <= at && before > at;
         before = i->resizings[k].size;
@@ -589,15 +602,20 @@ uint8_t *inode_imagine(const struct inode *i, const struct parcel *const *writes
 {
     size_t sizes = surviving_sizes(i, c);
     *size = sizes ? i->resizings[sizes - 1].size : i->durable_size;
-    uint8_t *bytes = xcalloc(1, align_up(*size, SIM_SECTOR) + SIM_SECTOR);
+    uint8_t *bytes = malloc(align_up(*size, SIM_SECTOR) + SIM_SECTOR);
+    assert(bytes);
+    uint64_t done = 0; /* runs of zeroes are cleared at once */
     for (size_t k = 0; k < i->n_sectors && k * SIM_SECTOR < *size; k++) {
-        const struct sector *sec = i->sectors[k];
-        const struct payload *p = !sec            ? NULL
-                                  : sec->versions ? survivor(i, sec, sizes, c)
-                                                  : sec->durable;
-        if (p)
-            memcpy(bytes + k * SIM_SECTOR, p->bytes, SIM_SECTOR);
+        const struct payload *p =
+            i->sectors[k] ? survivor(i, i->sectors[k], sizes, c) : i->durable[k];
+        if (!p)
+            continue;
+        memset(bytes + done, 0, k * SIM_SECTOR - done);
+        memcpy(bytes + k * SIM_SECTOR, p->bytes, SIM_SECTOR);
+        done = (k + 1) * SIM_SECTOR;
     }
+    if (done < *size)
+        memset(bytes + done, 0, *size - done);
     for (size_t w = 0; w < n_writes; w++)
         for (uint64_t at = writes[w]->at, end = at + writes[w]->n; at < end && at < *size;) {
             size_t in, here;
@@ -617,7 +635,8 @@ void content_lose_power(struct inode *i)
     size_t sizes = surviving_sizes(i, c);
 
     while ((sec = TAILQ_FIRST(&i->dirty))) {
-        payload_set(&sec->durable, survivor(i, sec, sizes, c));
+        payload_set(&i->durable[sec->number], survivor(i, sec, sizes, c));
+        forget_versions(sec, UINT64_MAX);
         clean(i, sec);
     }
     for (size_t k = 0; k < sizes; k++)
@@ -625,17 +644,14 @@ void content_lose_power(struct inode *i)
     i->n_resizings = 0;
     i->size = i->durable_size;
     for (size_t k = 0; k < i->n_sectors; k++) {
-        if (!(sec = i->sectors[k]))
-            continue;
-        if ((k + 1) * SIM_SECTOR > i->size) {
+        if ((k + 1) * SIM_SECTOR > i->size && i->durable[k]) {
             uint64_t keep = max_u64(i->size, k * SIM_SECTOR) - k * SIM_SECTOR;
-            struct payload *cut = payload_with(sec->durable, NULL, keep, SIM_SECTOR - keep);
-            payload_unref(sec->durable);
-            sec->durable = cut;
+            struct payload *cut = payload_with(i->durable[k], NULL, keep, SIM_SECTOR - keep);
+            payload_unref(i->durable[k]);
+            i->durable[k] = cut;
         }
-        payload_set(&sec->now, sec->durable);
-        sec->direct = false;
-        if (sec->now)
+        payload_set(&i->now[k], i->durable[k]);
+        if (i->now[k])
             written_again(i, k / (SIM_BLOCK / SIM_SECTOR));
     }
     if (choose_lands(c))

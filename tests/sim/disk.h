@@ -74,12 +74,11 @@ struct version {
     struct payload *payload;
 };
 
-struct sector {
-    struct payload *now, *durable;
+struct sector {               /* that is dirty: it has versions */
     struct version *versions; /* the oldest first */
     bool direct;              /* last written past the page cache */
     uint32_t number;
-    TAILQ_ENTRY(sector) dirty; /* while it has versions */
+    TAILQ_ENTRY(sector) link;
 };
 
 struct resizing {
@@ -107,8 +106,9 @@ struct inode {
     struct times times, durable_times;
     TAILQ_HEAD(, lock) locks;
     /* on the disk */
-    struct sector **sectors;
-    size_t n_sectors;
+    struct payload **now, **durable; /* of each sector */
+    struct sector **sectors;         /* NULL: clean */
+    size_t n_now, n_durable, n_sectors;
     TAILQ_HEAD(, sector) dirty;
     struct resizing *resizings; /* since the size was durable */
     size_t n_resizings;

@@ -34,7 +34,7 @@ static void give_up(const char *what)
     abort();
 }
 
-/* ---- mappings: the program links with --wrap for these two ---- */
+/* ---- mappings: the program links with --wrap for these ---- */
 
 enum { MAPPINGS = 256, STACKS = 4096 };
 
@@ -45,11 +45,14 @@ static struct mapping {
 static size_t n_mappings;
 static void *stacks[STACKS]; /* of the tasks: with their guard pages, at rest */
 static size_t n_stacks, stack_length;
+static const void *stack_again; /* has its guard page */
 
 void *__real_mmap64(void *at, size_t length, int prot, int flags, int fd, off_t offset);
 void *__wrap_mmap64(void *at, size_t length, int prot, int flags, int fd, off_t offset);
 int __real_munmap(void *at, size_t length);
 int __wrap_munmap(void *at, size_t length);
+int __real_mprotect(void *at, size_t length, int prot);
+int __wrap_mprotect(void *at, size_t length, int prot);
 
 void *__wrap_mmap64(void *at, size_t length, int prot, int flags, int fd, off_t offset)
 {
@@ -57,7 +60,7 @@ void *__wrap_mmap64(void *at, size_t length, int prot, int flags, int fd, off_t 
         return __real_mmap64(at, length, prot, flags, fd, offset);
     if (flags & MAP_STACK) {
         if (n_stacks && length == stack_length)
-            return stacks[--n_stacks];
+            return (void *)(uintptr_t)(stack_again = stacks[--n_stacks]);
         stack_length = length;
         return __real_mmap64(at, length, prot, flags, fd, offset);
     }
@@ -68,6 +71,13 @@ void *__wrap_mmap64(void *at, size_t length, int prot, int flags, int fd, off_t 
         mappings[n_mappings++] = (struct mapping){map, length};
     }
     return map;
+}
+
+int __wrap_mprotect(void *at, size_t length, int prot)
+{
+    bool again = life && at == stack_again && prot == PROT_NONE;
+    stack_again = NULL;
+    return again ? 0 : __real_mprotect(at, length, prot);
 }
 
 int __wrap_munmap(void *at, size_t length)

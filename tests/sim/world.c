@@ -222,13 +222,16 @@ static int64_t do_open(struct machine *m, const char *path, int flags)
 
 static void to_stat(struct inode *i, struct stat *st)
 {
+    static int64_t uid = -1;
     struct statx x;
+    if (uid < 0)
+        uid = geteuid();
     inode_stat(i, &x);
     *st = (struct stat){
         .st_dev = makedev(x.stx_dev_major, x.stx_dev_minor),
         .st_ino = x.stx_ino,
         .st_mode = x.stx_mode,
-        .st_uid = geteuid(),
+        .st_uid = (uid_t)uid,
         .st_nlink = x.stx_nlink,
         .st_size = (off_t)x.stx_size,
         .st_blksize = SIM_BLOCK,
