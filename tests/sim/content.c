@@ -3,9 +3,147 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <isa-l/mem_routines.h>
 #include <linux/falloc.h>
 #include <linux/magic.h>
 #include <unistd.h>
+
+/* ---- pools: what is small and has been used is used again ---- */
+
+struct pool {
+    size_t size; /* of an item: not smaller than a pointer */
+    void *free, *chunks;
+};
+enum { POOL_ITEMS = 256 };
+
+static void *pool_take(struct pool *p)
+{
+    if (!p->free) {
+        char *chunk = xcalloc(POOL_ITEMS + 1, p->size);
+        *(void **)(void *)chunk = p->chunks; /* so that a leak checker sees them all */
+        p->chunks = chunk;
+        for (size_t k = POOL_ITEMS; k; k--) {
+            *(void **)(void *)(chunk + k * p->size) = p->free;
+            p->free = chunk + k * p->size;
+        }
+    }
+    void *item = p->free;
+    p->free = *(void **)item;
+    return item;
+}
+
+static void pool_give(struct pool *p, void *item)
+{
+    *(void **)item = p->free;
+    p->free = item;
+}
+
+static struct pool payloads = {.size = sizeof(struct payload)};
+static struct pool versions = {.size = sizeof(struct version)};
+static struct pool sectors = {.size = sizeof(struct sector)};
+
+static struct payload *payload_new(const uint8_t *bytes)
+{
+    if (!isal_zero_detect((void *)(uintptr_t)bytes, SIM_SECTOR))
+        return NULL;
+    struct payload *p = pool_take(&payloads);
+    p->users = 1;
+    memcpy(p->bytes, bytes, SIM_SECTOR);
+    return p;
+}
+
+static struct payload *payload_ref(struct payload *p)
+{
+    if (p)
+        p->users++;
+    return p;
+}
+
+static void payload_unref(struct payload *p)
+{
+    if (p && !--p->users)
+        pool_give(&payloads, p);
+}
+
+/* *AT holds P from now on, too. */
+static void payload_set(struct payload **at, struct payload *p)
+{
+    payload_ref(p);
+    payload_unref(*at);
+    *at = p;
+}
+
+static void payload_read(const struct payload *p, void *to, size_t in, size_t n)
+{
+    if (p)
+        memcpy(to, p->bytes + in, n);
+    else
+        memset(to, 0, n);
+}
+
+/* P, but N bytes from IN on are those of FROM, which are at the same place. A new reference. */
+static struct payload *payload_with(struct payload *p, struct payload *from, size_t in, size_t n)
+{
+    uint8_t bytes[SIM_SECTOR];
+    if (n == SIM_SECTOR)
+        return payload_ref(from);
+    payload_read(p, bytes, 0, SIM_SECTOR);
+    payload_read(from, bytes + in, in, n);
+    return payload_new(bytes);
+}
+
+/* ---- parcels ---- */
+
+struct parcel {
+    uint64_t at;
+    size_t n;
+    struct payload *sectors[];
+};
+
+static size_t parcel_sectors(const struct parcel *p)
+{
+    return p->n ? (size_t)(div_round_up(p->at + p->n, SIM_SECTOR) - p->at / SIM_SECTOR) : 0;
+}
+
+struct parcel *parcel_new(const void *buf, size_t n, uint64_t at)
+{
+    size_t most = n / SIM_SECTOR + 2, k = 0;
+    struct parcel *p = malloc(sizeof *p + most * sizeof(struct payload *));
+    assert(p);
+    p->at = at;
+    p->n = n;
+    for (size_t done = 0; done < n;) {
+        uint64_t in = (at + done) % SIM_SECTOR;
+        size_t here = min_u64(n - done, SIM_SECTOR - in);
+        const uint8_t *from = (const uint8_t *)buf + done;
+        uint8_t bytes[SIM_SECTOR];
+        if (here < SIM_SECTOR) {
+            memset(bytes, 0, sizeof bytes);
+            memcpy(bytes + in, from, here);
+            from = bytes;
+        }
+        p->sectors[k++] = payload_new(from);
+        done += here;
+    }
+    return p;
+}
+
+void parcel_free(struct parcel *p)
+{
+    for (size_t k = p ? parcel_sectors(p) : 0; k--;)
+        payload_unref(p->sectors[k]);
+    free(p);
+}
+
+/* The piece of P that begins at AT, which is where one begins: its sector, place and length. */
+static struct payload *piece(const struct parcel *p, uint64_t at, size_t *in, size_t *n)
+{
+    *in = at % SIM_SECTOR;
+    *n = min_u64(p->at + p->n - at, SIM_SECTOR - *in);
+    return p->sectors[at / SIM_SECTOR - p->at / SIM_SECTOR];
+}
+
+/* ---- files ---- */
 
 struct inode *content_new(struct store *s, bool in_memory)
 {
@@ -26,14 +164,17 @@ static void forget_versions(struct sector *sec, uint64_t upto)
     struct version *v;
     while ((v = sec->versions) && v->order < upto) {
         sec->versions = v->newer;
-        free(v);
+        payload_unref(v->payload);
+        pool_give(&versions, v);
     }
 }
 
+/* It has no versions any more. */
 static void clean(struct inode *i, struct sector *sec)
 {
-    forget_versions(sec, UINT64_MAX);
-    TAILQ_REMOVE(&i->dirty, sec, dirty);
+    TAILQ_REMOVE(&i->dirty, sec, link);
+    i->sectors[sec->number] = NULL;
+    pool_give(&sectors, sec);
 }
 
 void content_free(struct inode *i)
@@ -41,17 +182,23 @@ void content_free(struct inode *i)
     for (size_t k = 0; k < i->n_blocks; k++)
         i->store->free_blocks += i->blocks[k] != BLOCK_HOLE;
     i->store->free_memory += (int64_t)i->capacity;
-    for (size_t k = 0; k < i->n_sectors; k++)
-        if (i->sectors[k]) {
-            forget_versions(i->sectors[k], UINT64_MAX);
-            free(i->sectors[k]);
-        }
+    struct sector *sec;
+    while ((sec = TAILQ_FIRST(&i->dirty))) {
+        forget_versions(sec, UINT64_MAX);
+        clean(i, sec);
+    }
+    for (size_t k = 0; k < i->n_sectors; k++) {
+        payload_unref(i->now[k]);
+        payload_unref(i->durable[k]);
+    }
     while (!TAILQ_EMPTY(&i->locks)) {
         struct lock *l = TAILQ_FIRST(&i->locks);
         TAILQ_REMOVE(&i->locks, l, link);
         free(l);
     }
     TAILQ_REMOVE(&i->store->inodes, i, link);
+    free(i->now);
+    free(i->durable);
     free(i->sectors);
     free(i->blocks);
     free(i->resizings);
@@ -71,14 +218,12 @@ static void *grown(void *row, size_t *n, size_t want, size_t size)
     return row;
 }
 
-static struct sector *sector_at(struct inode *i, size_t number)
+/* There are N sectors, at the least. */
+static void reach(struct inode *i, size_t n)
 {
-    i->sectors = grown(i->sectors, &i->n_sectors, number + 1, sizeof *i->sectors);
-    if (!i->sectors[number]) {
-        i->sectors[number] = xnew(struct sector);
-        i->sectors[number]->number = (uint32_t)number;
-    }
-    return i->sectors[number];
+    i->now = grown(i->now, &i->n_now, n, sizeof *i->now);
+    i->durable = grown(i->durable, &i->n_durable, n, sizeof(struct payload *));
+    i->sectors = grown(i->sectors, &i->n_sectors, n, sizeof *i->sectors);
 }
 
 static void modified(struct inode *i)
@@ -123,17 +268,21 @@ static void written_again(struct inode *i, uint64_t b)
 
 /* ---- sectors ---- */
 
-static void put(struct inode *i, struct sector *sec, const uint8_t *bytes, bool direct)
+/* Steals the reference. */
+static void put(struct inode *i, size_t number, struct payload *p, bool direct)
 {
-    struct version *v = xnew(struct version), **last = &sec->versions;
-    if (!*last)
-        TAILQ_INSERT_TAIL(&i->dirty, sec, dirty);
+    struct sector *sec = i->sectors[number];
+    if (!sec) {
+        i->sectors[number] = sec = pool_take(&sectors);
+        *sec = (struct sector){.number = (uint32_t)number};
+        TAILQ_INSERT_TAIL(&i->dirty, sec, link);
+    }
+    struct version *v = pool_take(&versions), **last = &sec->versions;
     while (*last)
         last = &(*last)->newer;
-    v->order = store_moment(i->store);
-    memcpy(v->bytes, bytes, SIM_SECTOR);
+    *v = (struct version){.order = store_moment(i->store), .payload = p};
     *last = v;
-    memcpy(sec->now, bytes, SIM_SECTOR);
+    payload_set(&i->now[number], p);
     sec->direct = direct;
 }
 
@@ -141,13 +290,11 @@ static void zero_range(struct inode *i, uint64_t at, uint64_t end)
 {
     for (uint64_t s = at / SIM_SECTOR; s < i->n_sectors && s * SIM_SECTOR < end; s++) {
         uint64_t from = max_u64(at, s * SIM_SECTOR), to = min_u64(end, (s + 1) * SIM_SECTOR);
-        uint8_t bytes[SIM_SECTOR];
-        if (!i->sectors[s])
-            continue;
-        memcpy(bytes, i->sectors[s]->now, SIM_SECTOR);
-        memset(bytes + from % SIM_SECTOR, 0, to - from);
-        if (memcmp(bytes, i->sectors[s]->now, SIM_SECTOR) || i->sectors[s]->versions)
-            put(i, i->sectors[s], bytes, false);
+        struct payload *now = i->now[s];
+        size_t in = from % SIM_SECTOR, n = to - from;
+        bool differs = now && isal_zero_detect(now->bytes + in, (int)n);
+        if (differs || i->sectors[s])
+            put(i, s, payload_with(now, NULL, in, n), false);
     }
 }
 
@@ -205,52 +352,71 @@ size_t inode_read(struct inode *i, void *buf, size_t n, uint64_t at)
         memset(to + have, 0, n - have);
         return n;
     }
-    for (size_t done = 0; done < n;) {
-        uint64_t s = (at + done) / SIM_SECTOR, in = (at + done) % SIM_SECTOR;
-        size_t here = min_u64(n - done, SIM_SECTOR - in);
-        if (s < i->n_sectors && i->sectors[s])
-            memcpy(to + done, i->sectors[s]->now + in, here);
-        else
-            memset(to + done, 0, here);
-        done += here;
+    for (uint64_t end = at + n; at < end;) {
+        uint64_t s = at / SIM_SECTOR, next = min_u64(end, (s + 1) * SIM_SECTOR);
+        if (s < i->n_sectors && i->now[s]) {
+            memcpy(to, i->now[s]->bytes + at % SIM_SECTOR, next - at);
+        } else {
+            while (next < end && (++s >= i->n_sectors || !i->now[s]))
+                next = min_u64(end, next + SIM_SECTOR);
+            memset(to, 0, next - at);
+        }
+        to += next - at;
+        at = next;
     }
     return n;
+}
+
+static int64_t write_memory(struct inode *i, const struct parcel *p)
+{
+    uint64_t end = p->at + p->n;
+    int r = memory_reserve(i, end);
+    if (r < 0)
+        return r;
+    for (uint64_t at = p->at; at < end;) {
+        size_t in, here;
+        struct payload *from = piece(p, at, &in, &here);
+        payload_read(from, i->bytes + at, in, here);
+        at += here;
+    }
+    i->size = max_u64(i->size, end);
+    modified(i);
+    return (int64_t)p->n;
+}
+
+int64_t inode_write_parcel(struct inode *i, const struct parcel *p, bool direct,
+                           struct choices *lands)
+{
+    if (i->in_memory)
+        return write_memory(i, p);
+    uint64_t have = take_blocks(i, p->at, p->n, BLOCK_WRITTEN);
+    if (!have && p->n)
+        return -ENOSPC;
+    uint64_t end = p->at + min_u64(p->n, have);
+    reach(i, div_round_up(end, SIM_SECTOR));
+    for (uint64_t at = p->at; at < end;) {
+        size_t in, here;
+        struct payload *from = piece(p, at, &in, &here);
+        here = min_u64(here, end - at);
+        if (!lands || choose_lands(lands)) {
+            uint64_t s = at / SIM_SECTOR;
+            put(i, s, payload_with(i->now[s], from, in, here), direct);
+            if (at + here > i->size)
+                set_size(i, at + here);
+            modified(i);
+        }
+        at += here;
+    }
+    return (int64_t)(end - p->at);
 }
 
 int64_t inode_write(struct inode *i, const void *buf, size_t n, uint64_t at, bool direct,
                     struct choices *lands)
 {
-    const uint8_t *from = buf;
-    if (i->in_memory) {
-        int r = memory_reserve(i, at + n);
-        if (r < 0)
-            return r;
-        memcpy(i->bytes + at, from, n);
-        i->size = max_u64(i->size, at + n);
-        modified(i);
-        return (int64_t)n;
-    }
-    uint64_t have = take_blocks(i, at, n, BLOCK_WRITTEN);
-    if (!have && n)
-        return -ENOSPC;
-    n = min_u64(n, have);
-    for (size_t done = 0; done < n;) {
-        uint64_t s = (at + done) / SIM_SECTOR, in = (at + done) % SIM_SECTOR;
-        size_t here = min_u64(n - done, SIM_SECTOR - in);
-        if (!lands || choose_lands(lands)) {
-            struct sector *sec = sector_at(i, s);
-            uint8_t bytes[SIM_SECTOR];
-            if (here < SIM_SECTOR)
-                memcpy(bytes, sec->now, SIM_SECTOR);
-            memcpy(bytes + in, from + done, here);
-            put(i, sec, bytes, direct);
-            if (at + done + here > i->size)
-                set_size(i, at + done + here);
-            modified(i);
-        }
-        done += here;
-    }
-    return (int64_t)n;
+    struct parcel *p = parcel_new(buf, n, at);
+    int64_t r = inode_write_parcel(i, p, direct, lands);
+    parcel_free(p);
+    return r;
 }
 
 int inode_resize(struct inode *i, uint64_t size)
@@ -332,10 +498,10 @@ int64_t inode_seek(struct inode *i, uint64_t at, int whence)
 static void sync_sector(struct inode *i, struct sector *sec, uint64_t upto)
 {
     for (struct version *v = sec->versions; v && v->order < upto; v = v->newer)
-        memcpy(sec->durable, v->bytes, SIM_SECTOR);
+        payload_set(&i->durable[sec->number], v->payload);
     forget_versions(sec, upto);
     if (!sec->versions)
-        TAILQ_REMOVE(&i->dirty, sec, dirty);
+        clean(i, sec);
 }
 
 static void sync_size(struct inode *i, uint64_t upto)
@@ -354,7 +520,7 @@ void inode_sync(struct inode *i, uint64_t upto, bool with_times)
 {
     struct sector *sec, *next;
     for (sec = TAILQ_FIRST(&i->dirty); sec; sec = next) {
-        next = TAILQ_NEXT(sec, dirty);
+        next = TAILQ_NEXT(sec, link);
         sync_sector(i, sec, upto);
     }
     sync_size(i, upto);
@@ -365,7 +531,7 @@ void inode_sync(struct inode *i, uint64_t upto, bool with_times)
 void inode_sync_range(struct inode *i, uint64_t at, size_t n, uint64_t upto)
 {
     for (uint64_t s = at / SIM_SECTOR; s * SIM_SECTOR < at + n && s < i->n_sectors; s++)
-        if (i->sectors[s] && i->sectors[s]->versions)
+        if (i->sectors[s])
             sync_sector(i, i->sectors[s], upto);
     sync_size(i, upto);
 }
@@ -377,18 +543,19 @@ void inode_sync_failed(struct inode *i, uint64_t upto)
     for (sec = TAILQ_FIRST(&i->dirty); sec; sec = next) {
         uint32_t n = 0;
         struct version *v;
-        next = TAILQ_NEXT(sec, dirty);
+        struct payload **now = &i->now[sec->number], **durable = &i->durable[sec->number];
+        next = TAILQ_NEXT(sec, link);
         for (v = sec->versions; v && v->order < upto; v = v->newer)
             n++;
         uint32_t which = choose_survivor(i->store->choices, n);
         for (v = sec->versions; which; which--, v = v->newer)
-            memcpy(sec->durable, v->bytes, SIM_SECTOR);
+            payload_set(durable, v->payload);
         forget_versions(sec, upto);
         if (sec->versions)
             continue;
-        TAILQ_REMOVE(&i->dirty, sec, dirty);
         if (sec->direct || choose(i->store->choices, 2))
-            memcpy(sec->now, sec->durable, SIM_SECTOR); /* the page is dropped */
+            payload_set(now, *durable); /* the page is dropped */
+        clean(i, sec);
     }
 }
 
@@ -403,19 +570,18 @@ static size_t surviving_sizes(const struct inode *i, struct choices *c)
 }
 
 /* What the medium has of a sector, when the first SIZES changes of the size are there. */
-static const uint8_t *survivor(const struct inode *i, const struct sector *sec, size_t sizes,
-                               struct choices *c)
+static struct payload *survivor(const struct inode *i, const struct sector *sec, size_t sizes,
+                                struct choices *c)
 {
-    static const uint8_t zeroes[SIM_SECTOR];
     uint64_t from = 0, to = UINT64_MAX; /* the orders that can be there */
     uint64_t at = (uint64_t)sec->number * SIM_SECTOR, before = i->durable_size;
-    const uint8_t *bytes = sec->durable;
+    struct payload *survives = i->durable[sec->number];
     for (size_t k = 0; k < i->n_resizings; k++) {
         bool cuts = i->resizings[k].size <= at && before > at;
         before = i->resizings[k].size;
         if (cuts && k < sizes) {
             from = i->resizings[k].order;
-            bytes = zeroes;
+            survives = NULL;
         } else if (cuts) {
             to = min_u64(to, i->resizings[k].order);
         }
@@ -427,27 +593,35 @@ static const uint8_t *survivor(const struct inode *i, const struct sector *sec, 
     uint32_t which = choose_survivor(c, n);
     for (v = sec->versions; which; v = v->newer)
         if (v->order > from && v->order < to && --which == 0)
-            bytes = v->bytes;
-    return bytes;
+            survives = v->payload;
+    return survives;
 }
 
-uint8_t *inode_imagine(const struct inode *i, const struct in_flight *writes, size_t n_writes,
+uint8_t *inode_imagine(const struct inode *i, const struct parcel *const *writes, size_t n_writes,
                        struct choices *c, uint64_t *size)
 {
     size_t sizes = surviving_sizes(i, c);
     *size = sizes ? i->resizings[sizes - 1].size : i->durable_size;
-    uint8_t *bytes = xcalloc(1, align_up(*size, SIM_SECTOR) + SIM_SECTOR);
+    uint8_t *bytes = malloc(align_up(*size, SIM_SECTOR) + SIM_SECTOR);
+    assert(bytes);
+    uint64_t done = 0; /* runs of zeroes are cleared at once */
     for (size_t k = 0; k < i->n_sectors && k * SIM_SECTOR < *size; k++) {
-        const struct sector *sec = i->sectors[k];
-        if (sec)
-            memcpy(bytes + k * SIM_SECTOR,
-                   sec->versions ? survivor(i, sec, sizes, c) : sec->durable, SIM_SECTOR);
+        const struct payload *p =
+            i->sectors[k] ? survivor(i, i->sectors[k], sizes, c) : i->durable[k];
+        if (!p)
+            continue;
+        memset(bytes + done, 0, k * SIM_SECTOR - done);
+        memcpy(bytes + k * SIM_SECTOR, p->bytes, SIM_SECTOR);
+        done = (k + 1) * SIM_SECTOR;
     }
+    if (done < *size)
+        memset(bytes + done, 0, *size - done);
     for (size_t w = 0; w < n_writes; w++)
-        for (uint64_t at = writes[w].at, end = at + writes[w].n; at < end && at < *size;) {
-            uint64_t here = min_u64(end, align_down(at, SIM_SECTOR) + SIM_SECTOR) - at;
+        for (uint64_t at = writes[w]->at, end = at + writes[w]->n; at < end && at < *size;) {
+            size_t in, here;
+            const struct payload *p = piece(writes[w], at, &in, &here);
             if (choose_lands(c))
-                memcpy(bytes + at, writes[w].bytes + (at - writes[w].at), here);
+                payload_read(p, bytes + at, in, here);
             at += here;
         }
     memset(bytes + *size, 0, align_up(*size, SIM_SECTOR) + SIM_SECTOR - *size);
@@ -461,7 +635,8 @@ void content_lose_power(struct inode *i)
     size_t sizes = surviving_sizes(i, c);
 
     while ((sec = TAILQ_FIRST(&i->dirty))) {
-        memcpy(sec->durable, survivor(i, sec, sizes, c), SIM_SECTOR);
+        payload_set(&i->durable[sec->number], survivor(i, sec, sizes, c));
+        forget_versions(sec, UINT64_MAX);
         clean(i, sec);
     }
     for (size_t k = 0; k < sizes; k++)
@@ -469,15 +644,14 @@ void content_lose_power(struct inode *i)
     i->n_resizings = 0;
     i->size = i->durable_size;
     for (size_t k = 0; k < i->n_sectors; k++) {
-        if (!(sec = i->sectors[k]))
-            continue;
-        if ((k + 1) * SIM_SECTOR > i->size) {
+        if ((k + 1) * SIM_SECTOR > i->size && i->durable[k]) {
             uint64_t keep = max_u64(i->size, k * SIM_SECTOR) - k * SIM_SECTOR;
-            memset(sec->durable + keep, 0, SIM_SECTOR - keep);
+            struct payload *cut = payload_with(i->durable[k], NULL, keep, SIM_SECTOR - keep);
+            payload_unref(i->durable[k]);
+            i->durable[k] = cut;
         }
-        memcpy(sec->now, sec->durable, SIM_SECTOR);
-        sec->direct = false;
-        if (sec->now[0] || memcmp(sec->now, sec->now + 1, SIM_SECTOR - 1))
+        payload_set(&i->now[k], i->durable[k]);
+        if (i->now[k])
             written_again(i, k / (SIM_BLOCK / SIM_SECTOR));
     }
     if (choose_lands(c))
@@ -520,7 +694,9 @@ void inode_stat(struct inode *i, struct statx *ret)
 
 uint8_t *inode_dump(struct inode *i, uint64_t *size)
 {
-    uint8_t *bytes = xcalloc(1, i->size + 1);
+    uint8_t *bytes = malloc(i->size + 1);
+    assert(bytes);
     *size = inode_read(i, bytes, i->size, 0);
+    bytes[*size] = 0;
     return bytes;
 }

@@ -61,18 +61,24 @@ void choices_fini(struct choices *c);
 
 /* ---- files ---- */
 
-struct version {
-    struct version *newer;
-    uint64_t order;
+/* What a sector holds; zeroes are NULL, always. It is shared, and so never changed: most of what a
+ * tide file is made of are zeroes, and what is synced is what was written. */
+struct payload {
+    size_t users;
     uint8_t bytes[SIM_SECTOR];
 };
 
-struct sector {
-    uint8_t now[SIM_SECTOR], durable[SIM_SECTOR];
+struct version {
+    struct version *newer;
+    uint64_t order;
+    struct payload *payload;
+};
+
+struct sector {               /* that is dirty: it has versions */
     struct version *versions; /* the oldest first */
     bool direct;              /* last written past the page cache */
     uint32_t number;
-    TAILQ_ENTRY(sector) dirty; /* while it has versions */
+    TAILQ_ENTRY(sector) link;
 };
 
 struct resizing {
@@ -100,8 +106,9 @@ struct inode {
     struct times times, durable_times;
     TAILQ_HEAD(, lock) locks;
     /* on the disk */
-    struct sector **sectors;
-    size_t n_sectors;
+    struct payload **now, **durable; /* of each sector */
+    struct sector **sectors;         /* NULL: clean */
+    size_t n_now, n_durable, n_sectors;
     TAILQ_HEAD(, sector) dirty;
     struct resizing *resizings; /* since the size was durable */
     size_t n_resizings;
@@ -167,7 +174,13 @@ void inode_put(struct inode *i); /* one user less */
 /* UPTO: what was completed before; store->order + 1 at this moment covers everything. */
 uint64_t store_moment(struct store *s);
 size_t inode_read(struct inode *i, void *buf, size_t n, uint64_t at);
+/* What is to be written, cut where the sectors of a file are cut. */
+struct parcel;
+struct parcel *parcel_new(const void *buf, size_t n, uint64_t at);
+void parcel_free(struct parcel *p); /* NULL is allowed */
 /* The sectors for which LANDS (NULL: all) says true. Bytes written, or -ENOSPC. */
+int64_t inode_write_parcel(struct inode *i, const struct parcel *p, bool direct,
+                           struct choices *lands);
 int64_t inode_write(struct inode *i, const void *buf, size_t n, uint64_t at, bool direct,
                     struct choices *lands);
 int inode_resize(struct inode *i, uint64_t size);
@@ -184,11 +197,7 @@ uint8_t *inode_dump(struct inode *i, uint64_t *size);
 
 /* What the medium may have if the power goes now, which it does not. WRITES are in flight. Caller
  * frees. */
-struct in_flight {
-    uint64_t at, n;
-    const uint8_t *bytes;
-};
-uint8_t *inode_imagine(const struct inode *i, const struct in_flight *writes, size_t n_writes,
+uint8_t *inode_imagine(const struct inode *i, const struct parcel *const *writes, size_t n_writes,
                        struct choices *c, uint64_t *size);
 
 /* ---- locks: 0 or -EAGAIN; test: 1 is there another's? ---- */

@@ -298,23 +298,22 @@ static uint64_t entry_at(const uint8_t *bytes, uint64_t size, uint64_t at)
     return at + 8 <= size ? entry_load(bytes + at, 0) : 0;
 }
 
-/* One sector of the disk from the bytes of its image, which have been checked. */
-static void imagined_sector(const struct disk *d, const uint8_t *bytes, uint64_t size,
-                            uint64_t l1_offset, uint64_t sector, uint8_t *ret)
+/* One sector of the disk in the bytes of its image, which have been checked. */
+static const uint8_t *imagined_sector(const struct disk *d, const uint8_t *bytes, uint64_t size,
+                                      uint64_t l1_offset, uint64_t sector)
 {
+    static const uint8_t zeroes[MODEL_SECTOR];
     uint64_t at = sector * MODEL_SECTOR;
-    memset(ret, 0, MODEL_SECTOR);
     if (d->qcow2) {
         uint64_t in = at % d->cluster, cluster = at / d->cluster, entries = d->cluster / 8;
         uint64_t l1e = entry_at(bytes, size, l1_offset + cluster / entries * 8);
         uint64_t l2 = l1e & ENTRY_OFFSET_MASK;
         uint64_t e = l2 ? entry_at(bytes, size, l2 + cluster % entries * 8) : 0;
         if (!(e & ENTRY_OFFSET_MASK) || (e & ENTRY_ZERO))
-            return;
+            return zeroes;
         at = (e & ENTRY_OFFSET_MASK) + in;
     }
-    if (at < size)
-        memcpy(ret, bytes + at, min_u64(MODEL_SECTOR, size - at));
+    return at < size ? bytes + at : zeroes; /* behind SIZE there are zeroes, to the sector's end */
 }
 
 static void glimpse_disk(struct history *h, struct disk *d)
@@ -330,10 +329,9 @@ static void glimpse_disk(struct history *h, struct disk *d)
     if (d->qcow2)
         memcpy(&l1, bytes + 40, 8);
     for (uint64_t i = 0; i < d->model.n; i++) {
-        uint8_t sector[MODEL_SECTOR];
         uint32_t stamp;
         char known[400];
-        imagined_sector(d, bytes, size, be64toh(l1), i, sector);
+        const uint8_t *sector = imagined_sector(d, bytes, size, be64toh(l1), i);
         if (stamp_read(sector, &stamp) && model_may_survive(&d->model, i, stamp))
             continue;
         model_describe(&d->model, i, known, sizeof known);

@@ -20,8 +20,8 @@
 
 struct operation {
     TAILQ_ENTRY(operation) link;
-    struct io_op op; /* as it was asked; buf is the program's */
-    uint8_t *data;   /* of a write */
+    struct io_op op;     /* as it was asked; buf is the program's */
+    struct parcel *data; /* of a write */
     char path[SIM_PATH], path2[SIM_PATH];
     struct open_inode *file;
     uint64_t done_ns, order; /* of a sync: when it was asked */
@@ -222,13 +222,16 @@ static int64_t do_open(struct machine *m, const char *path, int flags)
 
 static void to_stat(struct inode *i, struct stat *st)
 {
+    static int64_t uid = -1;
     struct statx x;
+    if (uid < 0)
+        uid = geteuid();
     inode_stat(i, &x);
     *st = (struct stat){
         .st_dev = makedev(x.stx_dev_major, x.stx_dev_minor),
         .st_ino = x.stx_ino,
         .st_mode = x.stx_mode,
-        .st_uid = geteuid(),
+        .st_uid = (uid_t)uid,
         .st_nlink = x.stx_nlink,
         .st_size = (off_t)x.stx_size,
         .st_blksize = SIM_BLOCK,
@@ -320,12 +323,12 @@ static int64_t do_write(struct machine *m, struct operation *o)
     struct inode *i = o->file->inode;
     bool direct = o->file->flags & O_DIRECT;
     if (faulty(m, o, m->faults.write)) {
-        (void)!inode_write(i, o->data, o->op.length, o->op.offset, direct, &m->choices);
+        (void)!inode_write_parcel(i, o->data, direct, &m->choices);
         return -EIO;
     }
     if (faulty(m, o, m->faults.space))
         return -ENOSPC;
-    int64_t n = inode_write(i, o->data, o->op.length, o->op.offset, direct, NULL);
+    int64_t n = inode_write_parcel(i, o->data, direct, NULL);
     if (n > 0 && (o->op.flags & (RWF_DSYNC | RWF_SYNC)))
         inode_sync_range(i, o->op.offset, (size_t)n, store_moment(&m->store));
     return n;
@@ -445,7 +448,7 @@ static void operation_free(struct machine *m, struct operation *o)
 {
     if (o->file)
         o->file->pending--;
-    free(o->data);
+    parcel_free(o->data);
     free(o);
 }
 
@@ -474,12 +477,10 @@ static struct operation *submit(struct machine *m, const struct io_op *op)
     if (o->file)
         o->file->pending++;
     if (op->kind == IO_WRITE) {
-        o->data = malloc(op->length + 1);
-        assert(o->data);
-        memcpy(o->data, op->buf, op->length);
+        o->data = parcel_new(op->buf, op->length, op->offset);
         for (size_t at = 0; at + 8 <= op->length; at += SIM_SECTOR) {
             uint64_t word;
-            memcpy(&word, o->data + at, 8);
+            memcpy(&word, (const uint8_t *)op->buf + at, 8);
             machine_mix(m, word);
         }
     }
@@ -605,8 +606,8 @@ static void land(struct machine *m)
         TAILQ_REMOVE(&m->in_flight, o, link);
         if (o->op.kind == IO_WRITE && o->file) {
             if ((o->file->flags & (O_RDWR | O_WRONLY)) && !misaligned(o))
-                (void)!inode_write(o->file->inode, o->data, o->op.length, o->op.offset,
-                                   o->file->flags & O_DIRECT, &m->choices);
+                (void)!inode_write_parcel(o->file->inode, o->data, o->file->flags & O_DIRECT,
+                                          &m->choices);
         } else if (o->op.kind == IO_FALLOCATE || o->op.kind == IO_TRUNCATE ||
                    o->op.kind == IO_UNLINK || o->op.kind == IO_RENAME || o->op.kind == IO_LINK) {
             if ((o->file || !needs_file(o->op.kind)) && choose_lands(&m->choices))
@@ -694,7 +695,7 @@ uint8_t *machine_dump(struct machine *m, const char *path, uint64_t *size)
 
 uint8_t *machine_imagine(struct machine *m, const char *path, struct choices *c, uint64_t *size)
 {
-    struct in_flight writes[256];
+    const struct parcel *writes[256];
     size_t n = 0;
     struct operation *o;
     struct inode *i = store_find(&m->store, path);
@@ -703,7 +704,7 @@ uint8_t *machine_imagine(struct machine *m, const char *path, struct choices *c,
     TAILQ_FOREACH (o, &m->in_flight, link)
         if (o->op.kind == IO_WRITE && o->file && o->file->inode == i && !misaligned(o) &&
             n < ARRAY_SIZE(writes))
-            writes[n++] = (struct in_flight){o->op.offset, o->op.length, o->data};
+            writes[n++] = o->data;
     return inode_imagine(i, writes, n, c, size);
 }
 
