@@ -92,13 +92,7 @@ static int file_discard(struct node *n, struct range r)
     host_forget_data(s, r);
     result = host_punch(s, handle->fd, r);
     host_forget_data(s, r);
-    if (result == 0) {
-        s->discards_ok++;
-        s->discarded_bytes += r.length;
-    } else {
-        s->discards_failed++;
-    }
-    return result;
+    return host_discard_done(s, r, result);
 }
 
 /* An empty file that grows gets its first block allocated: by reading from it other programs,
@@ -306,6 +300,7 @@ static int file_create(struct graph *g, struct json_object *options, struct erro
 const struct driver driver_file = {
     .name = "file",
     .protocol = "file",
+    .takes_path = true,
     .state_size = sizeof(struct file_state),
     .known_options = host_options,
     .open = file_open,

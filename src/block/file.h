@@ -17,8 +17,9 @@ struct file_state {
     struct open_file *now;
     bool use_lock;
     bool broken; /* a sync has failed: what the kernel holds of us is not trusted again */
-    bool no_punch, no_zero_range; /* the file system cannot */
-    dev_t dev;
+    bool no_punch, no_zero_range, no_discard; /* the file system or the device cannot */
+    bool block;                               /* a block device */
+    dev_t dev, rdev;
     ino_t ino;
     uint64_t length; /* of the file, at least */
 
@@ -63,6 +64,8 @@ void host_forget_data(struct file_state *s, struct range r);
 bool host_cannot(int r);
 /* -ENOTSUP: from now on always. */
 int host_punch(struct file_state *s, int fd, struct range r);
+/* Counts it for query-blockstats; returns RESULT. */
+int host_discard_done(struct file_state *s, struct range r, int result);
 uint64_t host_allocated_bytes(struct node *n);
 void host_image_info(struct node *n, struct json_object *info);
 struct json_object *host_specific_stats(struct node *n);

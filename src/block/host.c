@@ -1,5 +1,5 @@
 /* What files and devices of the host have in common: descriptors, options, permissions, reading,
- * writing, flushing. The rest is file.c's.
+ * writing, flushing. The rest is file.c's and host_device.c's.
  *
  *     cache.direct    O_DIRECT; the alignments that it wants are found by trying
  *     cache.no-flush  nothing is ever synced (block/ does not call flush, and FUA means nothing)
@@ -11,13 +11,13 @@
  * say that all is well. So after the first the node refuses writes and flushes for good. */
 
 #include "block/file.h"
-#include "block/file.h"
 
 #include "base/broken.h"
 #include "rt/io.h"
 
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <linux/fs.h>
 #include <sys/ioctl.h>
 
 /* ---- descriptors ---- */
@@ -74,21 +74,37 @@ int host_open_path(const char *path, int flags, mode_t mode, int *ret, struct er
     return 0;
 }
 
+/* Linux opens a device for writing also where it does not let anybody write. */
+static int check_writable(int fd, const struct stat *st, int flags, struct error *err)
+{
+    int read_only = 0;
+
+    if (!(flags & O_RDWR) || !S_ISBLK(st->st_mode))
+        return 0;
+    int r = io_ioctl(fd, BLKROGET, &read_only);
+    if (r == 0 && read_only)
+        r = -EACCES;
+    return r < 0 ? error_set_errno(err, -r, "The device is not writable") : 0;
+}
+
 static bool can_read(int fd, uint8_t *buf, size_t n)
 {
     /* Only EINVAL speaks of the alignment. */
     return io_pread(fd, buf, n, 0) != -EINVAL;
 }
 
-/* What O_DIRECT wants, of the request and of the memory. */
+/* What O_DIRECT wants, of the request (a device tells that itself) and of the memory. */
 static int probe_alignment(int fd, struct node_limits *limits, struct error *err)
 {
     static const uint32_t sizes[] = {1, 512, 1024, 2048, 4096};
     uint8_t *buf = block_buffer(2 * DIRECT_ALIGN_MAX);
     uint32_t request = 0, memory = 0;
+    int sector;
 
     if (!buf)
         return error_set_errno(err, ENOMEM, "Could not find working O_DIRECT alignment");
+    if (io_ioctl(fd, BLKSSZGET, &sector) == 0 && sector >= BLOCK_SECTOR)
+        request = (uint32_t)sector;
     for (size_t i = 0; !request && i < ARRAY_SIZE(sizes); i++)
         if (can_read(fd, buf, sizes[i])) /* one byte: the file is empty, or the check is lax */
             request = sizes[i] == 1 ? DIRECT_ALIGN_MAX : sizes[i];
@@ -153,11 +169,14 @@ int host_open(struct node *n, struct json_object *options, host_look_fn *look, s
     if (r < 0)
         return r;
     r = io_fstat(fd, &st);
-    if (r < 0) {
-        r = error_set_errno(err, -r, "Could not stat file");
-    } else {
+    if (r < 0)
+        (void)error_set_errno(err, -r, "Could not stat file");
+    else
+        r = check_writable(fd, &st, flags, err);
+    if (r == 0) {
         s->dev = st.st_dev;
         s->ino = st.st_ino;
+        s->rdev = st.st_rdev;
         r = look(n, fd, &st, err);
     }
     if (r == 0)
@@ -187,6 +206,14 @@ void host_close(struct node *n)
  * As QEMU's dynamic auto-read-only: the check opens the other descriptor and takes the locks there,
  * so that a refusal changes nothing. */
 
+/* A name that udev has made anew is the same device. */
+static bool is_same(const struct file_state *s, const struct stat *st)
+{
+    return S_ISBLK(st->st_mode) || S_ISCHR(st->st_mode)
+               ? st->st_rdev == s->rdev
+               : st->st_dev == s->dev && st->st_ino == s->ino;
+}
+
 /* The file again, in another mode. */
 static int open_next(struct node *n, int flags, struct error *err)
 {
@@ -201,10 +228,10 @@ static int open_next(struct node *n, int flags, struct error *err)
     r = io_fstat(fd, &st);
     if (r < 0)
         (void)error_set_errno(err, -r, "Could not stat file");
-    else if (st.st_dev != s->dev || st.st_ino != s->ino) /* the name means another by now */
+    else if (!is_same(s, &st)) /* the name means another by now */
         r = error_set(err, ESTALE, "'%s' is not the file any more that node '%s' has open",
                       n->filename, n->name);
-    else if (flags & O_DIRECT)
+    else if ((r = check_writable(fd, &st, flags, err)) == 0 && (flags & O_DIRECT))
         r = probe_alignment(fd, &limits, err);
     if (r < 0) {
         io_close(fd);
@@ -362,6 +389,17 @@ int host_flush(struct node *n)
     if (r < 0 && !BROKEN(failed_sync_forgotten))
         s->broken = true;
     return r;
+}
+
+int host_discard_done(struct file_state *s, struct range r, int result)
+{
+    if (result == 0) {
+        s->discards_ok++;
+        s->discarded_bytes += r.length;
+    } else {
+        s->discards_failed++;
+    }
+    return result;
 }
 
 uint64_t host_allocated_bytes(struct node *n)
