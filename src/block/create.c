@@ -19,18 +19,47 @@ int graph_create(struct graph *g, struct json_object *options, struct error *err
     return r;
 }
 
-static int create_file(struct graph *g, const char *filename, uint64_t size_bytes,
-                       struct error *err)
+static int zero_first_sector(struct edge *e)
 {
-    CLEANUP(json_putp) struct json_object *options = json_object_new_object();
-    const char *path = filename;
+    return edge_write_zeroes(e, range_make(0, min_u64(BLOCK_SECTOR, node_size(e->node))), 0);
+}
 
-    if (!strncmp(path, "file:", 5))
-        path += 5;
-    else if (path_has_protocol(path))
-        return error_set(err, EINVAL, "Unknown protocol '%.*s'", (int)strcspn(path, ":"), path);
-    json_add_string(options, "driver", "file");
-    json_add_string(options, "filename", path);
+/* A protocol whose disks are there already: it must be large enough, and what is in it is no image
+ * of a format any more. */
+static int use_what_is_there(struct graph *g, const struct driver *d, const char *filename,
+                             uint64_t size_bytes, struct error *err)
+{
+    static const struct user_ops nobody = {0};
+    struct user user = {&nobody};
+    CLEANUP(node_unrefp) struct node *n = NULL;
+    CLEANUP(edge_detachp) struct edge *e = NULL;
+
+    int r = graph_open_filename(g, filename, d->name, NULL, false, &n, err);
+    if (r == 0)
+        r = edge_attach_user(&user, n, "root", PERM_WRITE | PERM_RESIZE, PERM_ALL, &e, err);
+    if (r < 0)
+        return error_wrap(err,
+                          "Protocol driver '%s' does not support image creation, and opening the "
+                          "image failed",
+                          d->name);
+    r = edge_truncate(e, size_bytes, false, err);
+    if (r < 0 && (r != -ENOTSUP || node_size(n) < size_bytes))
+        return r;
+    error_clear(err);
+    r = zero_first_sector(e);
+    return r < 0 ? error_set_errno(err, -r, "Failed to clear the new image's first sector") : 0;
+}
+
+static int create_file(struct graph *g, const struct driver *protocol, const char *filename,
+                       uint64_t size_bytes, struct error *err)
+{
+    CLEANUP(json_putp) struct json_object *options = NULL;
+
+    if (!protocol->create)
+        return use_what_is_there(g, protocol, filename, size_bytes, err);
+    options = json_object_new_object();
+    json_add_string(options, "driver", protocol->name);
+    json_add_string(options, "filename", path_of(protocol, filename));
     json_add_uint(options, "size", size_bytes);
     return graph_create(g, options, err);
 }
@@ -41,12 +70,12 @@ int graph_create_filename(struct graph *g, const char *filename, const char *for
 {
     SHIELD();
     GRAPH_LOCKED(g);
-    const struct driver *d = graph_find_driver(g, format);
+    const struct driver *d = graph_find_driver(g, format), *protocol;
     CLEANUP(json_putp) struct json_object *options = NULL;
     CLEANUP(node_unrefp) struct node *file = NULL;
     int r;
 
-    bool plain = !strcmp(format, "raw") || !strcmp(format, "file");
+    bool plain = !strcmp(format, "raw") || (d && d->takes_path);
     if (!d)
         return error_set(err, EINVAL, "Unknown file format '%s'", format);
     if (!d->create && !plain)
@@ -58,13 +87,16 @@ int graph_create_filename(struct graph *g, const char *filename, const char *for
         return error_set(err, EINVAL,
                          "Error: Trying to create an image with the same filename as the backing "
                          "file");
-    if (plain)
-        return create_file(g, filename, size_bytes, err);
-
-    r = create_file(g, filename, 0, err);
+    r = find_protocol(g, filename, true, &protocol, err);
     if (r < 0)
         return r;
-    r = graph_open_filename(g, filename, "file", NULL, false, &file, err);
+    if (plain)
+        return create_file(g, d->takes_path ? d : protocol, filename, size_bytes, err);
+
+    r = create_file(g, protocol, filename, 0, err);
+    if (r < 0)
+        return r;
+    r = graph_open_filename(g, filename, protocol->name, NULL, false, &file, err);
     if (r < 0)
         return r;
     options = json_object_new_object();

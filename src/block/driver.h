@@ -82,6 +82,7 @@ struct node {
 struct driver {
     const char *name;     /* "qcow2": the QMP name */
     const char *protocol; /* "file" for file names "file:..."; NULL: there is a `file` child */
+    bool takes_path; /* the option `filename` must be given; PROTOCOL: before it is no part of it */
     size_t state_size;
     bool is_filter;            /* content is that of its ROLE_FILTERED child */
     bool child_stays;          /* a filter that has its child's bitmaps: no other for it */
@@ -213,5 +214,5 @@ int node_apply_auto_read_only(struct node *n, const char *text, struct error *er
 bool node_will_be_writable(const struct node *n);
 
 /* The drivers of this room; graph_new adds them. */
-extern const struct driver driver_file, driver_raw, driver_null_co, driver_qcow2, driver_blkdebug,
-    driver_throttle;
+extern const struct driver driver_file, driver_host_device, driver_raw, driver_null_co,
+    driver_qcow2, driver_blkdebug, driver_throttle;

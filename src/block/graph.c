@@ -58,6 +58,7 @@ struct graph *graph_new(void)
     TAILQ_INIT(&g->hooks);
     mutex_init(&g->lock);
     graph_add_driver(g, &driver_file);
+    graph_add_driver(g, &driver_host_device);
     graph_add_driver(g, &driver_raw);
     graph_add_driver(g, &driver_null_co);
     graph_add_driver(g, &driver_qcow2);

@@ -95,6 +95,11 @@ struct generic_options {
     bool direct, no_flush, read_only, auto_read_only, force_share, discard_unmap;
     int detect_zeroes;
 };
+/* The protocol that FILENAME is of: a device's, PREFIX_ALLOWED "PROTOCOL:REST", or `file`. */
+int find_protocol(struct graph *g, const char *filename, bool prefix_allowed,
+                  const struct driver **ret, struct error *err);
+/* FILENAME without the prefix of D, which takes paths. */
+const char *path_of(const struct driver *d, const char *filename);
 /* What the generic members of OPTIONS say, after inheritance from PARENT by ROLE. */
 int generic_options_parse(struct json_object *options, const struct node *parent, unsigned role,
                           struct generic_options *ret, struct error *err);

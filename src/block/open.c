@@ -132,17 +132,14 @@ int node_apply_auto_read_only(struct node *n, const char *text, struct error *er
 
 /* ---- drivers by name, protocol, content ---- */
 
-static int find_protocol(struct graph *g, const char *filename, bool prefix_allowed,
-                         const struct driver **ret, struct error *err)
+int find_protocol(struct graph *g, const char *filename, bool prefix_allowed,
+                  const struct driver **ret, struct error *err)
 {
     struct stat st;
 
     /* A path with a colon in it may be a device all the same. */
     if (io_stat(filename, &st) == 0 && (S_ISBLK(st.st_mode) || S_ISCHR(st.st_mode))) {
         *ret = graph_find_driver(g, "host_device");
-        if (!*ret)
-            return error_set(err, ENOTSUP,
-                             "'%s' is a device: driver 'host_device' is not supported", filename);
         return 0;
     }
     if (!prefix_allowed || !path_has_protocol(filename)) {
@@ -158,6 +155,13 @@ static int find_protocol(struct graph *g, const char *filename, bool prefix_allo
         }
     }
     return error_set(err, EINVAL, "Unknown protocol '%.*s'", (int)n, filename);
+}
+
+const char *path_of(const struct driver *d, const char *filename)
+{
+    size_t n = strlen(d->protocol);
+
+    return !strncmp(filename, d->protocol, n) && filename[n] == ':' ? filename + n + 1 : filename;
 }
 
 static int probe_format(struct node *file, const struct driver **ret, struct error *err)
@@ -258,8 +262,7 @@ static int check_loop(struct node *n, const char *filename, struct opening *self
     }
     if (!filename)
         return 0;
-    if (!strncmp(filename, "file:", 5))
-        filename += 5;
+    filename = path_of(&driver_file, path_of(&driver_host_device, filename));
     if (io_stat(filename, &st) < 0)
         return 0;
     for (const struct opening *o = self; o; o = o->outer)
@@ -361,12 +364,10 @@ static int fill_options(struct graph *g, struct json_object *options, const char
             return r;
         json_add_string(options, "driver", d->name);
     }
-    if (d && d->protocol && parse && !strcmp(d->protocol, "file")) {
-        filename = json_get_string(options, "filename", "");
-        if (!strncmp(filename, "file:", 5)) {
-            CLEANUP(memory_freep) char *path = xstrdup(filename + 5);
-            json_add_string(options, "filename", path);
-        }
+    if (d && d->takes_path && parse) {
+        CLEANUP(memory_freep)
+        char *path = xstrdup(path_of(d, json_get_string(options, "filename", "")));
+        json_add_string(options, "filename", path);
     }
     if (d && parse && d->parse_filename) {
         CLEANUP(memory_freep) char *text = xstrdup(json_get_string(options, "filename", ""));
@@ -535,8 +536,7 @@ static int open_node(struct graph *g, const char *filename, struct json_object *
     r = check_generic_options(&generic, err);
     if (r < 0)
         goto failed;
-    if (d->protocol && !strcmp(d->protocol, "file") &&
-        !json_get_string(options, "filename", "")[0]) {
+    if (d->takes_path && !json_get_string(options, "filename", "")[0]) {
         r = error_set(err, EINVAL, "The '%s' block driver requires a file name", d->name);
         goto failed;
     }

@@ -153,7 +153,7 @@ static void backup_progress(struct job *j, uint64_t *done, uint64_t *total)
 static int flush_name(struct backup *b, struct error *err)
 {
     const char *path = b->made;
-    if (!path || strncmp(path, "json:", 5) == 0)
+    if (!path || strncmp(path, "json:", 5) == 0 || strncmp(path, "host_device:", 12) == 0)
         return 0; /* not a plain path: its driver's business */
     if (strncmp(path, "file:", 5) == 0)
         path += 5;

@@ -121,7 +121,8 @@ static SCHEMA_OBJECT(BlockStatsSpecificFile, REQ("discard-nb-ok", uint64),
                      REQ("discard-nb-failed", uint64), REQ("discard-bytes-ok", uint64));
 
 static SCHEMA_UNION(BlockStatsSpecific, "driver", MEMBERS(REQ("driver", BlockdevDriver)),
-                    BRANCHES(BRANCH("file", BlockStatsSpecificFile)));
+                    BRANCHES(BRANCH("file", BlockStatsSpecificFile),
+                             BRANCH("host_device", BlockStatsSpecificFile)));
 
 SCHEMA_OBJECT(BlockStats, OPT("device", str), OPT("qdev", str), OPT("node-name", str),
               REQ("stats", BlockDeviceStats), OPT("driver-specific", BlockStatsSpecific),

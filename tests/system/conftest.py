@@ -2,7 +2,7 @@
 
 Fixtures: `tmp` (a short temporary directory), `daemon` (a function that starts tidemarkd with
 the given arguments and, after the test, stops it and checks its end), `small_fs` (a function that
-makes a file system to be full).
+makes a file system to be full), `loop_device` (a function that makes a block device).
 """
 
 import atexit
@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE))
 
 import pytest  # noqa: E402
 from tidemark_testlib import (  # noqa: E402
-    Daemon, NotAllowed, SmallFileSystem, find_tidemarkd, may_be_skipped, temp_dir,
+    Daemon, LoopDevice, NotAllowed, SmallFileSystem, find_tidemarkd, may_be_skipped, temp_dir,
 )
 
 KEPT = ("TIDEMARK", "TIDEMARK_BUILD", "TIDEMARK_PARITY", "TIDEMARK_SEED", "TIDEMARK_LOOP",
@@ -55,9 +55,9 @@ def tidemarkd():
     return path
 
 
-def not_allowed(why):
+def not_allowed(why, what="small_fs"):
     """Skips, or where that is not allowed fails."""
-    if may_be_skipped():
+    if may_be_skipped(what):
         pytest.skip(why)
     pytest.fail(f"{why} (TIDEMARK_REQUIRE; scripts/check with TIDEMARK_ALLOW_SKIP=1 skips this)",
                 pytrace=False)
@@ -81,7 +81,24 @@ def small_fs(tmp):
 
 
 @pytest.fixture
-def daemon(small_fs, tidemarkd, tmp):
+def loop_device(tmp):
+    """loop_device("disk", "64M") -> a LoopDevice over the file of that name."""
+    made = []
+
+    def make(name, *args, **kwargs):
+        try:
+            made.append(LoopDevice(tmp / name, *args, **kwargs))
+        except NotAllowed as error:
+            not_allowed(str(error), error.what)
+        return made[-1]
+
+    yield make
+    for device in made:
+        device.close()
+
+
+@pytest.fixture
+def daemon(small_fs, loop_device, tidemarkd, tmp):
     """daemon("--blockdev", ...) -> a running Daemon; all are stopped and checked at the end."""
     running = []
 

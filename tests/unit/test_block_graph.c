@@ -251,8 +251,19 @@ TEST(json_file_names)
     CHECK(graph_open_filename(g, "gopher:x", NULL, NULL, true, &n, &err) == -EINVAL);
     CHECK_TEXT(err, "Unknown protocol 'gopher'");
     error_clear(&err);
-    CHECK(graph_open_filename(g, "/dev/null", NULL, NULL, true, &n, &err) == -ENOTSUP);
-    CHECK_TEXT(err, "'/dev/null' is a device: driver 'host_device' is not supported");
+    CHECK(graph_open_filename(g, "/dev/null", "host_device", NULL, true, &n, &err) == 0);
+    CHECK(node_size(n) == 0);
+    node_unref(n);
+    CHECK(graph_open_filename(g, "host_device:/dev/null", NULL, NULL, true, &n, &err) == 0);
+    CHECK(!strcmp(node_driver_name(n), "raw") && !strcmp(node_filename(n), "/dev/null"));
+    node_unref(n);
+    CHECK(graph_open_filename(g, "/dev/null", "file", NULL, true, &n, &err) == -EINVAL);
+    CHECK_TEXT(err, "'file' driver requires '/dev/null' to be a regular file");
+    error_clear(&err);
+    CHECK(graph_open_filename(g, "host_device:/proc/version", NULL, NULL, true, &n, &err) ==
+          -EINVAL);
+    CHECK_TEXT(err, "'host_device' driver requires '/proc/version' to be either a character or "
+                    "block device");
 }
 
 /* ---- chains ---- */

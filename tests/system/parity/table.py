@@ -27,7 +27,7 @@ import subprocess
 import tempfile
 
 from tidemark_testlib import (
-    QMP, Daemon, Exited, SmallFileSystem, Timeout, connect, create_image, nbd_uri, qemu_img, qemu_io,
+    QMP, Daemon, Exited, LoopDevice, SmallFileSystem, Timeout, connect, create_image, nbd_uri, qemu_img, qemu_io,
     temp_dir,
 )
 from tidemark_testlib.nbd import extents
@@ -201,6 +201,28 @@ class small_disk(image):
         if self.fs:
             self.fs.close()
             self.fs = None
+
+
+class loop_device(image):
+    """A block device with an image on it, $DIR/NAME.dev. SECTOR: bytes of its logical sectors."""
+
+    def __init__(self, name, fmt="raw", size="4M", sector=512, read_only=False, **kwargs):
+        super().__init__(name, fmt, size, **kwargs)
+        self.sector, self.read_only = sector, read_only
+        self.device = None
+
+    def prepare(self, where):
+        super().prepare(where)
+        if self.fmt != "raw":
+            with open(where / self.file, "r+b") as file:
+                file.truncate(8 << 20)
+        self.device = LoopDevice(where / self.file, sector=self.sector, read_only=self.read_only)
+        (where / f"{self.name}.dev").symlink_to(self.device.path)
+
+    def end(self):
+        if self.device:
+            self.device.close()
+            self.device = None
 
 
 def mark_in_use(path):
