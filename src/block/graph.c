@@ -63,6 +63,7 @@ struct graph *graph_new(void)
     graph_add_driver(g, &driver_qcow2);
     graph_add_driver(g, &driver_blkdebug);
     graph_add_driver(g, &driver_throttle);
+    graph_add_driver(g, &driver_nbd);
     return g;
 }
 
