@@ -44,11 +44,11 @@ struct nbd_command {
         NBD_DO_STATUS,
     } what;
     struct range range;
-    void *buf;      /* read, write */
-    uint32_t flags; /* LIBNBD_CMD_FLAG_* */
-    /* status: the first extent */
-    uint64_t length; /* 0: the server has not said */
-    uint32_t state;  /* LIBNBD_STATE_*, or what the context calls so */
+    void *buf;         /* read, write */
+    uint32_t flags;    /* LIBNBD_CMD_FLAG_* */
+    uint64_t length;   /* read: so much has come; status: of the first extent, 0: none was told */
+    uint64_t *written; /* counts those that succeed; NULL: none */
+    uint32_t state;    /* LIBNBD_STATE_*, or what the context calls so */
 
     /* the connection's */
     struct event ended;
@@ -87,10 +87,11 @@ struct nbd_remote {
     uint64_t wait_until_ns;     /* lost: requests wait until then for another one */
     struct event changed;       /* pulsed: any of these has */
     struct scope tasks;
-    uint64_t lost;             /* connections so far */
-    bool told;                 /* that it is lost, in the log */
-    uint64_t written, flushed; /* counts of writes; those after `flushed` are not durable */
-    bool doubt;                /* some of those were on a connection that was lost */
+    uint64_t lost; /* connections so far */
+    bool told;     /* that it is lost, in the log */
+    uint64_t written,
+        flushed; /* counts of writes that were answered; those after `flushed` are not durable */
+    bool doubt;  /* some of those were on a connection that was lost */
 };
 
 /* Takes TARGET over, also on error. Waits for the server, for target.open_ns if it is not there. */

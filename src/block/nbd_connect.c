@@ -11,8 +11,9 @@
  *     run: reader, writer --> nbd_aio_notify_*() --> command_ended --> nbd_connection_do returns
  *
  * What a server sends is checked by libnbd, as far as it is the protocol's: lengths, cookies,
- * chunks outside of what was asked for (a part of a read that no chunk brings is zeroes). What it
- * says of the export is checked here, before anybody relies on it. */
+ * chunks outside of what was asked for. It does not see that a part of a read was not brought at
+ * all; nor whether what the server says of the export makes sense: that is checked here. (Block
+ * sizes that are none libnbd takes for not said.) */
 #include "block/nbd.h"
 
 #include "rt/clock.h"
@@ -347,9 +348,27 @@ struct command_of {
 static int command_ended(void *opaque, int *error)
 {
     struct command_of *of = opaque;
+    struct nbd_command *cmd = of->cmd;
+    bool gap = cmd->what == NBD_DO_READ && cmd->length != cmd->range.length;
 
-    end_command(of->c, of->cmd, *error);
+    if (cmd->written && !*error)
+        ++*cmd->written;
+    end_command(of->c, cmd, *error ? *error : gap ? EIO : 0);
     return 1;
+}
+
+/* A piece of what is read, or a hole there, which libnbd has filled with zeroes. */
+static int chunk_came(void *opaque, const void *buf, size_t n, uint64_t offset, unsigned status,
+                      int *error)
+{
+    struct command_of *of = opaque;
+
+    (void)buf;
+    (void)offset;
+    (void)error;
+    if (status == LIBNBD_READ_DATA || status == LIBNBD_READ_HOLE)
+        of->cmd->length += n;
+    return 0;
 }
 
 /* The first extent; others, of other contexts, were not asked for. */
@@ -371,12 +390,14 @@ static int64_t send_command(struct nbd_connection *c, struct nbd_command *cmd,
                             struct command_of *of)
 {
     nbd_completion_callback ended = {.callback = command_ended, .user_data = of};
+    nbd_chunk_callback chunks = {.callback = chunk_came, .user_data = of};
     nbd_extent_callback extents = {.callback = extents_came, .user_data = of};
     struct range r = cmd->range;
 
     switch (cmd->what) {
     case NBD_DO_READ:
-        return nbd_aio_pread(c->nbd, cmd->buf, r.length, r.start, ended, cmd->flags);
+        return nbd_aio_pread_structured(c->nbd, cmd->buf, r.length, r.start, chunks, ended,
+                                        cmd->flags);
     case NBD_DO_WRITE:
         return nbd_aio_pwrite(c->nbd, cmd->buf, r.length, r.start, ended, cmd->flags);
     case NBD_DO_ZERO:

@@ -30,9 +30,7 @@
 #include <libnbd.h>
 
 #define GRACE_NS (NSEC_PER_SEC / 2)
-#define ATTEMPT_NS                                                                                 \
-    (30 * NSEC_PER_SEC) /* for a server that takes the connection and says nothing                 \
-                         */
+#define ATTEMPT_NS (10 * NSEC_PER_SEC) /* a server that says nothing: the monitor waits, too */
 #define PAUSE_MIN_NS (NSEC_PER_SEC / 10)
 #define PAUSE_MAX_NS (5 * NSEC_PER_SEC)
 
@@ -259,8 +257,7 @@ int nbd_remote_do(struct nbd_remote *re, struct nbd_command *cmd)
         int r = wait_connected(re, until);
         if (r < 0)
             return r;
-        if (is_change(cmd))
-            re->written++; /* also one that fails may have been done */
+        cmd->written = is_change(cmd) ? &re->written : NULL;
         uint64_t lost = re->lost;
         nbd_connection_do(re->now, cmd, re->node->cancelled ? GRACE_NS : UINT64_MAX);
         if (!cmd->error)
@@ -289,6 +286,8 @@ int nbd_remote_flush(struct nbd_remote *re)
         return -EIO;
     }
     re->doubt = false;
+    if (re->node->closing && !re->now && re->written == re->flushed)
+        return 0; /* nothing of ours is at stake */
     if (re->offer.flush) {
         int r = nbd_remote_do(re, &cmd);
         if (r < 0)
