@@ -71,6 +71,7 @@ struct node {
     unsigned visited;       /* graph walks */
     unsigned height;        /* found by the walk that visited it: node_height */
     struct rangelock locks; /* serialising requests, copy-before-write, unaligned edges */
+    uint64_t losses; /* times that what was written and not flushed may have gone: node_losses */
     uint64_t write_generation, flushed_generation; /* a flush with nothing written costs nothing */
     struct node_counters {
         uint64_t rd_bytes, wr_bytes, rd_ops, wr_ops, flush_ops, unmap_ops, unmap_bytes;
@@ -83,6 +84,9 @@ struct driver {
     const char *name;     /* "qcow2": the QMP name */
     const char *protocol; /* "file" for file names "file:..."; NULL: there is a `file` child */
     bool takes_path; /* the option `filename` must be given; PROTOCOL: before it is no part of it */
+    const char *const *more_protocols; /* other words for it in file names; NULL-terminated */
+    const char
+        *no_directory; /* its file names are no paths: as errors call the driver; NULL: are */
     size_t state_size;
     bool is_filter;            /* content is that of its ROLE_FILTERED child */
     bool child_stays;          /* a filter that has its child's bitmaps: no other for it */
@@ -116,6 +120,7 @@ struct driver {
     int (*write)(struct node *n, struct range r, const void *buf, unsigned flags);
     int (*write_zeroes)(struct node *n, struct range r, unsigned flags); /* NULL: written out */
     int (*discard)(struct node *n, struct range r);                      /* NULL: nothing happens */
+    int (*prefetch)(struct node *n, struct range r); /* brings it near; NULL: not needed */
     int (*flush)(struct node *n); /* to the medium, its children are flushed by block/ after it */
     int (*flush_to_os)(struct node *n); /* caches into the children, no sync; before flush */
     int (*truncate)(struct node *n, uint64_t size_bytes, bool exact, struct error *err);
@@ -215,4 +220,4 @@ bool node_will_be_writable(const struct node *n);
 
 /* The drivers of this room; graph_new adds them. */
 extern const struct driver driver_file, driver_host_device, driver_raw, driver_null_co,
-    driver_qcow2, driver_blkdebug, driver_throttle;
+    driver_qcow2, driver_blkdebug, driver_throttle, driver_nbd;

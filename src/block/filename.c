@@ -42,9 +42,10 @@ static char *node_dirname(struct node *n, struct error *err)
 
     while ((e = node_primary(n)))
         n = e->node;
-    if (n->filename[0])
+    if (n->filename[0] && !n->driver->no_directory)
         return path_combine(n->filename, "");
-    (void)error_set(err, EINVAL, "Cannot generate a base directory for %s nodes", n->driver->name);
+    (void)error_set(err, EINVAL, "Cannot generate a base directory for %s nodes",
+                    n->driver->no_directory ? n->driver->no_directory : n->driver->name);
     return NULL;
 }
 

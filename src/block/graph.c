@@ -64,6 +64,7 @@ struct graph *graph_new(void)
     graph_add_driver(g, &driver_qcow2);
     graph_add_driver(g, &driver_blkdebug);
     graph_add_driver(g, &driver_throttle);
+    graph_add_driver(g, &driver_nbd);
     return g;
 }
 

@@ -147,9 +147,11 @@ int find_protocol(struct graph *g, const char *filename, bool prefix_allowed,
         return 0;
     }
     size_t n = strcspn(filename, ":");
+    CLEANUP(memory_freep) char *protocol = xasprintf("%.*s", (int)n, filename);
     for (size_t i = 0; i < g->n_drivers; i++) {
         const struct driver *d = g->drivers[i];
-        if (d->protocol && strlen(d->protocol) == n && !strncmp(d->protocol, filename, n)) {
+        if (d->protocol &&
+            (!strcmp(d->protocol, protocol) || is_listed(d->more_protocols, protocol))) {
             *ret = d;
             return 0;
         }

@@ -113,6 +113,13 @@ static int raw_discard(struct node *n, struct range r)
     return result < 0 ? result : edge_discard(n->file, r);
 }
 
+static int raw_prefetch(struct node *n, struct range r)
+{
+    int result = adjust(n->state, &r, false);
+
+    return result < 0 ? result : edge_read(n->file, r, NULL, REQ_PREFETCH);
+}
+
 static int raw_status(struct node *n, bool want_zero, struct range r, struct block_status *ret)
 {
     const struct raw_state *s = n->state;
@@ -236,6 +243,7 @@ const struct driver driver_raw = {
     .write = raw_write,
     .write_zeroes = raw_write_zeroes,
     .discard = raw_discard,
+    .prefetch = raw_prefetch,
     .status = raw_status,
     .truncate = raw_truncate,
     .measure_length = raw_measure_length,

@@ -382,8 +382,11 @@ int edge_read(struct edge *e, struct range r, void *buf, unsigned flags)
 
     if (!range_fits(r.start, r.length, e->user ? n->size_bytes : SIZE_BYTES_MAX)) {
         result = -EIO;
-    } else if (!r.length || (flags & REQ_PREFETCH)) {
+    } else if (!r.length) {
         result = 0;
+    } else if (flags & REQ_PREFETCH) {
+        r = range_round_out(r, n->limits.request_alignment);
+        result = n->driver->prefetch ? n->driver->prefetch(n, r) : 0;
     } else {
         result =
             node_lock_range(n, &held, r, flags & REQ_SERIALISING ? RANGE_EXCLUSIVE : RANGE_SHARED);

@@ -7,6 +7,7 @@
 #include "persist/options.h"
 
 #include "block/driver.h"
+#include "block/nbd.h"
 #include "block/qcow2/bitmaps.h"
 #include "rt/io.h"
 
@@ -204,9 +205,18 @@ static int find_place(const struct node *n, struct json_object *options,
         below = e->node;
     bool named =
         !strcmp(node_driver_name(below), "file") || !strcmp(node_driver_name(below), "host_device");
+    bool remote = !strcmp(node_driver_name(below), "nbd");
     bool device = named && io_stat(below->filename, &st) == 0 && S_ISBLK(st.st_mode);
     if (file) {
         p->tide = xstrdup(file);
+    } else if (remote && !directory) {
+        p->why_none = xasprintf("'%s' is on another machine, and nothing is beside it: a "
+                                "'state-directory' or a 'tide-file' in 'x-tidemark-persist' must "
+                                "be given",
+                                node_filename(below));
+    } else if (remote) {
+        name = nbd_disk_name(below);
+        r = place_in(directory, name, &p->tide, err);
     } else if (!named || !*below->filename) {
         p->why_none = xstrdup("its image has no name: a 'tide-file' in 'x-tidemark-persist' must "
                               "be given");

@@ -132,7 +132,7 @@ static void observer_resized(struct write_observer *o, uint64_t from, uint64_t t
 
 static bool is_kept(const struct node *n)
 {
-    static const char *const drivers[] = {"raw", "file", "host_device", "qcow2"};
+    static const char *const drivers[] = {"raw", "file", "host_device", "nbd", "qcow2"};
 
     for (size_t i = 0; i < ARRAY_SIZE(drivers); i++)
         if (!strcmp(node_driver_name(n), drivers[i]))
@@ -158,7 +158,8 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct error 
 
     int r = is_kept(n) ? persist_options_read(n, &o, &place, err) : check_not_kept(n, err);
     if (r < 0 || place.off || !place.tide) {
-        pn->why_none = steal(place.why_none);
+        if (!place.off)
+            pn->why_none = steal(place.why_none);
         return r;
     }
     o.path = place.tide;
@@ -187,7 +188,12 @@ static int open_image_alone(struct persist_node *pn, struct error *err)
 {
     int r = pn->node->read_only ? 0 : qcow2_guard_void(pn->node, err);
 
-    return r < 0 ? r : image_load_rest(pn->image, false, err);
+    if (r == 0)
+        r = image_load_rest(pn->image, false, err);
+    if (r == 0 && pn->why_none && !pn->node->read_only && dirty_first(pn->node))
+        log_warning("Node '%s': a kill will make its bitmaps inconsistent: %s", node_name(pn->node),
+                    pn->why_none);
+    return r;
 }
 
 static void close_node(struct persist_node *pn)
@@ -287,13 +293,13 @@ static int store_can_add(struct dirty_store *s, struct node *n, const char *name
 {
     struct persist_node *pn = node_of(n);
 
+    if (pn && pn->why_none)
+        return error_set(err, ENOTSUP, "Can't store persistent bitmaps to %s: %s", node_name(n),
+                         pn->why_none);
     if (pn && pn->image)
         return image_can_add(pn->image, name, granularity_bytes, err);
     if (node_is_qcow2(n) && !keeper_of(n)) /* version 2: QEMU's text */
         return qcow2_bitmap_check_new(n, name, granularity_bytes, 0, 0, err);
-    if (pn && pn->why_none)
-        return error_set(err, ENOTSUP, "Can't store persistent bitmaps to %s: %s", node_name(n),
-                         pn->why_none);
     if (!pn)
         return error_set_errno(err, ENOTSUP, "Can't store persistent bitmaps to %s", node_name(n));
     return keeper_can_add(pn->keeper, name, granularity_bytes, err);

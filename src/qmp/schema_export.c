@@ -53,7 +53,7 @@ static SCHEMA_OBJECT(BlockExportInfo, REQ("id", str), REQ("type", BlockExportTyp
 
 SCHEMA_LIST(BlockExportInfo);
 
-static SCHEMA_UNION(SocketAddress, "type", MEMBERS(REQ("type", SocketAddressType)),
+SCHEMA_UNION(SocketAddress, "type", MEMBERS(REQ("type", SocketAddressType)),
                     BRANCHES(BRANCH("inet", InetSocketAddress), BRANCH("unix", UnixSocketAddress),
                              BRANCH("fd", String)));
 

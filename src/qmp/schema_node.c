@@ -12,7 +12,7 @@ SCHEMA_ENUM(BlockdevDriver, VALUE("copy-before-write"), VALUE("file"), VALUE("sn
             LATER("cloop"), LATER("compress"), LATER("copy-on-read"), LATER("dmg"), LATER("ftp"),
             LATER("ftps"), LATER("gluster"), LATER("host_cdrom"), VALUE("host_device"),
             LATER("http"), LATER("https"), LATER("io_uring"), LATER("iscsi"), LATER("luks"),
-            LATER("nbd"), LATER("nfs"), LATER("null-aio"), LATER("nvme"), LATER("nvme-io_uring"),
+            VALUE("nbd"), LATER("nfs"), LATER("null-aio"), LATER("nvme"), LATER("nvme-io_uring"),
             LATER("parallels"), LATER("preallocate"), LATER("qcow"), LATER("qed"), LATER("quorum"),
             LATER("rbd"), LATER("replication"), LATER("ssh"), VALUE("throttle"), LATER("vdi"),
             LATER("vhdx"), LATER("virtio-blk-vfio-pci"), LATER("virtio-blk-vhost-user"),
@@ -50,6 +50,13 @@ static SCHEMA_OBJECT(BlockdevOptionsNull, OPT("size", int), OPT("latency-ns", ui
 
 static SCHEMA_ALTERNATE(BlockdevRefOrNull, BRANCH("definition", BlockdevOptions),
                         BRANCH("reference", str), BRANCH("null", null));
+
+static SCHEMA_DEFINE(BlockdevOptionsNbd, OBJECT,
+                     MEMBERS(REQ("server", SocketAddress), OPT("export", str),
+                             OPT("tls-creds", str, .features = SCHEMA_LATER),
+                             OPT("tls-hostname", str, .features = SCHEMA_LATER),
+                             OPT("x-dirty-bitmap", str, .features = SCHEMA_UNSTABLE),
+                             OPT("reconnect-delay", uint32), OPT("open-timeout", uint32)));
 
 static SCHEMA_ENUM(Qcow2OverlapCheckMode, VALUE("none"), VALUE("constant"), VALUE("cached"),
                    VALUE("all"));
@@ -157,7 +164,7 @@ SCHEMA_UNION(BlockdevOptions, "driver",
              BRANCHES(BRANCH("blkdebug", BlockdevOptionsBlkdebug),
                       BRANCH("copy-before-write", BlockdevOptionsCbw),
                       BRANCH("file", BlockdevOptionsFile),
-                      BRANCH("host_device", BlockdevOptionsFile),
+                      BRANCH("host_device", BlockdevOptionsFile), BRANCH("nbd", BlockdevOptionsNbd),
                       BRANCH("null-co", BlockdevOptionsNull), BRANCH("qcow2", BlockdevOptionsQcow2),
                       BRANCH("raw", BlockdevOptionsRaw),
                       BRANCH("snapshot-access", BlockdevOptionsGenericFormat),

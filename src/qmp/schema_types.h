@@ -61,6 +61,7 @@ SCHEMA_DECLARE(BlockExportOptions);
 SCHEMA_DECLARE(BlockExportDelArg);
 SCHEMA_DECLARE(BlockExportInfoList);
 SCHEMA_DECLARE(NbdServerOptions);
+SCHEMA_DECLARE(SocketAddress);
 
 /* schema_control.c */
 SCHEMA_DECLARE(QmpCapabilitiesArg);

@@ -298,5 +298,9 @@ int socket_connect(struct json_object *addr, struct error *err)
                                json_get_string(addr, "host", ""),
                                json_get_string(addr, "port", ""));
     socket_set_nodelay(fd);
+    if (json_get_bool(addr, "keep-alive", false)) {
+        int on = 1;
+        (void)io_setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    }
     return fd;
 }
