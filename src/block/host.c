@@ -285,6 +285,7 @@ void host_commit_perm(struct node *n, unsigned perm, unsigned shared)
         /* What others have written while it was not ours may lie in the page cache only, too. */
         if (!BROKEN(first_flush_elided))
             n->write_generation++;
+        s->known_data.length = s->known_hole.length = 0; /* nor are its holes where they were */
         if (n->reopening)
             (void)set_limits(n, s->now->fd, s->now->open_flags, NULL);
     }
