@@ -21,6 +21,7 @@
 
 #include "base/log.h"
 
+#include <signal.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -37,6 +38,49 @@ static double seconds(void)
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+/* A violation says its seed (history.c). Who dies otherwise, by an assert or a signal, and be it
+ * that of someone who has lost patience, or by a sanitizer's report, says it here. */
+static char again[600];
+
+static void say_again(void)
+{
+    if (write(STDERR_FILENO, again, strlen(again)) < 0)
+        return;
+    again[0] = '\0';
+}
+
+static void dies_by(int sig)
+{
+    say_again();
+    signal(sig, SIG_DFL);
+    raise(sig);
+}
+
+void __sanitizer_set_death_callback(void (*fn)(void)) __attribute__((weak));
+
+static void watch_for_death(void)
+{
+    static const int signals[] = {SIGABRT, SIGTERM, SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+    for (size_t i = 0; i < ARRAY_SIZE(signals); i++)
+        signal(signals[i], dies_by);
+    if (__sanitizer_set_death_callback)
+        __sanitizer_set_death_callback(say_again);
+}
+
+/* ARGV as it was, but for which history. */
+static void lives(uint64_t seed, char **argv)
+{
+    size_t n = (size_t)snprintf(again, sizeof again, "sim: seed %llu: died\nrepeat with: %s",
+                                (unsigned long long)seed, argv[0]);
+    for (char **a = argv + 1; *a && n < sizeof again; a++)
+        if (a[1] && (!strcmp(*a, "--seed") || !strcmp(*a, "--offset") || !strcmp(*a, "--count")))
+            a++;
+        else
+            n += (size_t)snprintf(again + n, sizeof again - n, " %s", *a);
+    if (n < sizeof again)
+        snprintf(again + n, sizeof again - n, " --seed %llu\n", (unsigned long long)seed);
 }
 
 /* The row of choices is enumerated by running the history anew for each. */
@@ -108,7 +152,9 @@ int main(int argc, char **argv)
         log_set_level((enum log_level)(LOG_LEVEL_ERROR + 1));
     struct history totals = {0};
     double began = seconds();
+    watch_for_death();
     for (uint64_t i = 0; i < count; i++) {
+        lives(seed + i, argv);
         if (exhaustive) {
             runs += exhaust(seed + i, exhaustive, &totals);
             continue;
@@ -122,6 +168,7 @@ int main(int argc, char **argv)
         if (count == 1 && !quiet)
             printf("trace %016llx\n", (unsigned long long)hash);
     }
+    again[0] = '\0';
     double took = seconds() - began;
     if (runs)
         count = runs;
