@@ -188,6 +188,10 @@ bool graph_lock_is_mine(struct graph *g);
 
 /* All that was written to N and below is durable. Inside the gate, or by who has it quiesced. */
 int node_flush(struct node *n) MUST_CHECK;
+/* How often something that was written to N or below and was not flushed may have been lost, while
+ * the node stayed (a server went). A flush after that does not tell everybody who counts on what he
+ * has written, or read, before: he compares this with what it was. */
+uint64_t node_losses(const struct node *n);
 
 /* Takes bytes of this node's own range lock, e.g. around a read-modify-write. The request that the
  * driver is working on holds its own range, shared, already: a driver must not take it again. */

@@ -15,10 +15,10 @@
  * A server that comes back is another one for all we know: it is taken only if its disk has the
  * same size and takes the same requests.
  *
- * And it may have lost what it had not flushed. A flush on the new connection would not tell:
- * without reconnect-delay the first one after such a loss fails. With it the user has said
- * that the server comes back with what it had. In both cases node->losses counts it, so that who
- * needs to know that what he has read stays (a backup that moves a bitmap's base) is told.
+ * And it may have lost what it had not flushed, and a flush on the new connection would not tell.
+ * Without reconnect-delay the next flush fails, and node->losses counts it for those who would not
+ * see that (a backup, when the guest has asked for that flush). With reconnect-delay the user has
+ * said that the server comes back with what it had.
  *
  * Giving up (node_cancel): what has not ended within GRACE_NS is ended by cutting the connection,
  * which is the only way to get its buffer back; who waits for a connection stops waiting. */
@@ -148,7 +148,7 @@ static void lose(struct nbd_remote *re)
 {
     struct nbd_connection *c = re->now;
 
-    if (re->written != re->flushed) {
+    if (re->written != re->flushed && !re->target.reconnect_ns) {
         re->doubt = true;
         re->node->losses++;
     }
@@ -280,12 +280,11 @@ int nbd_remote_flush(struct nbd_remote *re)
     struct nbd_command cmd = {.what = NBD_DO_FLUSH};
     uint64_t written = re->written;
 
-    if (re->doubt && !re->target.reconnect_ns) {
+    if (re->doubt) { /* told once */
         re->doubt = false;
         re->flushed = re->written;
         return -EIO;
     }
-    re->doubt = false;
     if (re->node->closing && !re->now && re->written == re->flushed)
         return 0; /* nothing of ours is at stake */
     if (re->offer.flush) {

@@ -599,6 +599,16 @@ int node_flush(struct node *n)
     return result;
 }
 
+uint64_t node_losses(const struct node *n)
+{
+    uint64_t sum = n->losses;
+    const struct edge *e;
+
+    TAILQ_FOREACH (e, &n->children, in_children)
+        sum += node_losses(e->node);
+    return sum;
+}
+
 int node_flush_tree(struct node *n)
 {
     struct edge *e;

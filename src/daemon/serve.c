@@ -37,9 +37,12 @@ static int runtime_directory(char **ret, struct error *err)
     return 0;
 }
 
-/* "disks/vm 1.qcow2" -> "vm-1": a node name by QEMU's rules, at most 31 bytes, not yet there. */
-static void choose_name(struct graph *g, const char *path, char name[32])
+/* "disks/vm 1.qcow2" -> "vm-1", "nbd+unix:///vm?socket=s" -> "vm": a node name by QEMU's rules, at
+ * most 31 bytes, not yet there. */
+static void choose_name(struct graph *g, const char *filename, char name[32])
 {
+    size_t end = strstr(filename, "://") ? strcspn(filename, "?") : strlen(filename);
+    CLEANUP(memory_freep) char *path = xasprintf("%.*s", (int)end, filename);
     const char *file = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
     const char *dot = strrchr(file, '.');
     size_t n = dot && dot > file ? (size_t)(dot - file) : strlen(file);

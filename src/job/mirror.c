@@ -57,6 +57,7 @@ struct mirror {
     struct node *to_replace;
     struct op_blocker replace_blocker;
     struct node_cancel *given_up; /* the target, by a cancel by force */
+    uint64_t losses;              /* of source and target, when it began */
     bool completing;
     bool caught_up; /* the last step's copy is done and durable, and the successor begins there */
     int failed;     /* by a guest's write, negative errno */
@@ -144,6 +145,12 @@ static int begin(struct mirror *m)
     }
 }
 
+/* Something that flushes do not speak for. */
+static bool has_lost(const struct mirror *m)
+{
+    return node_losses(m->source) + node_losses(m->target) != m->losses;
+}
+
 /* With nobody inside the source or the filter. */
 static int drain(struct mirror *m, bool *read_failed)
 {
@@ -154,6 +161,8 @@ static int drain(struct mirror *m, bool *read_failed)
         r = edge_flush(mirror_top_source(m->filter));
         *read_failed = r < 0;
     }
+    if (r == 0 && has_lost(m))
+        r = -EIO;
     return r;
 }
 
@@ -481,7 +490,8 @@ static struct bitmap *remaining_of(struct mirror *m)
     if (!m->follow)
         return NULL;
     ret = lacking(m);
-    if (ret && (edge_flush(m->to) < 0 || edge_flush(mirror_top_source(m->filter)) < 0))
+    if (ret &&
+        (edge_flush(m->to) < 0 || edge_flush(mirror_top_source(m->filter)) < 0 || has_lost(m)))
         bitmap_free(steal(ret));
     return ret;
 }
@@ -777,6 +787,7 @@ static int make_job(struct jobs *js, const struct plan *p, struct node *filter, 
     }
     m->source = node_ref(p->source);
     m->target = node_ref(p->target);
+    m->losses = node_losses(m->source) + node_losses(m->target);
     m->sync = p->sync;
     m->zero_target = p->zero_target;
     m->backing_mode = p->backing_mode;

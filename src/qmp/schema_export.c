@@ -54,8 +54,8 @@ static SCHEMA_OBJECT(BlockExportInfo, REQ("id", str), REQ("type", BlockExportTyp
 SCHEMA_LIST(BlockExportInfo);
 
 SCHEMA_UNION(SocketAddress, "type", MEMBERS(REQ("type", SocketAddressType)),
-                    BRANCHES(BRANCH("inet", InetSocketAddress), BRANCH("unix", UnixSocketAddress),
-                             BRANCH("fd", String)));
+             BRANCHES(BRANCH("inet", InetSocketAddress), BRANCH("unix", UnixSocketAddress),
+                      BRANCH("fd", String)));
 
 SCHEMA_OBJECT(NbdServerOptions, REQ("addr", SocketAddress),
               OPT("tls-creds", str, .features = SCHEMA_LATER),

@@ -11,11 +11,11 @@ import time
 import nbd
 import pytest
 from tidemark_testlib import (
-    Daemon, QMPError, connect, create_image, map_image, nbd_uri, qemu_img, qemu_io,
+    QMP, QMPError, connect, create_image, nbd_uri, qemu_img,
 )
 from tidemark_testlib import crash, rawnbd
 from tidemark_testlib.nbd import META_BASE, extents
-from tidemark_testlib.nbdserver import ALL, CAN_FAST, CAN_FUA, CAN_ZERO, HAS, READ_ONLY, FakeServer
+from tidemark_testlib.nbdserver import ALL, HAS, READ_ONLY, FakeServer
 
 KiB, MiB = 1 << 10, 1 << 20
 SIZE = 64 * MiB
@@ -701,6 +701,38 @@ def test_a_hanging_target_is_given_up(fake, front, tmp, command):
     d.qmp.execute("blockdev-del", node_name="target")
 
 
+@pytest.mark.parametrize("command", ["blockdev-backup", "blockdev-mirror"])
+def test_a_target_that_was_lost_is_no_target(fake, front, tmp, command):
+    """What it had been given may have gone with it: the job fails, though the target is back, and though
+    the flush that fails has not been the backup's."""
+    s = fake(size=SIZE)
+    d = front(remote(s, "target"), source(tmp))
+    guest_writes(d.address)
+    job = {"job_id": "j", "device": "source", "target": "target", "sync": "full"}
+    if command == "blockdev-mirror":
+        d.qmp.execute(command, **job)
+        d.qmp.wait_event("BLOCK_JOB_READY", device="j")
+        guest_writes(d.address, 5)
+        s.wait_for(rawnbd.WRITE)
+        time.sleep(1)
+    else:
+        d.qmp.execute(command, auto_finalize=False, **job)
+        d.qmp.wait_event("BLOCK_JOB_PENDING", id="j")
+    s.cut()
+    wait_until(lambda: s.accepted == 2)
+    if command == "blockdev-backup":     # a mirror lets nobody else at its target
+        d.qmp.execute("block-export-add", type="nbd", id="t", node_name="target", name="t", writable=True)
+        t = connect(d.address.replace("/front?", "/t?"))
+        wait_until(lambda: works(t))
+        with pytest.raises(nbd.Error):
+            t.flush()
+        t.flush()
+    d.qmp.execute("job-complete" if command == "blockdev-mirror" else "job-finalize", id="j")
+    failed = d.qmp.wait_event("BLOCK_JOB_COMPLETED", device="j")["data"]
+    assert "error" in failed, failed
+    d.qmp.wait_job("j", "null")
+
+
 def test_waiting_for_a_lost_target_is_given_up(server, front, tmp):
     s = server("target")
     d = front(remote(s, "target", **{"reconnect-delay": 600}), source(tmp))
@@ -713,3 +745,24 @@ def test_waiting_for_a_lost_target_is_given_up(server, front, tmp):
     d.qmp.wait_event("BLOCK_JOB_CANCELLED", device="j", timeout=10)
     d.qmp.wait_job("j", "null")
     assert time.monotonic() - began < 5
+
+
+def test_short_form(server, tmp, tidemarkd):
+    """tidemarkd URI: named after the export, and with a state directory its bitmaps are kept."""
+    s = server("vm")
+    (tmp / "state").mkdir()
+    out = tmp / "out"
+    with open(out, "wb") as file:
+        process = subprocess.Popen(
+            [tidemarkd, "--x-tidemark-persist", f"state-directory={tmp}/state",
+             nbd_uri(s.socket, "vm")], stdout=file, env={**os.environ, "RUNTIME_DIRECTORY": str(tmp)})
+    try:
+        wait_until(lambda: b"QMP: " in out.read_bytes())
+        uri, qmp = (line.split(": ", 1)[1] for line in out.read_text().splitlines())
+        assert "/vm?" in uri
+        QMP(qmp).execute("block-dirty-bitmap-add", node="vm", name="b", persistent=True)
+        connect(uri).pwrite(b"x" * 512, 0)
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+    assert len(os.listdir(tmp / "state")) == 1

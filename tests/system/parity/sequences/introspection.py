@@ -18,7 +18,8 @@ EVENTS = """BLOCK_EXPORT_DELETED BLOCK_IMAGE_CORRUPTED BLOCK_IO_ERROR BLOCK_JOB_
 BLOCK_JOB_COMPLETED BLOCK_JOB_ERROR BLOCK_JOB_PENDING BLOCK_JOB_READY JOB_STATUS_CHANGE""".split()
 
 # Members of QEMU's types that belong to features of later issues, or to no disk of ours.
-DRIVERS = ("blkdebug", "throttle", "file", "host_device", "raw", "qcow2", "null-co", "copy-before-write", "snapshot-access")
+DRIVERS = ("blkdebug", "throttle", "file", "host_device", "raw", "qcow2", "nbd", "null-co", "copy-before-write",
+           "snapshot-access")
 
 
 @sequence()

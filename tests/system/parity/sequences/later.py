@@ -23,10 +23,9 @@ def commands_later(t):
 def drivers_later(t):
     """Drivers of QEMU that we do not have: refused by their names, at the root and below."""
     for driver in ("blklogwrites", "blkreplay", "blkverify", "bochs", "cloop", "compress",
-                   "copy-on-read", "dmg", "luks", "nbd", "null-aio", "parallels",
+                   "copy-on-read", "dmg", "luks", "null-aio", "parallels",
                    "preallocate", "qcow", "qed", "quorum", "vdi", "vhdx", "vmdk", "vpc"):
         t("blockdev-add", driver=driver, node_name="n")
-    t("blockdev-add", driver="raw", node_name="n", file={"driver": "nbd"})
     t("blockdev-add", driver="raw", node_name="n", file={"driver": "quorum"})
 
 
