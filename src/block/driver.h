@@ -83,6 +83,7 @@ struct driver {
     const char *name;     /* "qcow2": the QMP name */
     const char *protocol; /* "file" for file names "file:..."; NULL: there is a `file` child */
     bool takes_path; /* the option `filename` must be given; PROTOCOL: before it is no part of it */
+    bool grows_by_content; /* node_grows_by_content() */
     size_t state_size;
     bool is_filter;            /* content is that of its ROLE_FILTERED child */
     bool child_stays;          /* a filter that has its child's bitmaps: no other for it */
