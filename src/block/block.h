@@ -82,7 +82,8 @@ const char *node_driver_name(const struct node *n);
 struct graph *node_graph(const struct node *n);
 uint64_t node_size(const struct node *n); /* bytes */
 bool node_read_only(const struct node *n);
-const char *node_filename(const struct node *n); /* as QEMU's exact_filename / json:{} */
+bool node_grows_by_content(const struct node *n); /* what a larger size shows is not zeroes */
+const char *node_filename(const struct node *n);  /* as QEMU's exact_filename / json:{} */
 /* Below a filter, where the data is: n itself when it is no filter. */
 struct node *node_skip_filters(struct node *n);
 struct node *node_backing(struct node *n); /* the next image of the chain or NULL, below filters */

@@ -85,8 +85,8 @@ struct driver {
     const char *protocol; /* "file" for file names "file:..."; NULL: there is a `file` child */
     bool takes_path; /* the option `filename` must be given; PROTOCOL: before it is no part of it */
     const char *const *more_protocols; /* other words for it in file names; NULL-terminated */
-    const char
-        *no_directory; /* its file names are no paths: as errors call the driver; NULL: are */
+    const char *no_directory; /* its file names are no paths; what errors call it. NULL: are */
+    bool grows_by_content;    /* node_grows_by_content() */
     size_t state_size;
     bool is_filter;            /* content is that of its ROLE_FILTERED child */
     bool child_stays;          /* a filter that has its child's bitmaps: no other for it */

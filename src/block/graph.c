@@ -389,6 +389,15 @@ struct edge *node_primary(const struct node *n)
     return NULL;
 }
 
+bool node_grows_by_content(const struct node *n)
+{
+    const struct edge *e = node_primary(n);
+
+    if (e) /* whose metadata is not there either decides itself what is */
+        return !(e->role & ROLE_METADATA) && node_grows_by_content(e->node);
+    return n->driver->grows_by_content;
+}
+
 struct node *node_skip_filters(struct node *n)
 {
     struct edge *e;

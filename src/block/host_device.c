@@ -154,6 +154,7 @@ const struct driver driver_host_device = {
     .name = "host_device",
     .protocol = "host_device",
     .takes_path = true,
+    .grows_by_content = true,
     .state_size = sizeof(struct file_state),
     .known_options = host_options,
     .open = host_device_open,

@@ -165,8 +165,11 @@ static void observer_mark(struct write_observer *o, struct range r)
     }
 }
 
+/* What grows is zeroes, as in the last backup: unless the bitmap once had it, or the disk has it
+ * from somewhere else. */
 static void follow_size(struct dirty_bitmap *bm, uint64_t from, uint64_t to)
 {
+    bool strange = node_grows_by_content(bm->home->node);
     int r = bitmap_resize(bm->bits, to);
 
     if (r == 0 && bm->before)
@@ -178,9 +181,9 @@ static void follow_size(struct dirty_bitmap *bm, uint64_t from, uint64_t to)
         dirty_set_inconsistent(bm);
     }
     if (to > from)
-        bitmap_mark(bm->bits, range_between(from, min_u64(to, bm->peak_bytes)));
+        bitmap_mark(bm->bits, range_between(from, strange ? to : min_u64(to, bm->peak_bytes)));
     if (to > from && bm->before) /* which may have to be the bitmap again */
-        bitmap_mark(bm->before, range_between(from, min_u64(to, bm->peak_before)));
+        bitmap_mark(bm->before, range_between(from, strange ? to : min_u64(to, bm->peak_before)));
     bm->peak_bytes = max_u64(bm->peak_bytes, to);
     bm->peak_before = bm->before ? max_u64(bm->peak_before, to) : 0;
 }

@@ -9,13 +9,13 @@
 #include "block/driver.h"
 #include "block/nbd.h"
 #include "block/qcow2/bitmaps.h"
+#include "persist/device.h"
 #include "rt/io.h"
 
 #include <ctype.h>
 #include <fcntl.h>
 #include <linux/magic.h>
 #include <stdio.h>
-#include <sys/sysmacros.h>
 #include <sys/vfs.h>
 
 enum { LEVEL_REGION_BITS = 24, NAME_BYTES_MAX = 240 };
@@ -103,38 +103,6 @@ static int read_no_witness(const char *s, struct keeper_options *o, struct error
 
 /* ---- the place ---- */
 
-/* The first line of a file of sysfs; NULL: there is none. */
-static char *sys_line(const struct stat *st, const char *name)
-{
-    char path[96], text[256];
-
-    snprintf(path, sizeof path, "/sys/dev/block/%u:%u/%s", major(st->st_rdev), minor(st->st_rdev),
-             name);
-    int fd = io_open(path, O_RDONLY, 0);
-    if (fd < 0)
-        return NULL;
-    ssize_t n = io_pread(fd, text, sizeof text - 1, 0);
-    io_close(fd);
-    if (n <= 0)
-        return NULL;
-    text[n] = '\0';
-    text[strcspn(text, "\n")] = '\0';
-    return *text ? xstrdup(text) : NULL;
-}
-
-/* What a device is called wherever it is found; NULL: nothing that lasts. */
-static char *device_name(const struct stat *st)
-{
-    static const char *const files[] = {"dm/uuid", "wwid", "device/wwid"};
-
-    for (size_t i = 0; i < ARRAY_SIZE(files); i++) {
-        char *name = sys_line(st, files[i]);
-        if (name)
-            return name;
-    }
-    return NULL;
-}
-
 /* One name for a file, and no two texts have the same. */
 static char *as_name(const char *text)
 {
@@ -206,7 +174,8 @@ static int find_place(const struct node *n, struct json_object *options,
     bool named =
         !strcmp(node_driver_name(below), "file") || !strcmp(node_driver_name(below), "host_device");
     bool remote = !strcmp(node_driver_name(below), "nbd");
-    bool device = named && io_stat(below->filename, &st) == 0 && S_ISBLK(st.st_mode);
+    bool device =
+        named && io_stat(below->filename, &st) == 0 && (S_ISBLK(st.st_mode) || S_ISCHR(st.st_mode));
     if (file) {
         p->tide = xstrdup(file);
     } else if (remote && !directory) {
@@ -226,7 +195,7 @@ static int find_place(const struct node *n, struct json_object *options,
                                 "'x-tidemark-persist' must be given",
                                 below->filename);
     } else if (device) {
-        name = device_name(&st);
+        name = S_ISBLK(st.st_mode) ? device_name(&st) : NULL;
         r = place_in(directory, name ? name : below->filename, &p->tide, err);
     } else if ((r = io_realpath(below->filename, &resolved)) < 0) {
         r = 0;

@@ -36,6 +36,7 @@ struct persist_node {
     struct image *image;   /* NULL: not qcow2, or version 2 */
     struct keeper *keeper; /* NULL: no tide file */
     char *why_none;        /* there is no place for one; NULL: there is, or none is wanted */
+    bool off, told;
 };
 
 static const char graph_key[1], node_key[1];
@@ -158,8 +159,8 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct error 
 
     int r = is_kept(n) ? persist_options_read(n, &o, &place, err) : check_not_kept(n, err);
     if (r < 0 || place.off || !place.tide) {
-        if (!place.off)
-            pn->why_none = steal(place.why_none);
+        pn->why_none = steal(place.why_none);
+        pn->off = place.off;
         return r;
     }
     o.path = place.tide;
@@ -182,17 +183,25 @@ static int open_keeper(struct persist *p, struct persist_node *pn, struct error 
     return keeper_open(n, &o, &pn->keeper, err);
 }
 
+/* The image saves its bitmaps at a clean end, as QEMU's do; who wants more has not said where. */
+static void tell_why_none(struct persist_node *pn)
+{
+    if (!pn->image || pn->off || !pn->why_none || pn->told || pn->node->read_only)
+        return;
+    pn->told = true;
+    log_warning("Node '%s': its bitmaps do not survive a crash: %s", node_name(pn->node),
+                pn->why_none);
+}
+
 /* No tide file, whatever an earlier life had: what a guard vouches for ends now, before anybody
  * writes. */
 static int open_image_alone(struct persist_node *pn, struct error *err)
 {
     int r = pn->node->read_only ? 0 : qcow2_guard_void(pn->node, err);
 
-    if (r == 0)
-        r = image_load_rest(pn->image, false, err);
-    if (r == 0 && pn->why_none && !pn->node->read_only && dirty_first(pn->node))
-        log_warning("Node '%s': a kill will make its bitmaps inconsistent: %s", node_name(pn->node),
-                    pn->why_none);
+    r = r < 0 ? r : image_load_rest(pn->image, false, err);
+    if (r == 0 && dirty_first(pn->node))
+        tell_why_none(pn);
     return r;
 }
 
@@ -293,11 +302,10 @@ static int store_can_add(struct dirty_store *s, struct node *n, const char *name
 {
     struct persist_node *pn = node_of(n);
 
-    if (pn && pn->why_none)
-        return error_set(err, ENOTSUP, "Can't store persistent bitmaps to %s: %s", node_name(n),
-                         pn->why_none);
-    if (pn && pn->image)
+    if (pn && pn->image) {
+        tell_why_none(pn);
         return image_can_add(pn->image, name, granularity_bytes, err);
+    }
     if (node_is_qcow2(n) && !keeper_of(n)) /* version 2: QEMU's text */
         return qcow2_bitmap_check_new(n, name, granularity_bytes, 0, 0, err);
     if (!pn)

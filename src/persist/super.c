@@ -417,7 +417,7 @@ static void put_witness(struct out_cursor *c, const struct witness *w)
     put_le64(c, w->size_bytes);
     put_le64(c, w->mtime_ns);
     put_le64(c, w->ctime_ns);
-    put_le64(c, w->writes);
+    put_le64(c, w->counted);
     put_le64(c, w->sectors);
 }
 
@@ -554,7 +554,7 @@ static void get_witness(struct cursor *c, struct witness *w)
     w->size_bytes = get_le64(c);
     w->mtime_ns = get_le64(c);
     w->ctime_ns = get_le64(c);
-    w->writes = get_le64(c);
+    w->counted = get_le64(c);
     w->sectors = get_le64(c);
 }
 

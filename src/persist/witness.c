@@ -1,6 +1,7 @@
 /* What a file or a device can tell of who has written it. See witness.h. */
 #include "persist/witness.h"
 
+#include "persist/device.h"
 #include "rt/clock.h"
 #include "rt/io.h"
 
@@ -9,7 +10,6 @@
 #include <linux/magic.h>
 #include <stdio.h>
 #include <sys/ioctl.h>
-#include <sys/sysmacros.h>
 
 #ifndef FS_IOC_GETFSUUID /* since Linux 6.9 */
 struct tide_fsuuid {
@@ -80,31 +80,33 @@ static int take_file(int fd, struct witness *w)
     return take_filesystem(fd, w);
 }
 
-/* Reads and sectors that the kernel has counted since the device came. */
+/* FNV-1a, twice from different beginnings: to tell names apart, not to hide them. */
+static void take_name(const char *name, uint8_t ret[16])
+{
+    for (unsigned i = 0; i < 2; i++) {
+        uint64_t hash = UINT64_C(0xcbf29ce484222325) + i;
+        for (const char *p = name; *p; p++)
+            hash = (hash ^ (uint8_t)*p) * UINT64_C(0x100000001b3);
+        memcpy(ret + sizeof hash * i, &hash, sizeof hash);
+    }
+}
+
 static int take_device(int fd, const struct stat *st, struct witness *w)
 {
-    char path[64], text[512];
-    unsigned long long v[8] = {0};
+    CLEANUP(memory_freep) char *name = device_name(st);
     uint64_t size;
 
+    /* What others have written may be in the page cache yet, and not be counted. */
+    int r = io_fsync(fd);
+    if (r < 0)
+        return r;
     w->inode = st->st_rdev;
     if (io_ioctl(fd, BLKGETSIZE64, &size) == 0)
         w->size_bytes = size;
-    snprintf(path, sizeof path, "/sys/dev/block/%u:%u/stat", major(st->st_rdev),
-             minor(st->st_rdev));
-    int sys = io_open(path, O_RDONLY, 0);
-    if (sys < 0)
-        return 0;
-    ssize_t n = io_pread(sys, text, sizeof text - 1, 0);
-    io_close(sys);
-    if (n <= 0)
-        return 0;
-    text[n] = '\0';
-    if (sscanf(text, "%llu %llu %llu %llu %llu %llu %llu", &v[0], &v[1], &v[2], &v[3], &v[4], &v[5],
-               &v[6]) == 7) {
-        w->writes = v[4];
-        w->sectors = v[6];
-    }
+    if (name)
+        take_name(name, w->filesystem);
+    w->birth_ns = device_sequence(fd);
+    w->counted = device_written(st, &w->sectors);
     return 0;
 }
 
@@ -164,16 +166,24 @@ static enum witness_verdict compare_identity(const struct witness *then, const s
     return WITNESS_SAME;
 }
 
+/* After a crash (not CLEAN) a session may have resized its disk, which the superblock knows of. */
 static enum witness_verdict compare_device(const struct witness *then, const struct witness *now,
-                                           bool counters, char *why, size_t why_bytes)
+                                           bool clean, char *why, size_t why_bytes)
 {
-    if (then->size_bytes != now->size_bytes)
-        return changed(why, why_bytes, "the device has another size");
-    if (memcmp(then->boot, now->boot, sizeof then->boot) || !counters)
-        return WITNESS_UNKNOWN; /* counters begin anew */
-    if (then->inode != now->inode)
+    bool named = known(then->filesystem) && known(now->filesystem);
+
+    if (named && memcmp(then->filesystem, now->filesystem, sizeof then->filesystem))
         return changed(why, why_bytes, "the image is another device");
-    if (then->writes != now->writes || then->sectors != now->sectors)
+    if (clean && then->size_bytes != now->size_bytes)
+        return changed(why, why_bytes, "the device has another size");
+    if (memcmp(then->boot, now->boot, sizeof then->boot))
+        return WITNESS_UNKNOWN; /* numbers and counters begin anew */
+    bool again = then->inode != now->inode || then->birth_ns != now->birth_ns;
+    if (again && !named)
+        return changed(why, why_bytes, "the device may be another: it has gone and come again");
+    if (again || !clean || !then->counted || !now->counted)
+        return WITNESS_UNKNOWN;
+    if (then->sectors != now->sectors)
         return changed(why, why_bytes, "the device has been written to meanwhile");
     return WITNESS_SAME;
 }

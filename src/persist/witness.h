@@ -2,13 +2,18 @@
  *
  *     regular file    file system's uuid (or id, where that lasts), inode, birth time, size, mtime,
  *                     ctime: taken after a sync, once the clock has left mtime's tick
- *     block device    size, and its write counters while this boot lasts
- *     anything else   nothing (rbd, nbd): believed, and queries say `witness: none`
+ *     block device    size, its name that lasts (device.h); while this boot lasts and the device
+ * has not gone meanwhile, the sectors written to it anything else   nothing (rbd, nbd): believed,
+ * and queries say `witness: none`
  *
  * After a clean close all must be equal. After a crash, the times may have moved by our own last
  * writes: a ctime later than our last stamped write (same boot; segment.h) or than this boot's
  * start (another one) is somebody else's. Without a stamp there is nothing to compare a moved time
- * with. Clocks can be set, so that is a good guess and no proof. */
+ * with. Clocks can be set, so that is a good guess and no proof.
+ *
+ * A device that has come again, or after a crash, is the same if its name says so; nothing tells
+ * what has been written to it. If it has come again within one boot and has no name, it counts as
+ * another: the second file behind a loop device's number must not get the bitmaps of the first. */
 #pragma once
 
 #include "base/error.h"
@@ -19,14 +24,14 @@ enum witness_kind { WITNESS_NONE, WITNESS_FILE, WITNESS_DEVICE };
 struct witness {
     enum witness_kind kind;
     uint8_t boot[16];       /* boot id of the host when it was taken */
-    uint8_t filesystem[16]; /* uuid, or the file system's id in the first 8 bytes; zero: none that
-                               outlasts a boot */
+    uint8_t filesystem[16]; /* uuid, or the file system's id in the first 8 bytes; of a device: of
+                               its name; zero: none that outlasts a boot */
     uint64_t inode;         /* of a device: its number */
-    uint64_t birth_ns;      /* 0: the file system does not know */
+    uint64_t birth_ns;      /* 0: the file system does not know; of a device: device_sequence() */
     uint64_t size_bytes;
     uint64_t mtime_ns, ctime_ns;
-    uint64_t writes; /* of a device: requests and sectors written, as the kernel counts them */
-    uint64_t sectors;
+    uint64_t counted; /* of a device: 1, if sectors are */
+    uint64_t sectors; /* written and discarded */
 };
 
 enum witness_verdict {

@@ -12,16 +12,18 @@ SEED = int(os.environ.get("TIDEMARK_SEED", "1"))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fs, lives", [("ext4", 2), ("xfs", 1)])
-def test_power_lost_at_any_moment(tmp, tidemarkd, fs, lives):
+@pytest.mark.parametrize("fs, fmt, lives", [("ext4", "raw", 2), ("xfs", "raw", 1),
+                                            ("ext4", "device", 1)])
+def test_power_lost_at_any_moment(tmp, tidemarkd, fs, fmt, lives):
     if os.environ.get("TIDEMARK_LOOP") == "threads":
         pytest.skip("the order of what reaches a disk is the same with each loop")
     try:
         place = GuestPlace(tmp, fs, "volatile", SEED, tidemarkd)
     except NotHere as why:
         pytest.skip(str(why))
-    print(f"repeat it with: tests/system/crash.py --place {fs}-volatile --seed {SEED} --verbose")
-    history = History(place, SEED, size=128 * MiB, say=print)
+    print(f"repeat it with: tests/system/crash.py --place {fs}-volatile --format {fmt} --seed {SEED} "
+          "--verbose")
+    history = History(place, SEED, fmt, size=128 * MiB, say=print)
     try:
         history.run(lives)
     except BaseException:

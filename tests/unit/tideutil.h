@@ -121,7 +121,7 @@ static inline void some_super(struct rng *rng, struct super *s, size_t most)
     s->witness.size_bytes = rng_next(rng);
     s->witness.mtime_ns = rng_next(rng);
     s->witness.ctime_ns = rng_next(rng);
-    s->witness.writes = rng_next(rng);
+    s->witness.counted = rng_next(rng);
     s->witness.sectors = rng_next(rng);
 
     some_table(rng, s, &s->table, rng_below(rng, most + 1));
@@ -185,7 +185,7 @@ static inline bool witness_equal(const struct witness *a, const struct witness *
     return a->kind == b->kind && memcmp(a->boot, b->boot, sizeof a->boot) == 0 &&
            memcmp(a->filesystem, b->filesystem, sizeof a->filesystem) == 0 &&
            a->inode == b->inode && a->birth_ns == b->birth_ns && a->size_bytes == b->size_bytes &&
-           a->mtime_ns == b->mtime_ns && a->ctime_ns == b->ctime_ns && a->writes == b->writes &&
+           a->mtime_ns == b->mtime_ns && a->ctime_ns == b->ctime_ns && a->counted == b->counted &&
            a->sectors == b->sectors;
 }
 

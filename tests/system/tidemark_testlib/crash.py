@@ -22,6 +22,9 @@ QEMU's do: what they had flushed). A qcow2 disk is clean for qemu-img, but for l
 close no tide file is beside it and no bitmap in use. And, with the clients at rest, one more backup
 onto each chain makes the chain equal to the disk, judged by qemu-img.
 
+The format "device" is raw on a block device (here a loop device, in a machine a drive of its own),
+with its tide file in a state directory. Nothing tells whether others have written it after a crash.
+
 In a *foreign* round QEMU opens the crashed image for writing before the daemon is back: then nothing
 is believed, and `tide` is made anew by a comparison with its chain. QEMU's reading changes nothing.
 """
@@ -40,6 +43,7 @@ import time
 
 from .daemon import QSD, Daemon
 from .images import run_tool
+from .loopdev import LoopDevice
 from .nbd import connect, extents, nbd_uri
 from .qmp import QMPError
 
@@ -193,6 +197,7 @@ class HostPlace:
 
     def __init__(self, tmp, binary=None):
         self.tmp, self.binary = pathlib.Path(tmp), binary
+        self.loop = None
         base = "/dev/shm" if os.path.isdir("/dev/shm") else tmp
         self.runtime = tempfile.mkdtemp(prefix="tm-run-", dir=base)
         self.daemon = self.qmp = None
@@ -202,6 +207,13 @@ class HostPlace:
 
     def uri(self, export):
         return nbd_uri(self.tmp / "nbd.sock", export)
+
+    def device(self, size):
+        """The path of a block device that is the disk; made at the first call."""
+        if not self.loop:
+            (self.tmp / "state").mkdir()
+            self.loop = LoopDevice(self.tmp / "disk", size)
+        return self.loop.path
 
     def boot(self):
         for name in ("nbd.sock", "qmp.sock", "stderr.log"):
@@ -254,6 +266,8 @@ class HostPlace:
     def close(self):
         if self.daemon:
             self.daemon.kill()
+        if self.loop:
+            self.loop.close()
         shutil.rmtree(self.runtime, ignore_errors=True)
 
 
@@ -282,7 +296,8 @@ class Found:
 
 class History:
     def __init__(self, place, seed, fmt="raw", size=256 * MiB, found=None, say=None, foreign=0.0):
-        self.place, self.fmt, self.size = place, fmt, size
+        self.place, self.fmt, self.size = place, "raw" if fmt == "device" else fmt, size
+        self.device = place.device(size) if fmt == "device" else None
         self.rng = random.Random(f"crash-{seed}")
         self.found = found or Found()
         self.say = say or (lambda text: None)
@@ -333,6 +348,8 @@ class History:
     # -- the disk
 
     def make_disk(self):
+        if self.device:
+            return
         self.create(driver="file", filename=self.place.path("disk"),
                     size=self.size if self.fmt == "raw" else 0)
         if self.fmt != "raw":
@@ -344,6 +361,9 @@ class History:
     def send_open(self):
         disk = {"driver": self.fmt, "node-name": "disk", "discard": "unmap",
                 "file": {"driver": "file", "filename": self.place.path("disk")}}
+        if self.device:
+            disk["file"] = {"driver": "host_device", "filename": self.device}
+            disk["x-tidemark-persist"] = {"state-directory": self.place.path("state")}
         export = {"type": "nbd", "id": "disk", "node-name": "disk", "name": "disk", "writable": True}
         return [self.qmp.send("blockdev-add", disk), self.qmp.send("block-export-add", export)]
 
@@ -566,6 +586,8 @@ class History:
         info = node.get("x-tidemark-recovery")
         must(info, f"no x-tidemark-recovery: {node}")
         state, added = info["state"], info["bytes-added"]
+        if self.device and state != "clean":
+            must(info["witness"] == "none", f"after a crash a device has no witness: {info}")
         self.say(f"recovery: {info}")
         self.found.states[state] = self.found.states.get(state, 0) + 1
         self.found.most_added = max(self.found.most_added, added)
@@ -656,7 +678,8 @@ class History:
         """Which is no reason to believe less."""
         for argv in self.rng.sample((["check"], ["info"], ["map"]), self.rng.randint(0, 3)):
             if argv != ["check"] or self.fmt == "qcow2":
-                run_tool("qemu-img", *argv, "-f", self.fmt, self.place.path("disk"), check=False)
+                run_tool("qemu-img", *argv, "-f", self.fmt, self.device or self.place.path("disk"),
+                         check=False)
 
     def foreign_writer(self):
         """QEMU has the crashed image open for writing, and mostly writes."""
@@ -829,7 +852,7 @@ class History:
         if not self.place.power and self.possible != {"clean"}:
             self.read_by_qemu()
             # A raw file has only its times, which need our stamp; it was on tmpfs.
-            told = self.fmt == "qcow2" or not self.superset
+            told = self.fmt == "qcow2" or not (self.superset or self.device)
             if told and self.rng.random() < self.share_foreign:
                 self.foreign_writer()
         while self.rng.random() < 0.3 if recovery_kills is None else recovery_kills > 0:

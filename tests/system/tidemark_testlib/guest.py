@@ -3,7 +3,7 @@
 QEMU boots Debian's cloud kernel, by emulation alone, with an initramfs of our own: busybox, the
 kernel's modules, tidemarkd with its libraries. The disk, its tide file and the backups are files on
 a file system, ext4 or xfs, that the machine mounts at /data; clients come from outside, through
-forwarded ports. Power is lost by SIGKILL of QEMU: the page cache is gone, and with the drive
+forwarded ports. A disk of format "device" is a second drive of the same kind. Power is lost by SIGKILL of QEMU: the page cache is gone, and with the drive
 "volatile" also a part of what the drive had not flushed (volatile.py).
 
 Content is judged by qemu-img out here, which reads the files of the chains through NBD exports.
@@ -46,6 +46,7 @@ ip link set lo up
 ip link set eth0 up
 ip addr add 10.0.2.15/24 dev eth0
 mount -t @FS@ /dev/vda /data || echo "MOUNT FAILED"
+mkdir -p /data/state
 # Data reaches the drive soon, and without a flush of the drive.
 echo 5 > /proc/sys/vm/dirty_writeback_centisecs
 echo 5 > /proc/sys/vm/dirty_expire_centisecs
@@ -171,7 +172,8 @@ class GuestPlace:
         check_machine(binary)
         self.tmp, self.drive = pathlib.Path(tmp), drive
         self.rng = random.Random(f"guest-{seed}")
-        self.qemu = self.server = self.qmp = self.port = None
+        self.qemu = self.qmp = self.port = None
+        self.servers, self.device_bytes = [], 0
         self.looks = self.boots = 0
         self.medium, self.console = self.tmp / "medium", self.tmp / "console.log"
         with open(self.medium, "wb") as file:
@@ -188,6 +190,13 @@ class GuestPlace:
 
     def uri(self, export):
         return nbd_uri(export=export, port=self.port)
+
+    def device(self, size):
+        """The path of a drive of its own that is the disk; from the next boot on."""
+        self.device_bytes = size
+        with open(self.tmp / "disk", "wb") as file:
+            file.truncate(size)
+        return "/dev/vdb"
 
     @contextlib.contextmanager
     def look(self, name):
@@ -222,22 +231,27 @@ class GuestPlace:
 
     # -- power
 
-    def start_drive(self):
+    def start_drive(self, name):
+        """The options of QEMU for the drive whose medium is the file NAME."""
+        device = ["-device", f"virtio-blk-pci,drive={name},serial=tidemark-{name},write-cache=on"]
         if self.drive == "file":
-            return f"driver=file,filename={self.medium},cache.direct=on,node-name=medium"
-        path = self.tmp / "drive.sock"
+            return ["-blockdev", f"driver=file,filename={self.tmp}/{name},cache.direct=on,"
+                    f"node-name={name}", *device]
+        path = self.tmp / f"{name}.sock"
         path.unlink(missing_ok=True)
-        self.server = subprocess.Popen(
+        self.servers.append(subprocess.Popen(
             [sys.executable, str(pathlib.Path(__file__).with_name("volatile.py")), str(path),
-             str(self.medium), str(self.rng.random())], stdout=subprocess.PIPE, text=True)
+             str(self.tmp / name), str(self.rng.random())], stdout=subprocess.PIPE, text=True))
         deadline = time.monotonic() + 30
         while not path.exists():
             must(time.monotonic() < deadline, "the drive does not start")
             time.sleep(0.01)
-        return f"driver=nbd,server.type=unix,server.path={path},node-name=medium"
+        return ["-blockdev", f"driver=nbd,server.type=unix,server.path={path},node-name={name}", *device]
 
     def boot(self):
-        drive = self.start_drive()
+        drives = self.start_drive("medium")
+        if self.device_bytes:
+            drives += self.start_drive("disk")
         monitor, self.port = free_port(), free_port()
         self.console.unlink(missing_ok=True)
         # An emulated clock may gain seconds on a busy machine. As if each boot came a minute later,
@@ -249,8 +263,7 @@ class GuestPlace:
              "-no-user-config", "-no-reboot", "-display", "none", "-rtc", f"base={now}", "-kernel", find_kernel()[0],
              "-initrd", str(self.tmp / "initramfs"), "-append",
              "console=ttyS0 quiet panic=-1 random.trust_cpu=on mitigations=off",
-             "-serial", f"file:{self.console}", "-blockdev", drive,
-             "-device", "virtio-blk-pci,drive=medium,write-cache=on",
+             "-serial", f"file:{self.console}", *drives,
              "-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{monitor}-:{QMP_PORT},"
              f"hostfwd=tcp:127.0.0.1:{self.port}-:{NBD_PORT}",
              "-device", "virtio-net-pci,netdev=net,romfile="],
@@ -282,10 +295,10 @@ class GuestPlace:
 
     def end_drive(self):
         self.qmp.close()
-        if self.server:
-            said = self.server.communicate(timeout=60)[0]
-            must(self.server.returncode == 0, f"the drive: {said}")
-            self.server = None
+        servers, self.servers = self.servers, []
+        for server in servers:
+            said = server.communicate(timeout=60)[0]
+            must(server.returncode == 0, f"the drive: {said}")
 
     def stop(self):
         self.qmp.execute("quit")
@@ -315,7 +328,7 @@ class GuestPlace:
             return ""
 
     def close(self):
-        for process in (self.qemu, self.server):
+        for process in (self.qemu, *self.servers):
             if process and process.poll() is None:
                 process.kill()
                 process.wait()
