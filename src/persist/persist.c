@@ -308,6 +308,9 @@ static int store_can_add(struct dirty_store *s, struct node *n, const char *name
     }
     if (node_is_qcow2(n) && !keeper_of(n)) /* version 2: QEMU's text */
         return qcow2_bitmap_check_new(n, name, granularity_bytes, 0, 0, err);
+    if (pn && pn->why_none)
+        return error_set(err, ENOTSUP, "Can't store persistent bitmaps to %s: %s", node_name(n),
+                         pn->why_none);
     if (!pn)
         return error_set_errno(err, ENOTSUP, "Can't store persistent bitmaps to %s", node_name(n));
     return keeper_can_add(pn->keeper, name, granularity_bytes, err);
