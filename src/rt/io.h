@@ -53,8 +53,9 @@ int io_realpath(const char *path, char **ret);
  * one; caller frees *RET. */
 int io_list(const char *path, char **ret);
 /* The first LENGTH bytes of a file as memory, shared with whoever has it mapped and outliving
- * all of them as the file does. Pages are touched here, not at first use; who maps has
- * reserved them (io_fallocate), or a full file system is a SIGBUS later. */
+ * all of them as the file does. Who maps has reserved its pages (io_fallocate), or a full file
+ * system is a SIGBUS later. They are touched here, not at first use, unless they are many: then
+ * most of them never will be, and touching them all takes longer than all else. */
 int io_map(int fd, size_t length, void **ret);
 void io_unmap(void *at, size_t length); /* at once */
 

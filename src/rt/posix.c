@@ -50,6 +50,8 @@ void posix_random(struct world *w, void *buf, size_t n)
 
 /* ---- files ---- */
 
+enum { MAP_TOUCHED_MAX = 4 << 20 }; /* bytes */
+
 #define RETRY(call)                                                                                \
     ({                                                                                             \
         int64_t retry_result;                                                                      \
@@ -103,7 +105,8 @@ static int64_t do_statx(const struct io_op *op)
 
 static int64_t do_map(const struct io_op *op)
 {
-    void *at = mmap(NULL, op->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, op->fd, 0);
+    int touch = op->length <= MAP_TOUCHED_MAX ? MAP_POPULATE : 0;
+    void *at = mmap(NULL, op->length, PROT_READ | PROT_WRITE, MAP_SHARED | touch, op->fd, 0);
     if (at == MAP_FAILED)
         return -errno;
     *(void **)op->ret = at;

@@ -13,12 +13,15 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-enum { WORKERS_MAX = 32 };
+enum {
+    WORKERS_MAX = 32,
+    UNMAP_AT_ONCE_MAX = 4 << 20, /* bytes; more may be some ten milliseconds of freeing pages */
+};
 
 struct work {
     STAILQ_ENTRY(work) link;
     struct io_op *op;
-    struct task *task;
+    struct task *task; /* NULL: nobody waits, and OP follows this */
     int64_t result;
     bool done; /* the loop's side only */
 };
@@ -52,6 +55,11 @@ static void *worker(void *arg)
         STAILQ_REMOVE_HEAD(&p->todo, link);
         pthread_mutex_unlock(&p->lock);
         w->result = posix_do(w->op);
+        if (!w->task) {
+            free(w);
+            pthread_mutex_lock(&p->lock);
+            continue;
+        }
         pthread_mutex_lock(&p->lock);
         bool first = STAILQ_EMPTY(&p->done);
         STAILQ_INSERT_TAIL(&p->done, w, link);
@@ -120,21 +128,48 @@ static void start_thread(struct workers *p)
         rt_panic("no worker thread can be started: %s", strerror(r));
 }
 
-int64_t workers_perform(struct workers *p, struct io_op *op)
+static void give(struct workers *p, struct work *w)
 {
-    struct work w = {.op = op, .task = task_self()};
     pthread_mutex_lock(&p->lock);
     bool queued = !STAILQ_EMPTY(&p->todo);
-    STAILQ_INSERT_TAIL(&p->todo, &w, link);
+    STAILQ_INSERT_TAIL(&p->todo, w, link);
     if (p->threads < WORKERS_MAX && (!p->idle || queued))
         start_thread(p);
     if (p->idle)
         pthread_cond_signal(&p->more);
     pthread_mutex_unlock(&p->lock);
+}
+
+int64_t workers_perform(struct workers *p, struct io_op *op)
+{
+    struct work w = {.op = op, .task = task_self()};
+    give(p, &w);
     p->busy++;
     while (!w.done)
         task_suspend_uncancelled();
     return w.result;
+}
+
+/* Without waiting for it, and without an answer. */
+static void leave(struct workers *p, const struct io_op *op)
+{
+    struct left {
+        struct work work;
+        struct io_op op;
+    } *left = xnew(struct left);
+
+    left->op = *op;
+    left->work.op = &left->op;
+    give(p, &left->work);
+}
+
+int64_t workers_serve(struct workers *p, struct io_op *op)
+{
+    if (op->kind == IO_UNMAP && op->length > UNMAP_AT_ONCE_MAX) {
+        leave(p, op);
+        return 0;
+    }
+    return posix_at_once(op->kind) ? posix_do(op) : workers_perform(p, op);
 }
 
 void workers_collect(struct workers *p, bool read_fd)

@@ -13,6 +13,8 @@ int workers_fd(const struct workers *p);
 size_t workers_busy(const struct workers *p);
 /* Does OP on a thread, as posix_do() would, while the running task waits, cancelled or not. */
 int64_t workers_perform(struct workers *p, struct io_op *op);
+/* What a world has no better way for: on a thread, or here if that cannot block for long. */
+int64_t workers_serve(struct workers *p, struct io_op *op);
 /* Wakes the tasks whose work is done; reads the descriptor when READ_FD. */
 void workers_collect(struct workers *p, bool read_fd);
 

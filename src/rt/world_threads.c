@@ -241,7 +241,7 @@ static int64_t threads_perform(struct world *w, struct io_op *op)
     case IO_CLOSE:
         return close_fd(t, op);
     default:
-        return posix_at_once(op->kind) ? posix_do(op) : workers_perform(t->workers, op);
+        return workers_serve(t->workers, op);
     }
 }
 

@@ -260,7 +260,7 @@ static int64_t uring_perform(struct world *w, struct io_op *op)
     case IO_POLL:
         return ask(u, op, true);
     default:
-        return posix_at_once(op->kind) ? posix_do(op) : workers_perform(u->workers, op);
+        return workers_serve(u->workers, op);
     }
 }
 

@@ -781,6 +781,41 @@ IN_LOOP(random_bytes_are_not_all_the_same)
     return 0;
 }
 
+static bool is_mapped(const char *path)
+{
+    char line[600];
+    bool found = false;
+    FILE *maps = fopen("/proc/self/maps", "r");
+    assert_non_null(maps);
+    while (fgets(line, sizeof line, maps))
+        found |= strstr(line, path) != NULL;
+    fclose(maps);
+    return found;
+}
+
+/* So large that nobody waits until it is gone; but it goes. */
+IN_LOOP(a_large_mapping_goes_by_itself)
+{
+    enum { BYTES = 16 << 20 };
+    char path[200], read_back[5] = "";
+    void *at = NULL;
+    in_dir(path, sizeof path, "large");
+    int fd = io_open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
+    assert_true(fd >= 0);
+    assert_int_equal(io_fallocate(fd, 0, 0, BYTES), 0);
+    assert_int_equal(io_map(fd, BYTES, &at), 0);
+    memcpy((char *)at + BYTES - 5, "tide", 5);
+    assert_true(is_mapped(path));
+    io_unmap(at, BYTES);
+    assert_int_equal(io_pread_full(fd, read_back, 5, BYTES - 5), 0);
+    assert_string_equal(read_back, "tide");
+    for (int i = 0; i < 3000 && is_mapped(path); i++)
+        assert_int_equal(sleep_until(clock_after_ns(NSEC_PER_SEC / 100)), 0);
+    assert_false(is_mapped(path));
+    io_close(fd);
+    return 0;
+}
+
 IN_LOOP(a_mapped_file_is_the_files_own_memory)
 {
     char path[200], other[200], read_back[5] = "";
@@ -837,6 +872,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_file_keeps_what_is_written),
     cmocka_unit_test(locks_are_the_open_files),
     cmocka_unit_test(a_mapped_file_is_the_files_own_memory),
+    cmocka_unit_test(a_large_mapping_goes_by_itself),
     cmocka_unit_test(a_boot_has_a_name_and_a_beginning),
     cmocka_unit_test(hundreds_of_requests_in_flight),
     cmocka_unit_test(a_file_operation_is_awaited_when_cancelled),
