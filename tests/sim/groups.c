@@ -249,7 +249,7 @@ static void see(struct groups *c, struct side *s)
 /* All sides have been seen. */
 static void judge_change(struct groups *c)
 {
-    bool one = false, all = true, told = false, each = c->change == INCREMENT && !c->grouped;
+    bool one = false, all = true, each = c->change == INCREMENT && !c->grouped;
     uint64_t generation = 0;
     bool first = true;
 
@@ -258,7 +258,6 @@ static void judge_change(struct groups *c)
     for (struct side *s = first_side(c); s; s = next_side(c, s)) {
         one |= s->moved;
         all &= s->moved;
-        told |= s->told && s->succeeded;
         if (c->change == INCREMENT && s->told && s->succeeded && !s->moved && !anything_may_be(c))
             violation(c->h, "%s: the %s of '%s' was reported, and is not there", s->d->node,
                       changes[c->change], c->bitmap);
