@@ -1275,7 +1275,7 @@ static void distrust(struct node *const *nodes, size_t n, const struct changes *
 /* What becomes pending while these are flushed is of another change, and needs another flush. */
 static int settle(struct node *const *nodes, size_t n, const struct changes *c, struct error *err)
 {
-    bool any = false;
+    bool any = false, any_kept = false;
     int r = 0;
 
     for (size_t i = 0; r == 0 && i < n; i++) {
@@ -1291,14 +1291,16 @@ static int settle(struct node *const *nodes, size_t n, const struct changes *c, 
     for (size_t i = 0; i < n; i++)
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
             any |= is_of(bm, c);
+            any_kept |= bm->kept && is_of(bm, c);
             bm->settling =
                 r == 0 && is_pending(bm) && (is_of(bm, c) || BROKEN(settled_without_flush));
         }
-    if (!any) { /* somebody has settled them meanwhile, with a flush of their own */
-        if (r < 0)
-            distrust(nodes, n, c);
+    /* Somebody has settled them meanwhile, with a flush of their own; but not those that are in
+     * memory only, for which nobody flushes. */
+    if (r < 0 && !any_kept)
+        distrust(nodes, n, c);
+    if (!any)
         return r;
-    }
     if (r == 0)
         r = dirty_commit(nodes, n, err);
     if (r < 0)
