@@ -66,6 +66,7 @@ struct dirty_bitmap {
     bool rebuilt;      /* and that holds for all of it */
     bool settling;     /* its base is about to become durable */
     uint64_t change;   /* that it is pending of, with which it settles; 0: none, it is alone */
+    uint64_t losses;   /* of its node, when that began */
     bool ended;        /* disabled, and that is not durable yet */
     bool before_lent;  /* BEFORE is a transaction's for its undo: dirty_forget frees it */
     char *why_held;    /* in doubt, and what to say of it; NULL: it is not */
@@ -139,6 +140,7 @@ static void is_changed(struct dirty_bitmap *bm)
     struct dirty_graph *dg = graph_get_data(node_graph(bm->home->node), graph_key);
 
     bm->change = dg ? dg->changes : 0;
+    bm->losses = node_losses(bm->home->node);
 }
 
 static void free_bits(struct dirty_bitmap *bm, struct bitmap *bits)
@@ -1147,6 +1149,19 @@ static struct node **with_others(struct node *const *nodes, size_t n, const stru
     return ret;
 }
 
+/* Makes N as durable as it was when the changes of C began. The error of a flush is told once, and
+ * a guest may have had it: then the losses tell. */
+static int make_durable(struct node *n, const struct changes *c, struct error *err)
+{
+    struct dirty_store *s = store_of(n);
+    int r = s->flush(s, n);
+
+    for (struct dirty_bitmap *bm = dirty_first(n); r == 0 && bm; bm = dirty_next(bm))
+        if (bm->kept && is_of(bm, c) && node_losses(n) != bm->losses)
+            r = -EIO;
+    return r < 0 ? error_set_errno(err, -r, "Failed to flush node '%s'", node_name(n)) : 0;
+}
+
 /* Flushes the node, if some kept bitmap of these changes is there, and then they are settling. */
 static int flush_changed(struct node *n, const struct changes *c, struct error *err)
 {
@@ -1157,8 +1172,8 @@ static int flush_changed(struct node *n, const struct changes *c, struct error *
     for (struct dirty_bitmap *bm = dirty_first(n); r == 0 && bm; bm = dirty_next(bm)) {
         if (!bm->kept || !is_of(bm, c) || bm->settling || !s || !s->flush)
             continue;
-        if (!flushed && !BROKEN(settled_without_flush) && (r = s->flush(s, n)) < 0)
-            error_set_errno(err, -r, "Failed to flush node '%s'", node_name(n));
+        if (!flushed && !BROKEN(settled_without_flush))
+            r = make_durable(n, c, err);
         flushed = bm->settling = true;
     }
     return r;
@@ -1283,9 +1298,8 @@ static int settle(struct node *const *nodes, size_t n, const struct changes *c, 
         bool flush = false;
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
             flush |= bm->kept && is_of(bm, c);
-        if (flush && s && s->flush && !BROKEN(settled_without_flush) &&
-            (r = s->flush(s, nodes[i])) < 0)
-            error_set_errno(err, -r, "Failed to flush node '%s'", node_name(nodes[i]));
+        if (flush && s && s->flush && !BROKEN(settled_without_flush))
+            r = make_durable(nodes[i], c, err);
     }
     GRAPH_LOCKED(node_graph(nodes[0]));
     for (size_t i = 0; i < n; i++)

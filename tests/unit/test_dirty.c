@@ -773,6 +773,33 @@ static int a_clear_that_failed_does_not_stand(void *arg)
     return 0;
 }
 
+/* The error of a flush is told once, here to a guest: what was lost is lost for the clear, too. */
+static int a_clear_does_not_hold_over_a_loss(void *arg)
+{
+    struct test_store s = {{store_can_add, store_remove, .flush = store_flush}};
+    WORLD(w, 1 * MiB, 0);
+    struct dirty_state st;
+
+    dirty_set_store(w.g, &s.store);
+    struct dirty_bitmap *bm = add(&w, "bm", 4096, DIRTY_PERSISTENT);
+    assert_int_equal(dirty_settle(&w.n, 1, NULL), 0);
+    world_write(&w, range_make(0, 512));
+    struct bitmap *old = dirty_clear(bm);
+    assert_int_equal(dirty_commit(&w.n, 1, NULL), 0);
+    dirty_forget(bm, old);
+    w.n->losses++;
+    assert_int_equal(dirty_settle(&w.n, 1, NULL), -EIO);
+    dirty_get_state(bm, &st);
+    assert_true(!st.successor && bitmap_get(dirty_bits(bm), 0));
+    /* The next one begins after it. */
+    old = dirty_clear(bm);
+    assert_int_equal(dirty_commit(&w.n, 1, NULL), 0);
+    dirty_forget(bm, old);
+    assert_int_equal(dirty_settle(&w.n, 1, NULL), 0);
+    assert_int_equal(bitmap_count(dirty_bits(bm)), 0);
+    return 0;
+}
+
 static int the_store_is_asked_and_told(void *arg)
 {
     struct test_store s = {{store_can_add, store_remove}}; /* outlives the world */
@@ -820,6 +847,7 @@ IN_LOOP(the_store_hears_of_successors)
 IN_LOOP(an_outcome_waits_for_its_turn)
 IN_LOOP(a_clear_waits_for_a_flush_of_its_own)
 IN_LOOP(a_clear_that_failed_does_not_stand)
+IN_LOOP(a_clear_does_not_hold_over_a_loss)
 IN_LOOP(random_histories_agree_with_a_model)
 
 static const struct CMUnitTest tests[] = {
@@ -839,6 +867,7 @@ static const struct CMUnitTest tests[] = {
     TEST(an_outcome_waits_for_its_turn),
     TEST(a_clear_waits_for_a_flush_of_its_own),
     TEST(a_clear_that_failed_does_not_stand),
+    TEST(a_clear_does_not_hold_over_a_loss),
     TEST(random_histories_agree_with_a_model),
 };
 UNIT_MAIN(tests)
