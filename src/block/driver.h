@@ -192,6 +192,8 @@ int node_flush(struct node *n) MUST_CHECK;
  * the node stayed (a server went). A flush after that does not tell everybody who counts on what he
  * has written, or read, before: he compares this with what it was. */
 uint64_t node_losses(const struct node *n);
+/* Of those alone that a flush of N speaks for. */
+uint64_t node_flush_losses(const struct node *n);
 
 /* Takes bytes of this node's own range lock, e.g. around a read-modify-write. The request that the
  * driver is working on holds its own range, shared, already: a driver must not take it again. */

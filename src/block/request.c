@@ -609,6 +609,17 @@ uint64_t node_losses(const struct node *n)
     return sum;
 }
 
+uint64_t node_flush_losses(const struct node *n)
+{
+    uint64_t sum = n->losses;
+    const struct edge *e;
+
+    TAILQ_FOREACH (e, &n->children, in_children)
+        if (!n->driver->flushes_primary_only || (e->role & ROLE_PRIMARY))
+            sum += node_flush_losses(e->node);
+    return sum;
+}
+
 int node_flush_tree(struct node *n)
 {
     struct edge *e;

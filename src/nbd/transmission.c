@@ -401,6 +401,20 @@ static void do_trim(struct pending *p)
     reply_result(p, r, "discard failed");
 }
 
+/* That a server below has lost what was not flushed is told to one flush, and that may have been
+ * another client's, a job's or a format's. */
+static void do_flush(struct pending *p)
+{
+    struct edge *e = p->c->export->edge;
+
+    int r = edge_flush(e);
+    uint64_t losses = node_flush_losses(e->node);
+    if (r == 0 && losses != p->c->losses)
+        r = -EIO;
+    p->c->losses = losses;
+    reply_result(p, r, "flush failed");
+}
+
 static void do_cache(struct pending *p)
 {
     /* Reading it brings it near; the data itself goes nowhere. */
@@ -421,7 +435,7 @@ static void dispatch(struct pending *p)
         do_write(p);
         break;
     case NBD_CMD_FLUSH:
-        reply_result(p, edge_flush(p->c->export->edge), "flush failed");
+        do_flush(p);
         break;
     case NBD_CMD_TRIM:
         do_trim(p);
@@ -518,6 +532,7 @@ int transmission(struct connection *c, struct error *err)
 
     semaphore_init(&c->requests, REQUESTS_MAX);
     semaphore_init(&c->bytes, REQUEST_BYTES_MAX);
+    c->losses = node_flush_losses(c->export->edge->node);
     for (;;) {
         uint8_t buf[NBD_REQUEST_SIZE];
         struct nbd_request rq;

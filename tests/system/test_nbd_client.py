@@ -422,6 +422,22 @@ def test_a_flush_does_not_speak_for_a_lost_connection(fake, front):
     g.flush()
 
 
+def test_each_client_is_told_of_a_lost_connection(fake, front):
+    """The one flush that fails may be another client's: who has written is told, too, and once."""
+    s = fake()
+    d = front(remote(s))
+    g, other = connect(d.address), connect(d.address)
+    g.pwrite(b"a" * 4096, 0)
+    s.cut()
+    wait_until(lambda: s.accepted == 2)
+    wait_until(lambda: works(g))
+    for client in (other, g):
+        with pytest.raises(nbd.Error):
+            client.flush()
+        client.flush()
+    connect(d.address).flush()
+
+
 def test_requests_wait_for_the_server(server, front):
     """With reconnect-delay the guest does not see that it was away."""
     s = server()
