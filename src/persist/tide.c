@@ -216,9 +216,12 @@ static int open_and_read(struct tide *t, struct error *err)
     if (r == 0 || (t->read_only && (r == -EROFS || r == -EINVAL)))
         r = io_fstat(t->fd, &st);
     /* Its name, too: a program that was killed before it had made it durable has left it, and what
-     * had it before would be back after a power loss. */
-    if (r == 0 && !t->read_only)
+     * had it before would be back after a power loss. Who only reads may act on what it says (a
+     * group's other disks do), but perhaps not in its directory. */
+    if (r == 0)
         r = io_sync_dir_of(t->path);
+    if (t->read_only && (r == -EROFS || r == -EINVAL || r == -EACCES))
+        r = 0;
     if (r < 0)
         return error_set_errno(err, -r, "syncing tide file '%s'", t->path);
     r = read_super(t, err);
