@@ -35,6 +35,10 @@ void keeper_look(struct keeper *k)
     k->recording = false;
     for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm))
         k->recording |= keeper_keeps(bm) && dirty_recording(bm);
+    /* A write gives back what it has taken, also when the last bitmap has ended meanwhile (its base
+     * could not be had). They begin to record with no write inside the node. */
+    if (k->recording || !k->taken)
+        k->takes = k->recording;
 }
 
 /* Sets that are gone from memory and that the durable superblock does not name. */

@@ -69,6 +69,8 @@ struct keeper {
     bool collecting;   /* a task is about to free sets */
     bool beating;      /* a task does it for the stamp, as long as writes are in flight */
     bool recording;    /* some bitmap does: writes need hot regions */
+    bool takes;        /* they take them: as `recording`, but not less while some are under way */
+    uint64_t taken;    /* by so many writes, or waited for */
     bool in_use;       /* a session is open: the superblock says so, durably */
     bool runtime_told; /* whether its runtime directory is a good one */
     bool voided;   /* no other node's bitmaps of the image are there, or they are inconsistent */

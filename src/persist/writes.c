@@ -291,6 +291,13 @@ void keeper_stamp_begun(struct keeper *k)
 
 /* ---- around a write ---- */
 
+static void one_has_given(struct keeper *k)
+{
+    assert(k->taken);
+    if (--k->taken == 0)
+        k->takes = k->recording;
+}
+
 static int let_pass(struct keeper *k, struct range r)
 {
     /* Asked before "is it hot?": a write to a hot region is a first change, too. */
@@ -304,12 +311,15 @@ static int let_pass(struct keeper *k, struct range r)
         return -EIO;
     if (k->lost)
         return 0;
-    if (k->hot && k->recording) {
+    if (k->hot && k->takes) {
+        k->taken++;
         result = hot_take(k->hot, r);
         if (result == -E2BIG)
             result = write_through(k, r);
-        if (result < 0 && (!k->lost || k->refusing)) /* else there is nothing left to lose */
+        if (result < 0 && (!k->lost || k->refusing)) { /* else there is nothing left to lose */
+            one_has_given(k);
             return result;
+        }
     }
     keeper_stamp_begun(k);
     return 0;
@@ -326,14 +336,16 @@ int keeper_before_write(struct keeper *k, struct range r)
 
 void keeper_mark(struct keeper *k, struct range r)
 {
-    if (k->hot && k->recording)
+    if (k->hot && k->takes)
         hot_marked(k->hot, r);
 }
 
 void keeper_written(struct keeper *k, struct range r)
 {
-    if (k->hot && k->recording)
+    if (k->hot && k->takes && !k->lost) { /* then no table is kept, and some have taken nothing */
         hot_give(k->hot, r);
+        one_has_given(k);
+    }
     if (k->stamp)
         stamp_write_done(k->stamp);
     checkpoint_write_ended(k);

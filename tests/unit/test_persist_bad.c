@@ -353,6 +353,78 @@ TEST(tables_upon_tables)
     check_disk(&memdisks[0], true); /* each has a table of its own now */
 }
 
+/* A write that is under way while the last bitmap that records ends, for the disk could not be made
+ * durable, gives back its place among the hot regions. */
+struct writer {
+    struct edge *e;
+    uint64_t start;
+    unsigned *done;
+};
+
+static int write_one(void *arg)
+{
+    struct writer *w = arg;
+    static const uint8_t data[512] = {1};
+
+    CHECK(edge_write(w->e, range_make(w->start, sizeof data), data, 0) == 0);
+    ++*w->done;
+    return 0;
+}
+
+TEST(writes_give_back_what_they_have_taken)
+{
+    enum { SLOTS = 4, REGION = 65536, WRITES = 2 * SLOTS };
+    CLEANUP(memory_freep) char *tide = xasprintf("/tmp/tidemark-test-%d.tide", (int)getpid());
+    CLEANUP(memory_freep)
+    char *json = xasprintf("{'driver':'raw','node-name':'n','file':{'driver':'memdisk','disk':0},"
+                           "'x-tidemark-persist':{'tide-file':'%s','no-witness':'believe'}}",
+                           tide);
+    struct world w = {.g = graph_new()};
+    struct writer writers[WRITES];
+    unsigned done = 0;
+
+    (void)unlink(tide);
+    memdisk_reset(0);
+    memdisk_reserve(&memdisks[0], WRITES * REGION);
+    memdisks[0].size = WRITES * REGION;
+    graph_add_driver(w.g, &driver_memdisk);
+    dirty_init(w.g);
+    persist_init(w.g);
+    persist_set_limits(w.g, 16, SLOTS, 2);
+    w.n = open_ok(w.g, json);
+    w.e = attach(&w.user, w.n, PERM_ALL, PERM_ALL);
+    for (unsigned i = 0; i < WRITES; i++)
+        writers[i] = (struct writer){w.e, (uint64_t)i * REGION, &done};
+
+    CHECK(write_one(&writers[0]) == 0); /* something to flush */
+    done = 0;
+
+    SCOPE(tasks);
+    struct dirty_bitmap *bm = add(&w, "bad", 65536, DIRTY_PERSISTENT);
+    memdisks[0].hold = range_make(0, WRITES * REGION);
+    for (unsigned i = 0; i < SLOTS; i++)
+        scope_spawn(&tasks, write_one, &writers[i]);
+    while (memdisks[0].held < SLOTS)
+        CHECK(task_yield() == 0);
+    memdisks[0].fail_flush_after = 1;
+    CHECK(dirty_settle(&w.n, 1, NULL) == -EIO && dirty_inconsistent(bm));
+    memdisks[0].hold.length = 0;
+    while (done < SLOTS)
+        CHECK(task_yield() == 0);
+    add(&w, "good", 65536, DIRTY_PERSISTENT);
+    CHECK(dirty_settle(&w.n, 1, NULL) == 0);
+    for (unsigned i = SLOTS; i < WRITES; i++)
+        scope_spawn(&tasks, write_one, &writers[i]);
+    for (unsigned i = 0; done < WRITES && i < 500; i++)
+        CHECK(sleep_until(clock_after_ns(NSEC_PER_SEC / 100)) == 0);
+    CHECK(done == WRITES);
+    CHECK(scope_join(&tasks) == 0);
+    edge_detach(w.e);
+    node_unref(w.n);
+    graph_free(w.g);
+    CHECK(unlink(tide) == 0);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(one_bad_entry_does_not_spoil_the_others),
     cmocka_unit_test(extra_data_is_kept),
@@ -361,5 +433,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(bitmaps_of_an_image_with_the_dirty_bit),
     cmocka_unit_test(bits_of_all_bitmaps_are_bounded_together),
     cmocka_unit_test(tables_upon_tables),
+    cmocka_unit_test(writes_give_back_what_they_have_taken),
 };
 UNIT_MAIN(tests)
