@@ -438,6 +438,44 @@ def test_each_client_is_told_of_a_lost_connection(fake, front):
     connect(d.address).flush()
 
 
+def test_an_image_on_a_server_that_comes_back_older(fake, front, tmp):
+    """Its driver does not go on with tables that it has written and the server has lost: what is
+    written and flushed then would be found by nobody."""
+    image = create_image(tmp / "disk.qcow2", "qcow2", 4 * MiB).read_bytes()
+    s = fake(size=2 * MiB)
+    s.data[:len(image)] = image
+    g = connect(front({"driver": "qcow2", "node-name": "disk", "file": remote(s, "below")}).address)
+    g.pwrite(b"a" * 64 * KiB, 0)
+    g.flush()
+    durable = [bytes(s.data)]
+
+    def dies_of_the_second_flush(sock, kind, cookie, offset, data):
+        if kind != rawnbd.FLUSH:
+            return False
+        durable.append(bytes(s.data))
+        if len(durable) < 3:
+            return False
+        s.lie = None
+        s.data[:] = durable[1]             # an entry of a table is not there
+        s.cut()
+        return True
+    s.lie = dies_of_the_second_flush
+    g.pwrite(b"b" * 64 * KiB, MiB)
+    with pytest.raises(nbd.Error):
+        g.flush()
+    wait_until(lambda: s.accepted == 2)
+    time.sleep(0.3)
+    with contextlib.suppress(nbd.Error):
+        g.flush()
+    with pytest.raises(nbd.Error):
+        g.pwrite(b"b" * 64 * KiB, MiB)
+        g.flush()
+        (tmp / "after.qcow2").write_bytes(s.data)
+        assert "failed" not in subprocess.run(
+            ["qemu-io", "-r", "-f", "qcow2", "-c", "read -P 0x62 1M 64k", tmp / "after.qcow2"],
+            capture_output=True, text=True).stdout
+
+
 def test_requests_wait_for_the_server(server, front):
     """With reconnect-delay the guest does not see that it was away."""
     s = server()

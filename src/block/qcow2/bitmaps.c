@@ -22,7 +22,7 @@ bool node_is_qcow2(const struct node *n)
 
 int qcow2_bitmaps_check_writable(struct qcow2 *q, struct error *err)
 {
-    if (q->unusable)
+    if (qcow2_unusable(q))
         return error_set_errno(err, ENOMEDIUM, "Failed to update bitmap extension");
     if (!qcow2_writable(q))
         return error_set(err, EACCES, "No write access");

@@ -82,7 +82,7 @@ static int change_range(struct qcow2 *q, struct range r, new_entry_fn *fn, int f
                         enum free_type type)
 {
     while (r.length) {
-        if (q->unusable)
+        if (qcow2_unusable(q))
             return -ENOMEDIUM;
         struct range part = range_make(r.start, min_u64(r.length, HOLD_BYTES));
         RANGE_HOLDER(holder);
@@ -118,7 +118,7 @@ static struct range whole_clusters(struct qcow2 *q, struct range r)
 int qcow2_discard(struct node *n, struct range r)
 {
     struct qcow2 *q = n->state;
-    if (q->unusable)
+    if (qcow2_unusable(q))
         return -ENOMEDIUM;
     /* Version 2 cannot say "zero": what lies below would come back. */
     if (q->header.version < 3 && n->backing)
@@ -148,7 +148,7 @@ static int all_zero(struct qcow2 *q, struct range r, bool *ret)
 int qcow2_write_zeroes(struct node *n, struct range r, unsigned flags)
 {
     struct qcow2 *q = n->state;
-    if (q->unusable)
+    if (qcow2_unusable(q))
         return -ENOMEDIUM;
     bool zero;
     struct range inner = whole_clusters(q, r);

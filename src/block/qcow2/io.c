@@ -220,7 +220,7 @@ int qcow2_read_range(struct qcow2 *q, struct range r, uint8_t *buf)
 int qcow2_read(struct node *n, struct range r, void *buf, unsigned flags)
 {
     struct qcow2 *q = n->state;
-    if (q->unusable)
+    if (qcow2_unusable(q))
         return -ENOMEDIUM;
     return qcow2_read_range(q, r, buf);
 }
@@ -237,7 +237,7 @@ int qcow2_write(struct node *n, struct range r, const void *data, unsigned flags
     bool scoped = false;
 
     while (r.length && ret == 0) {
-        if (q->unusable) {
+        if (qcow2_unusable(q)) {
             ret = -ENOMEDIUM;
             break;
         }

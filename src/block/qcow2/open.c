@@ -329,6 +329,7 @@ static int open_node(struct node *n, struct json_object *options, struct error *
     int r = node_open_child(n, options, "file", ROLE_IMAGE, true, &q->file, err);
     if (r < 0)
         return r;
+    q->losses = node_losses(q->file->node);
     r = open_image(q, options, err);
     if (r < 0) {
         state_free(q);
@@ -353,7 +354,7 @@ static void close_node(struct node *n)
 {
     SHIELD();
     struct qcow2 *q = n->state;
-    if (!n->read_only && !q->unusable) {
+    if (!n->read_only && !qcow2_unusable(q)) {
         int r = write_all(q);
         if (r == 0)
             refcount_trim_space(q);
@@ -367,7 +368,7 @@ static void close_node(struct node *n)
 static int flush_to_os(struct node *n)
 {
     struct qcow2 *q = n->state;
-    if (q->unusable)
+    if (qcow2_unusable(q))
         return -ENOMEDIUM;
     return n->read_only ? 0 : qcow2_writeback(q);
 }
@@ -389,7 +390,7 @@ static int reopen_prepare(struct node *n, struct json_object *options, bool read
                           "qcow2: Image is dirty; it is repaired when it is opened "
                           "read/write");
     }
-    if (r == 0 && read_only && !n->read_only && !q->unusable) {
+    if (r == 0 && read_only && !n->read_only && !qcow2_unusable(q)) {
         r = write_all(q);
         if (r == 0)
             refcount_trim_space(q);

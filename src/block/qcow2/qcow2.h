@@ -180,7 +180,8 @@ struct qcow2 {
     bool signaled_corruption;
     bool bitmaps_unsettled; /* which bitmap directory the disk's header names is not known */
     bool guard_unsure;      /* the disk's header may have a guard that memory has not */
-    bool unusable;          /* a fatal corruption was found: every request ends with -ENOMEDIUM */
+    bool unusable;          /* see qcow2_unusable() */
+    uint64_t losses;        /* of the file, when it was opened */
     bool holes_known, has_holes; /* status.c */
     bool lazy_refcounts;         /* option; accepted, never needed */
     uint64_t compressed_at;      /* the compressed cluster in `compressed`; 0: none */
@@ -334,6 +335,11 @@ int qcow2_write_header(struct qcow2 *q);
 
 /* The autoclear bit of the guard, if somebody keeps the guards of N's graph; else 0. */
 uint64_t qcow2_guard_known(const struct node *n);
+/* A fatal corruption was found, or a server below has lost what was not flushed, perhaps tables of
+ * which memory thinks that they are on disk. Every request ends with -ENOMEDIUM, and nothing is
+ * written any more: the image must be opened again. */
+bool qcow2_unusable(struct qcow2 *q);
+
 static inline bool qcow2_writable(const struct qcow2 *q)
 {
     return !q->node->read_only && !(q->header.incompatible & QCOW2_INCOMPAT_CORRUPT);

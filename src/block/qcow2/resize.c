@@ -195,7 +195,7 @@ int qcow2_truncate(struct node *node, uint64_t size, bool exact, struct error *e
 {
     struct qcow2 *q = node->state;
     SHIELD();
-    if (q->unusable)
+    if (qcow2_unusable(q))
         return error_set_errno(err, ENOMEDIUM, "Failed to update the image size");
     if (size % SECTOR)
         return error_set(err, EINVAL, "The new size must be a multiple of %u", SECTOR);

@@ -30,7 +30,7 @@ static bool detect_holes(struct qcow2 *q)
 int qcow2_status(struct node *n, bool want_zero, struct range r, struct block_status *ret)
 {
     struct qcow2 *q = n->state;
-    if (q->unusable)
+    if (qcow2_unusable(q))
         return -ENOMEDIUM;
     if (want_zero && !q->holes_known) {
         q->has_holes = detect_holes(q);

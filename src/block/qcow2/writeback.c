@@ -352,7 +352,7 @@ int qcow2_writeback(struct qcow2 *q)
     SHIELD();
     uint64_t begun = q->writebacks_begun;
     LOCKED(&q->writeback_lock);
-    if (q->unusable)
+    if (qcow2_unusable(q))
         return -ENOMEDIUM;
     /* A round that began after the call has written what the caller means. */
     if (q->writebacks_begun != begun && q->writeback_result == 0)
