@@ -178,10 +178,10 @@ struct qcow2 {
     bool request_as_node; /* pass_discard[FREE_REQUEST] was not given: the node's discard= */
     bool overlap_checks;
     bool signaled_corruption;
-    bool bitmaps_unsettled; /* which bitmap directory the disk's header names is not known */
-    bool guard_unsure;      /* the disk's header may have a guard that memory has not */
-    bool unusable;          /* see qcow2_unusable() */
-    uint64_t losses;        /* of the file, when it was opened */
+    bool bitmaps_unsettled;      /* which bitmap directory the disk's header names is not known */
+    bool guard_unsure;           /* the disk's header may have a guard that memory has not */
+    bool unusable;               /* see qcow2_unusable() */
+    uint64_t losses;             /* of the file, when it was opened */
     bool holes_known, has_holes; /* status.c */
     bool lazy_refcounts;         /* option; accepted, never needed */
     uint64_t compressed_at;      /* the compressed cluster in `compressed`; 0: none */
