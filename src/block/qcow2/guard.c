@@ -68,7 +68,7 @@ static int write_durably(struct qcow2 *q)
 
 static int check(struct qcow2 *q, struct error *err)
 {
-    return qcow2_unusable(q)          ? error_set_errno(err, ENOMEDIUM, "Could not update qcow2 header")
+    return qcow2_unusable(q)    ? error_set_errno(err, ENOMEDIUM, "Could not update qcow2 header")
            : !qcow2_writable(q) ? error_set(err, EACCES, "No write access")
                                 : 0;
 }
