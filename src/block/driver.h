@@ -71,7 +71,7 @@ struct node {
     unsigned visited;       /* graph walks */
     unsigned height;        /* found by the walk that visited it: node_height */
     struct rangelock locks; /* serialising requests, copy-before-write, unaligned edges */
-    uint64_t losses; /* times that what was written and not flushed may have gone: node_losses */
+    uint64_t lost_at;       /* number of its last loss: node_has_lost; 0: there was none */
     uint64_t write_generation, flushed_generation; /* a flush with nothing written costs nothing */
     struct node_counters {
         uint64_t rd_bytes, wr_bytes, rd_ops, wr_ops, flush_ops, unmap_ops, unmap_bytes;
@@ -188,12 +188,15 @@ bool graph_lock_is_mine(struct graph *g);
 
 /* All that was written to N and below is durable. Inside the gate, or by who has it quiesced. */
 int node_flush(struct node *n) MUST_CHECK;
-/* How often something that was written to N or below and was not flushed may have been lost, while
- * the node stayed (a server went). A flush after that does not tell everybody who counts on what he
- * has written, or read, before: he compares this with what it was. */
-uint64_t node_losses(const struct node *n);
-/* Of those alone that a flush of N speaks for. */
-uint64_t node_flush_losses(const struct node *n);
+/* What was written to N and not flushed may have gone, while the node stayed: a server went. */
+void node_has_lost(struct node *n);
+/* So many losses there have been. Whoever counts on what he writes or reads from now on keeps this
+ * number: a flush tells of a loss once, and perhaps somebody else. */
+uint64_t graph_losses(const struct graph *g);
+/* Has N, or a node that is below it now, lost something since graph_losses() was THEN? */
+bool node_lost_since(const struct node *n, uint64_t then);
+/* The same of those nodes alone that a flush of N speaks for. */
+bool node_flush_lost_since(const struct node *n, uint64_t then);
 
 /* Takes bytes of this node's own range lock, e.g. around a read-modify-write. The request that the
  * driver is working on holds its own range, shared, already: a driver must not take it again. */

@@ -24,6 +24,7 @@ struct graph {
     struct mutex lock;
     unsigned lock_depth; /* of its owner */
     uint64_t names_made; /* for "#block..." */
+    uint64_t losses;     /* so many times a node has lost something: graph_losses */
     unsigned open_depth;
     struct opening *opening; /* the images whose backing images are being opened */
     unsigned visit;          /* number of the last walk, see node.visited */

@@ -16,7 +16,7 @@
  * same size and takes the same requests.
  *
  * And it may have lost what it had not flushed, and a flush on the new connection would not tell.
- * Without reconnect-delay the next flush fails, and node->losses counts it for those who would not
+ * Without reconnect-delay the next flush fails, and node_has_lost() is for those who would not
  * see that (a backup, when the guest has asked for that flush). With reconnect-delay the user has
  * said that the server comes back with what it had.
  *
@@ -150,7 +150,7 @@ static void lose(struct nbd_remote *re)
 
     if (re->written != re->flushed && !re->target.reconnect_ns) {
         re->doubt = true;
-        re->node->losses++;
+        node_has_lost(re->node);
     }
     re->wait_until_ns =
         re->target.reconnect_ns ? after_ns(clock_now_ns(), re->target.reconnect_ns) : 0;

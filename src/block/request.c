@@ -599,25 +599,39 @@ int node_flush(struct node *n)
     return result;
 }
 
-uint64_t node_losses(const struct node *n)
+void node_has_lost(struct node *n)
 {
-    uint64_t sum = n->losses;
-    const struct edge *e;
-
-    TAILQ_FOREACH (e, &n->children, in_children)
-        sum += node_losses(e->node);
-    return sum;
+    n->lost_at = ++n->graph->losses;
 }
 
-uint64_t node_flush_losses(const struct node *n)
+uint64_t graph_losses(const struct graph *g)
 {
-    uint64_t sum = n->losses;
+    return g->losses;
+}
+
+static bool lost_since(const struct node *n, uint64_t then, bool flushed_only)
+{
     const struct edge *e;
 
+    if (n->graph->losses == then)
+        return false;
+    if (n->lost_at > then)
+        return true;
     TAILQ_FOREACH (e, &n->children, in_children)
-        if (!n->driver->flushes_primary_only || (e->role & ROLE_PRIMARY))
-            sum += node_flush_losses(e->node);
-    return sum;
+        if (!(flushed_only && n->driver->flushes_primary_only && !(e->role & ROLE_PRIMARY)) &&
+            lost_since(e->node, then, flushed_only))
+            return true;
+    return false;
+}
+
+bool node_lost_since(const struct node *n, uint64_t then)
+{
+    return lost_since(n, then, false);
+}
+
+bool node_flush_lost_since(const struct node *n, uint64_t then)
+{
+    return lost_since(n, then, true);
 }
 
 int node_flush_tree(struct node *n)

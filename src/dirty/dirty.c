@@ -66,7 +66,7 @@ struct dirty_bitmap {
     bool rebuilt;      /* and that holds for all of it */
     bool settling;     /* its base is about to become durable */
     uint64_t change;   /* that it is pending of, with which it settles; 0: none, it is alone */
-    uint64_t losses;   /* of its node, when that began */
+    uint64_t losses;   /* graph_losses() when that began */
     bool ended;        /* disabled, and that is not durable yet */
     bool before_lent;  /* BEFORE is a transaction's for its undo: dirty_forget frees it */
     char *why_held;    /* in doubt, and what to say of it; NULL: it is not */
@@ -140,7 +140,7 @@ static void is_changed(struct dirty_bitmap *bm)
     struct dirty_graph *dg = graph_get_data(node_graph(bm->home->node), graph_key);
 
     bm->change = dg ? dg->changes : 0;
-    bm->losses = node_losses(bm->home->node);
+    bm->losses = graph_losses(node_graph(bm->home->node));
 }
 
 static void free_bits(struct dirty_bitmap *bm, struct bitmap *bits)
@@ -1157,7 +1157,7 @@ static int make_durable(struct node *n, const struct changes *c, struct error *e
     int r = s->flush(s, n);
 
     for (struct dirty_bitmap *bm = dirty_first(n); r == 0 && bm; bm = dirty_next(bm))
-        if (bm->kept && is_of(bm, c) && node_losses(n) != bm->losses)
+        if (bm->kept && is_of(bm, c) && node_lost_since(n, bm->losses))
             r = -EIO;
     return r < 0 ? error_set_errno(err, -r, "Failed to flush node '%s'", node_name(n)) : 0;
 }

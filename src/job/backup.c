@@ -42,7 +42,7 @@ struct backup {
     struct copy_limits limits;
     char *made; /* target file that the command has made */
     bool progress_final;
-    uint64_t losses;   /* of source and target, when it began */
+    uint64_t losses;   /* graph_losses() when it began */
     bool flush_failed; /* what a failed flush has lost, a later one does not bring back */
 };
 
@@ -171,7 +171,7 @@ static int flush_both(struct backup *b, bool with_source, struct error *err)
         r = flush_name(b, err);
     if (r == 0 && b->bitmap && with_source && !BROKEN(source_not_flushed))
         r = cbw_flush_source(b->filter);
-    if (r == 0 && node_losses(b->filter) != b->losses)
+    if (r == 0 && node_lost_since(b->filter, b->losses))
         r = error_set_errno(err, EIO, "What was not flushed may have been lost with a server");
     if (r < 0)
         b->flush_failed = true;
@@ -446,7 +446,7 @@ static int make_job(struct jobs *js, const struct backup_request *rq, const stru
         return r;
     }
     *ret = backup_of(j);
-    (*ret)->losses = node_losses(filter);
+    (*ret)->losses = graph_losses(node_graph(filter));
     return 0;
 }
 

@@ -26,7 +26,7 @@ struct compare {
     struct dirty_bitmap *bitmap; /* busy for us; NULL: no more */
     struct diff *diff;
     enum job_on_error on_source_error, on_target_error;
-    uint64_t losses; /* of both, when it began */
+    uint64_t losses; /* graph_losses() when it began */
 };
 
 static struct compare *compare_of(struct job *j)
@@ -93,7 +93,7 @@ static int compare_prepare(struct job *j, struct error *err)
     int r = BROKEN(compare_base_not_flushed) ? 0 : flush(c->target, err);
     if (r == 0 && !BROKEN(compare_disk_not_flushed))
         r = flush(c->disk, err);
-    if (r == 0 && node_losses(c->disk) + node_losses(c->target) != c->losses)
+    if (r == 0 && (node_lost_since(c->disk, c->losses) || node_lost_since(c->target, c->losses)))
         r = error_set_errno(err, EIO, "What was not flushed may have been lost with a server");
     return r;
 }
@@ -258,7 +258,7 @@ int compare_create(struct jobs *js, const struct compare_request *rq, struct job
     c->disk = rq->disk;
     c->target = rq->target;
     c->bitmap = bm;
-    c->losses = node_losses(c->disk) + node_losses(c->target);
+    c->losses = graph_losses(node_graph(c->disk));
     c->on_source_error = on_source_error;
     c->on_target_error = on_target_error;
     diff_set_speed(c->diff, (uint64_t)c->job.speed);

@@ -57,7 +57,7 @@ struct mirror {
     struct node *to_replace;
     struct op_blocker replace_blocker;
     struct node_cancel *given_up; /* the target, by a cancel by force */
-    uint64_t losses;              /* of source and target, when it began */
+    uint64_t losses;              /* graph_losses() when it began */
     bool completing;
     bool caught_up; /* the last step's copy is done and durable, and the successor begins there */
     int failed;     /* by a guest's write, negative errno */
@@ -148,7 +148,7 @@ static int begin(struct mirror *m)
 /* Something that flushes do not speak for. */
 static bool has_lost(const struct mirror *m)
 {
-    return node_losses(m->source) + node_losses(m->target) != m->losses;
+    return node_lost_since(m->source, m->losses) || node_lost_since(m->target, m->losses);
 }
 
 /* With nobody inside the source or the filter. */
@@ -787,7 +787,7 @@ static int make_job(struct jobs *js, const struct plan *p, struct node *filter, 
     }
     m->source = node_ref(p->source);
     m->target = node_ref(p->target);
-    m->losses = node_losses(m->source) + node_losses(m->target);
+    m->losses = graph_losses(node_graph(m->source));
     m->sync = p->sync;
     m->zero_target = p->zero_target;
     m->backing_mode = p->backing_mode;

@@ -82,7 +82,7 @@ struct connection {
     bool fixed_newstyle, no_zeroes, structured;
     struct meta_contexts meta;
     TAILQ_ENTRY(connection) in_export;
-    uint64_t losses; /* of its node, that this client has been told (do_flush) */
+    uint64_t losses; /* graph_losses() that this client has been told of (do_flush) */
 
     uint8_t *inbox; /* INBOX_SIZE bytes: what has come and is not used yet */
     size_t inbox_at, inbox_end;

@@ -408,10 +408,9 @@ static void do_flush(struct pending *p)
     struct edge *e = p->c->export->edge;
 
     int r = edge_flush(e);
-    uint64_t losses = node_flush_losses(e->node);
-    if (r == 0 && losses != p->c->losses)
+    if (r == 0 && node_flush_lost_since(e->node, p->c->losses))
         r = -EIO;
-    p->c->losses = losses;
+    p->c->losses = graph_losses(node_graph(e->node));
     reply_result(p, r, "flush failed");
 }
 
@@ -532,7 +531,7 @@ int transmission(struct connection *c, struct error *err)
 
     semaphore_init(&c->requests, REQUESTS_MAX);
     semaphore_init(&c->bytes, REQUEST_BYTES_MAX);
-    c->losses = node_flush_losses(c->export->edge->node);
+    c->losses = graph_losses(node_graph(c->export->edge->node));
     for (;;) {
         uint8_t buf[NBD_REQUEST_SIZE];
         struct nbd_request rq;

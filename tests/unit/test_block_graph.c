@@ -577,6 +577,31 @@ TEST(info)
     CHECK(json_get(json_get(stats, "parent"), "stats"));
 }
 
+/* Who has come to a node later does not count what it had lost before, nor does one that stands
+ * elsewhere now count what is no longer below it. */
+TEST(losses_count_from_then_on)
+{
+    CLEANUP(node_unrefp) struct node *a = open_ok(g, "{'driver':'fake','node-name':'a'}");
+    CLEANUP(node_unrefp) struct node *b = open_ok(g, "{'driver':'fake','node-name':'b'}");
+    CLEANUP(node_unrefp) struct node *r = open_ok(g, "{'driver':'raw','node-name':'r','file':'a'}");
+    uint64_t begun = graph_losses(g);
+
+    CHECK(!node_lost_since(r, begun));
+    node_has_lost(b);
+    CHECK(node_lost_since(b, begun) && !node_lost_since(r, begun) && !node_lost_since(a, begun));
+    uint64_t later = graph_losses(g);
+    CHECK(!node_lost_since(b, later));
+    node_has_lost(a);
+    CHECK(node_lost_since(r, later) && node_flush_lost_since(r, later));
+    CHECK(node_lost_since(r, begun) && !node_lost_since(b, later));
+    /* The other one has lost something, too, but before. */
+    uint64_t last = graph_losses(g);
+    struct error err = ERROR_INIT;
+    int result = reopen(g, &err, "[{'driver':'raw','node-name':'r','file':'b'}]");
+    CHECK_OK(result, err);
+    CHECK(!node_lost_since(r, last) && !node_lost_since(r, later) && node_lost_since(r, begun));
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(names),
     cmocka_unit_test(generic_options_and_what_is_refused),
@@ -593,6 +618,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(reopening),
     cmocka_unit_test(content_that_comes_by_a_reopen_is_marked),
     cmocka_unit_test(info),
+    cmocka_unit_test(losses_count_from_then_on),
 };
 
 UNIT_MAIN(tests)

@@ -787,7 +787,7 @@ static int a_clear_does_not_hold_over_a_loss(void *arg)
     struct bitmap *old = dirty_clear(bm);
     assert_int_equal(dirty_commit(&w.n, 1, NULL), 0);
     dirty_forget(bm, old);
-    w.n->losses++;
+    node_has_lost(w.n);
     assert_int_equal(dirty_settle(&w.n, 1, NULL), -EIO);
     dirty_get_state(bm, &st);
     assert_true(!st.successor && bitmap_get(dirty_bits(bm), 0));

@@ -31,7 +31,7 @@ uint64_t file_size(const struct qcow2 *q)
 
 bool qcow2_unusable(struct qcow2 *q)
 {
-    if (q->unusable || q->node->read_only || node_losses(q->file->node) <= q->losses)
+    if (q->unusable || q->node->read_only || !node_lost_since(q->file->node, q->losses))
         return q->unusable;
     log_error("qcow2: the server of '%s' has lost what was not flushed: the image must be opened "
               "again",

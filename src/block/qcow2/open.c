@@ -329,7 +329,7 @@ static int open_node(struct node *n, struct json_object *options, struct error *
     int r = node_open_child(n, options, "file", ROLE_IMAGE, true, &q->file, err);
     if (r < 0)
         return r;
-    q->losses = node_losses(q->file->node);
+    q->losses = graph_losses(n->graph);
     r = open_image(q, options, err);
     if (r < 0) {
         state_free(q);

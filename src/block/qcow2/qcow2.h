@@ -181,7 +181,7 @@ struct qcow2 {
     bool bitmaps_unsettled;      /* which bitmap directory the disk's header names is not known */
     bool guard_unsure;           /* the disk's header may have a guard that memory has not */
     bool unusable;               /* see qcow2_unusable() */
-    uint64_t losses;             /* of the file, when it was opened */
+    uint64_t losses;             /* graph_losses() when it was opened */
     bool holes_known, has_holes; /* status.c */
     bool lazy_refcounts;         /* option; accepted, never needed */
     uint64_t compressed_at;      /* the compressed cluster in `compressed`; 0: none */
