@@ -2,9 +2,9 @@
  *
  *     regular file    file system's uuid (or id, where that lasts), inode, birth time, size, mtime,
  *                     ctime: taken after a sync, once the clock has left mtime's tick
- *     block device    size, its name that lasts (device.h); while this boot lasts and the device
- * has not gone meanwhile, the sectors written to it anything else   nothing (rbd, nbd): believed,
- * and queries say `witness: none`
+ *     block device    size, its name that lasts (device.h), and the sectors written to it, while
+ *                     this boot lasts and the device has not gone meanwhile
+ *     anything else   nothing (rbd, nbd): believed, and queries say `witness: none`
  *
  * After a clean close all must be equal. After a crash, the times may have moved by our own last
  * writes: a ctime later than our last stamped write (same boot; segment.h) or than this boot's

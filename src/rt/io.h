@@ -54,10 +54,11 @@ int io_realpath(const char *path, char **ret);
 int io_list(const char *path, char **ret);
 /* The first LENGTH bytes of a file as memory, shared with whoever has it mapped and outliving
  * all of them as the file does. Who maps has reserved its pages (io_fallocate), or a full file
- * system is a SIGBUS later. They are touched here, not at first use, unless they are many: then
- * most of them never will be, and touching them all takes longer than all else. */
+ * system is a SIGBUS later. Up to MAP_TOUCHED_MAX (world.h) they are touched here, not at first
+ * use: of more than that most may never be used. */
 int io_map(int fd, size_t length, void **ret);
-void io_unmap(void *at, size_t length); /* at once */
+/* Whoever calls need not wait until the pages of a large mapping are free: a thread frees them. */
+void io_unmap(void *at, size_t length);
 
 /* ---- this boot of the machine ---- */
 enum { BOOT_ID_BYTES = 16 };

@@ -50,8 +50,6 @@ void posix_random(struct world *w, void *buf, size_t n)
 
 /* ---- files ---- */
 
-enum { MAP_TOUCHED_MAX = 4 << 20 }; /* bytes */
-
 #define RETRY(call)                                                                                \
     ({                                                                                             \
         int64_t retry_result;                                                                      \

@@ -13,10 +13,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-enum {
-    WORKERS_MAX = 32,
-    UNMAP_AT_ONCE_MAX = 4 << 20, /* bytes; more may be some ten milliseconds of freeing pages */
-};
+enum { WORKERS_MAX = 32 };
 
 struct work {
     STAILQ_ENTRY(work) link;
@@ -165,7 +162,7 @@ static void leave(struct workers *p, const struct io_op *op)
 
 int64_t workers_serve(struct workers *p, struct io_op *op)
 {
-    if (op->kind == IO_UNMAP && op->length > UNMAP_AT_ONCE_MAX) {
+    if (op->kind == IO_UNMAP && op->length > MAP_TOUCHED_MAX) {
         leave(p, op);
         return 0;
     }

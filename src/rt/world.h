@@ -11,6 +11,8 @@
 
 /* What can be asked of a world. The kinds up to IO_WORKER wait as the task that asks; those
  * after it answer at once, and also outside a loop. */
+enum { MAP_TOUCHED_MAX = 4 << 20 }; /* bytes of a mapping that may keep the loop waiting */
+
 enum io_kind {
     /* files: awaited even when the task is cancelled meanwhile */
     IO_OPEN,      /* path, flags, mode */
