@@ -5,6 +5,8 @@
  *     TEST_DIES=abort@3                  history 3 dies on purpose (for the second test) */
 #include "histories.h"
 
+#include "../death.h"
+
 #include "copy/copy.h"
 #include "rt/clock.h"
 #include "rt/world.h"
@@ -55,42 +57,10 @@ static bool turn(struct world *w, uint64_t deadline_ns)
 
 /* ---- however it ends, how to see it again ---- */
 
-/* The program may die by a judgement of ours, an assert of src/, a sanitizer's report, a signal, or
- * the patience of who runs it (meson sends SIGTERM). All of them come through here, so what is said
- * is made before. Between histories there is nothing to repeat. */
-static char again[600];
-static volatile sig_atomic_t living;
-
-static void say_again(void)
-{
-    if (living && write(STDERR_FILENO, again, strlen(again)) < 0)
-        return;
-    living = false;
-}
-
-static void dies_by(int sig)
-{
-    say_again();
-    signal(sig, SIG_DFL);
-    raise(sig);
-}
-
-void __sanitizer_set_death_callback(void (*fn)(void)) __attribute__((weak));
-
-static void watch_for_death(void)
-{
-    static const int signals[] = {SIGABRT, SIGTERM, SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-    for (size_t i = 0; i < ARRAY_SIZE(signals); i++)
-        signal(signals[i], dies_by);
-    if (__sanitizer_set_death_callback)
-        __sanitizer_set_death_callback(say_again);
-}
-
 static void lives(uint64_t seed)
 {
     snprintf(again, sizeof again, "\nagain: TEST_SEED=%llu %.500s\n", (unsigned long long)seed,
              program_invocation_name);
-    living = true;
 }
 
 /* ---- saying what happened ---- */
@@ -228,7 +198,7 @@ static void one_history(uint64_t seed)
     lives(seed);
     if (loop_run_in(&v.world, live, NULL) != 0)
         WRONG("the loop ends early");
-    living = false;
+    again[0] = '\0';
 }
 
 static uint64_t number(const char *name, uint64_t fallback)

@@ -309,22 +309,13 @@ static struct json_object *actions(struct client *c, const char *bitmap_action, 
     return list;
 }
 
-static bool job_lives(struct life *l, const char *id)
-{
-    CLEANUP(json_putp) struct json_object *all = jobs_query(l->js);
-    for (size_t i = 0; i < json_object_array_length(all); i++)
-        if (!strcmp(json_get_string(json_object_array_get_idx(all, i), "id", ""), id))
-            return true;
-    return false;
-}
-
 static void await_job(struct client *c, struct life *l)
 {
     struct backup *b = &c->backup;
     struct error err = ERROR_INIT;
     bool cancel = one_in(&c->h->dice, settings.persist ? 3 : 6);
     uint64_t patience = clock_after_ns(600 * NSEC_PER_SEC);
-    for (unsigned i = 0; job_lives(l, b->job); i++) {
+    for (unsigned i = 0; history_job_lives(l, b->job); i++) {
         if (cancel && one_in(&c->h->dice, 4)) {
             (void)!jobs_do(l->js, b->job, JOB_VERB_CANCEL, &err);
             cancel = false;

@@ -443,15 +443,6 @@ static size_t in_any_order(struct groups *c, struct side **row)
     return n;
 }
 
-static bool job_lives(struct life *l, const char *id)
-{
-    CLEANUP(json_putp) struct json_object *all = jobs_query(l->js);
-    for (size_t i = 0; i < json_object_array_length(all); i++)
-        if (!strcmp(json_get_string(json_object_array_get_idx(all, i), "id", ""), id))
-            return true;
-    return false;
-}
-
 static void await_jobs(struct groups *c, struct life *l)
 {
     struct error err = ERROR_INIT;
@@ -461,7 +452,7 @@ static void await_jobs(struct groups *c, struct life *l)
     for (unsigned i = 0; some; i++) {
         some = false;
         for (struct side *s = first_side(c); s; s = next_side(c, s)) {
-            if (!job_lives(l, s->job))
+            if (!history_job_lives(l, s->job))
                 continue;
             some = true;
             if (!cancel || !one_in(&c->h->dice, 4))

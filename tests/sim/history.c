@@ -83,6 +83,15 @@ static void ignore_edge(struct user *u, struct edge *e)
 
 const struct user_ops history_user_ops = {history_user_describe, ignore_edge, ignore_edge};
 
+bool history_job_lives(struct life *l, const char *id)
+{
+    CLEANUP(json_putp) struct json_object *all = jobs_query(l->js);
+    for (size_t i = 0; i < json_object_array_length(all); i++)
+        if (!strcmp(json_get_string(json_object_array_get_idx(all, i), "id", ""), id))
+            return true;
+    return false;
+}
+
 void history_nap(struct life *l, uint64_t max_us)
 {
     (void)!sleep_until(clock_after_ns(1000 * dice_below(&l->h->dice, max_us + 1)));

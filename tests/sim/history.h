@@ -194,3 +194,4 @@ const char *history_left(enum left left);
 bool history_open_late(struct life *l);
 /* Sleeps up to so many microseconds of the machine's time. */
 void history_nap(struct life *l, uint64_t max_us);
+bool history_job_lives(struct life *l, const char *id);

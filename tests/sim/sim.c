@@ -19,11 +19,11 @@
  *     --qemu-img D   in directory D, qemu-img check judges every 50th (or EVERYth) image, too */
 #include "history.h"
 
+#include "../death.h"
+
 #include "base/log.h"
 
-#include <signal.h>
 #include <time.h>
-#include <unistd.h>
 
 static int usage(void)
 {
@@ -40,36 +40,7 @@ static double seconds(void)
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-/* A violation says its seed (history.c). Who dies otherwise, by an assert or a signal, and be it
- * that of someone who has lost patience, or by a sanitizer's report, says it here. */
-static char again[600];
-
-static void say_again(void)
-{
-    if (write(STDERR_FILENO, again, strlen(again)) < 0)
-        return;
-    again[0] = '\0';
-}
-
-static void dies_by(int sig)
-{
-    say_again();
-    signal(sig, SIG_DFL);
-    raise(sig);
-}
-
-void __sanitizer_set_death_callback(void (*fn)(void)) __attribute__((weak));
-
-static void watch_for_death(void)
-{
-    static const int signals[] = {SIGABRT, SIGTERM, SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-    for (size_t i = 0; i < ARRAY_SIZE(signals); i++)
-        signal(signals[i], dies_by);
-    if (__sanitizer_set_death_callback)
-        __sanitizer_set_death_callback(say_again);
-}
-
-/* ARGV as it was, but for which history. */
+/* A violation says its seed by itself (history.c). ARGV as it was, but for which history. */
 static void lives(uint64_t seed, char **argv)
 {
     size_t n = (size_t)snprintf(again, sizeof again, "sim: seed %llu: died\nrepeat with: %s",
