@@ -72,10 +72,12 @@ static struct {
     bool doubt, rebases[BITMAPS], unbased[BITMAPS];
     uint64_t generation[BITMAPS];
     uint32_t content[SECTORS], stamp;
-    bool faulty;            /* what is not sure may be lost */
-    bool failed;            /* a sync has: what the medium has is not what the page cache has */
-    bool foreign;           /* another program has written */
-    bool saved;             /* the image's copies are exact */
+    bool faulty;  /* what is not sure may be lost */
+    bool failed;  /* a sync has: what the medium has is not what the page cache has */
+    bool foreign; /* another program has written */
+    bool
+        foreign_unsynced; /* and its header is in the page cache only: the one before may be back */
+    bool saved;           /* the image's copies are exact */
     uint64_t seen[BITMAPS]; /* generations at the last look */
     bool rebased[BITMAPS];  /* since then */
 } know;
@@ -593,6 +595,13 @@ static int live(void *arg)
     return 0;
 }
 
+static bool header_is_unsynced(void)
+{
+    const struct inode *image = store_find(&m.store, IMAGE);
+
+    return image && image->n_sectors && image->sectors[0];
+}
+
 /* True: it came to its end. */
 static bool run(const char *script, uint64_t kill_at)
 {
@@ -600,6 +609,7 @@ static bool run(const char *script, uint64_t kill_at)
     int r = machine_live(&m, kill_at, live, NULL);
     MUST_HOLD(r == 0 || r == -EOWNERDEAD, "%s: %d", script, r);
     m.faults = (struct faults){0};
+    know.foreign_unsynced = (now.foreign || know.foreign_unsynced) && header_is_unsynced();
     return r == 0;
 }
 
@@ -612,6 +622,8 @@ static void lose_segments(void)
 static void lose_power(void)
 {
     lose_segments();
+    know.foreign |= know.foreign_unsynced;
+    know.foreign_unsynced = false;
     machine_lose_power(&m);
 }
 
