@@ -176,7 +176,7 @@ static int file_status(struct node *n, bool want_zero, struct range r, struct bl
     if (range_contains(s->known_data, range_make(r.start, 1))) {
         end = range_end(s->known_data);
         hole = false;
-    } else if (range_contains(s->known_hole, range_make(r.start, 1))) {
+    } else if (range_contains(s->known_hole, range_make(r.start, 1)) && !(s->shared & PERM_WRITE)) {
         end = range_end(s->known_hole);
         hole = true;
     } else {

@@ -271,6 +271,7 @@ int host_check_perm(struct node *n, unsigned perm, unsigned shared, struct error
 void host_commit_perm(struct node *n, unsigned perm, unsigned shared)
 {
     struct file_state *s = n->state;
+    bool forget_others = s->shared & PERM_WRITE;
 
     if (s->next) {
         struct open_file *old = s->now;
@@ -282,12 +283,17 @@ void host_commit_perm(struct node *n, unsigned perm, unsigned shared)
             file_locks_drop(old->fd); /* requests may keep it for a while */
         }
         host_handle_unref(old);
-        /* What others have written while it was not ours may lie in the page cache only, too. */
-        if (!BROKEN(first_flush_elided))
-            n->write_generation++;
-        s->known_data.length = s->known_hole.length = 0; /* nor are its holes where they were */
         if (n->reopening)
             (void)set_limits(n, s->now->fd, s->now->open_flags, NULL);
+        forget_others = true;
+    }
+    /* What others have written while they were let may lie in the page cache only, too; nor are the
+     * holes where they were. */
+    if (forget_others && !BROKEN(first_flush_elided))
+        n->write_generation++;
+    if (forget_others) {
+        s->changes++;
+        s->known_data.length = s->known_hole.length = 0;
     }
     file_locks_commit(n, perm, shared);
     s->perm = perm;

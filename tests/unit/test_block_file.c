@@ -2,6 +2,8 @@
 
 #include "blockutil.h"
 
+#include "block/driver.h"
+
 #include <fcntl.h>
 #include <sys/stat.h>
 
@@ -142,6 +144,44 @@ TEST(holes_are_found_and_remembered_rightly)
     CHECK(edge_status_above(e, NULL, false, range_make(0, 1 << 20), &st) == 0);
     CHECK((st.flags & STATUS_DATA) && st.length == 1 << 20); /* not asked: not looked */
     edge_detach(e);
+}
+
+static bool is_hole(struct edge *e, uint64_t at)
+{
+    struct block_status st;
+
+    CHECK(edge_status_above(e, NULL, true, range_make(at, 65536), &st) == 0);
+    return st.flags & STATUS_ZERO;
+}
+
+/* The descriptor stays the same; what others have written meanwhile is there all the same, and may
+ * not be durable. */
+TEST(what_others_have_written_while_they_might_is_seen)
+{
+    TEMP(t, 1 << 20);
+    CLEANUP(node_unrefp) struct node *n = open_file(g, t.path, "");
+    const unsigned alone = PERM_ALL & ~(PERM_WRITE | PERM_RESIZE);
+    uint8_t buf[65536];
+    struct test_user u;
+
+    memset(buf, 1, sizeof buf);
+    int fd = open(t.path, O_WRONLY);
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, alone);
+    CHECK(is_hole(e, 0) && is_hole(e, 65536) && edge_flush(e) == 0);
+    CHECK(n->flushed_generation == n->write_generation);
+    edge_detach(e);
+    CHECK(pwrite(fd, buf, sizeof buf, 0) == sizeof buf);
+    e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, alone);
+    CHECK(!is_hole(e, 0) && is_hole(e, 65536));
+    CHECK(n->flushed_generation < n->write_generation);
+    edge_detach(e);
+    /* Beside somebody who writes. */
+    e = attach(&u, n, PERM_CONSISTENT_READ, PERM_ALL);
+    CHECK(is_hole(e, 65536));
+    CHECK(pwrite(fd, buf, sizeof buf, 65536) == sizeof buf);
+    CHECK(!is_hole(e, 65536));
+    edge_detach(e);
+    close(fd);
 }
 
 TEST(sizes)
@@ -480,6 +520,7 @@ TEST(a_flush_after_a_reopen_reaches_the_file)
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(random_requests_agree_with_a_byte_array),
     cmocka_unit_test(holes_are_found_and_remembered_rightly),
+    cmocka_unit_test(what_others_have_written_while_they_might_is_seen),
     cmocka_unit_test(sizes),
     cmocka_unit_test(a_file_that_ends_inside_a_block_is_read_directly),
     cmocka_unit_test(requests_survive_a_change_of_the_descriptor),
