@@ -21,76 +21,29 @@
  * What can go wrong: memory for a new set, or for one that is to follow a growing disk: an error
  * before anything has changed. Only a node that grows under a write from above (a file under
  * its format) cannot refuse; then the bitmap says that it cannot be trusted (inconsistent). */
-#include "dirty/dirty.h"
+#include "dirty/internal.h"
 
-#include "base/broken.h"
 #include "base/log.h"
-#include "block/driver.h"
 
 #include <gnutls/crypto.h>
 #include <inttypes.h>
 #include <stdio.h>
 
-struct dirty_graph {
-    struct graph_hook hook;
-    struct dirty_store *store; /* lent; NULL: bitmaps live in memory only */
-    uint64_t changes;          /* so many have begun (dirty_begin) */
-};
-
-TAILQ_HEAD(dirty_list, dirty_bitmap);
-LIST_HEAD(dirty_bucket, dirty_bitmap);
 enum { BUCKETS_MIN = 16 }; /* a power of two */
-
-/* What a node has of this room, from its opening to its closing. */
-struct dirty_node {
-    struct node *node;
-    struct write_observer observer;
-    struct dirty_list list; /* newest first, hidden ones too */
-    /* Those with names once more, by the hash of the name: an image may bring 65,535. */
-    struct dirty_bucket *buckets;
-    size_t n_buckets, n_named;
-};
-
-struct dirty_bitmap {
-    struct dirty_node *home;
-    char *name; /* NULL: nameless */
-    uint64_t serial;
-    struct bitmap *bits;
-    struct dirty_bitmap *successor; /* nameless, in the list; NULL: no job holds this one */
-    bool enabled, busy, persistent, inconsistent, readonly, hidden;
-    bool kept;         /* persistent, or the successor of one that is */
-    bool marked_since; /* a write has marked since the last clear or merge that can be undone */
-    bool unbased;      /* its base is not durable yet: add, clear, enable before dirty_settle */
-    bool concluding;   /* its successor is about to become the bitmap */
-    bool rebased;      /* and with that a part of it has a new base, by JOB */
-    bool rebuilt;      /* and that holds for all of it */
-    bool settling;     /* its base is about to become durable */
-    uint64_t change;   /* that it is pending of, with which it settles; 0: none, it is alone */
-    uint64_t losses;   /* graph_losses() when that began */
-    bool ended;        /* disabled, and that is not durable yet */
-    bool before_lent;  /* BEFORE is a transaction's for its undo: dirty_forget frees it */
-    char *why_held;    /* in doubt, and what to say of it; NULL: it is not */
-    const char *job;
-    struct bitmap *before;    /* what it was before a clear that is not durable yet; NULL: none */
-    struct bitmap *unsettled; /* the same, OR-ed back because it never will be */
-    struct bitmap *answered;  /* OR-ed into the bits by the answer to a doubt, not durable yet */
-    const struct bitmap *folded; /* OR-ed into the successor by the outcome under way */
-    uint64_t generation;
-    char *last_job;
-    uint64_t peak_bytes;
-    uint64_t peak_before; /* the peak that undoing a clear brings back */
-    TAILQ_ENTRY(dirty_bitmap) link;
-    LIST_ENTRY(dirty_bitmap) in_bucket;
-};
 
 static const char graph_key[1], node_key[1];
 
-static struct dirty_node *node_of(const struct node *n)
+struct dirty_graph *dirty_graph_of(const struct node *n)
+{
+    return graph_get_data(node_graph(n), graph_key);
+}
+
+struct dirty_node *dirty_home(const struct node *n)
 {
     return node_get_data(n, node_key);
 }
 
-static void assert_quiet(const struct node *n)
+void dirty_assert_quiet(const struct node *n)
 {
     assert((n->inside == 0 || BROKEN(quiesced_without_waiting)) &&
            "what is marked changes while a write is under way");
@@ -127,7 +80,7 @@ static void index_grow(struct dirty_node *home)
 
 /* ---- sets that the store knows ---- */
 
-static struct dirty_store *store_of(const struct node *n)
+struct dirty_store *dirty_store_of(const struct node *n)
 {
     struct dirty_graph *dg = graph_get_data(node_graph(n), graph_key);
 
@@ -137,15 +90,15 @@ static struct dirty_store *store_of(const struct node *n)
 /* BM has a base that is not durable yet. */
 static void is_changed(struct dirty_bitmap *bm)
 {
-    struct dirty_graph *dg = graph_get_data(node_graph(bm->home->node), graph_key);
+    struct dirty_graph *dg = dirty_graph_of(bm->home->node);
 
     bm->change = dg ? dg->changes : 0;
     bm->losses = graph_losses(node_graph(bm->home->node));
 }
 
-static void free_bits(struct dirty_bitmap *bm, struct bitmap *bits)
+void dirty_free_bits(struct dirty_bitmap *bm, struct bitmap *bits)
 {
-    struct dirty_store *s = store_of(bm->home->node);
+    struct dirty_store *s = dirty_store_of(bm->home->node);
 
     if (bits && bm->kept && s && s->bits_gone)
         s->bits_gone(s, bm->home->node, bits);
@@ -202,7 +155,7 @@ static void observer_resized(struct write_observer *o, uint64_t from, uint64_t t
 /* Room for a disk of TO bytes, and then the size; NULL has room. */
 static int make_room(struct dirty_bitmap *bm, struct bitmap *bits, uint64_t to)
 {
-    struct dirty_store *s = store_of(bm->home->node);
+    struct dirty_store *s = dirty_store_of(bm->home->node);
     int r = 0;
 
     if (bits && bm->kept && s && s->grow)
@@ -243,7 +196,7 @@ static bool has_to_watch(const struct dirty_node *home)
     return false;
 }
 
-static int watch(struct dirty_bitmap *bm, struct error *err)
+int dirty_watch(struct dirty_bitmap *bm, struct error *err)
 {
     struct node *n = bm->home->node;
 
@@ -255,7 +208,7 @@ static int watch(struct dirty_bitmap *bm, struct error *err)
                  : 0;
 }
 
-static void unwatch(struct dirty_node *home)
+void dirty_unwatch(struct dirty_node *home)
 {
     if (node_watched(home->node) && !has_to_watch(home))
         (void)!node_set_watched(home->node, false, NULL);
@@ -263,8 +216,8 @@ static void unwatch(struct dirty_node *home)
 
 void dirty_loaded(struct node *n)
 {
-    if (node_of(n))
-        unwatch(node_of(n));
+    if (dirty_home(n))
+        dirty_unwatch(dirty_home(n));
 }
 
 /* ---- the room's place in the graph ---- */
@@ -273,7 +226,7 @@ void dirty_loaded(struct node *n)
  * bitmaps that do not record may. */
 static struct dirty_node *make_home(struct node *n)
 {
-    struct dirty_node *home = node_of(n);
+    struct dirty_node *home = dirty_home(n);
 
     if (!home) {
         home = xnew(struct dirty_node);
@@ -296,7 +249,7 @@ static int hook_opened(struct graph_hook *h, struct node *n, struct error *err)
 
 static void hook_closing(struct graph_hook *h, struct node *n)
 {
-    struct dirty_node *home = node_of(n);
+    struct dirty_node *home = dirty_home(n);
 
     if (!home)
         return;
@@ -348,7 +301,7 @@ static struct dirty_bitmap *skip_hidden(struct dirty_bitmap *bm)
 
 struct dirty_bitmap *dirty_first(struct node *n)
 {
-    struct dirty_node *home = node_of(n);
+    struct dirty_node *home = dirty_home(n);
 
     return home ? skip_hidden(TAILQ_FIRST(&home->list)) : NULL;
 }
@@ -360,7 +313,7 @@ struct dirty_bitmap *dirty_next(struct dirty_bitmap *bm)
 
 struct dirty_bitmap *dirty_find(struct node *n, const char *name)
 {
-    struct dirty_node *home = node_of(n);
+    struct dirty_node *home = dirty_home(n);
     struct dirty_bitmap *bm;
 
     if (!home || !home->n_buckets)
@@ -515,8 +468,8 @@ static uint64_t default_granularity(const struct node *n)
     return max_u64(4 * KiB, min_u64(cluster, 64 * KiB));
 }
 
-static int no_memory(const struct node *n, const char *name, uint64_t granularity_bytes,
-                     struct error *err)
+int dirty_no_memory(const struct node *n, const char *name, uint64_t granularity_bytes,
+                    struct error *err)
 {
     return error_set(err, ENOMEM,
                      "No memory for bitmap '%s' of node '%s': %" PRIu64
@@ -536,7 +489,7 @@ static int check_new_name(struct node *n, const char *name, struct error *err)
 static int check_can_store(struct node *n, const char *name, uint64_t granularity_bytes,
                            struct error *err)
 {
-    struct dirty_store *s = store_of(n);
+    struct dirty_store *s = dirty_store_of(n);
 
     if (s && s->can_add)
         return s->can_add(s, n, name, granularity_bytes, err);
@@ -544,7 +497,7 @@ static int check_can_store(struct node *n, const char *name, uint64_t granularit
 }
 
 /* At the head of the list. Steals BITS. */
-static struct dirty_bitmap *enlist(struct dirty_node *home, const char *name, struct bitmap *bits)
+struct dirty_bitmap *dirty_enlist(struct dirty_node *home, const char *name, struct bitmap *bits)
 {
     static uint64_t last_serial;
     struct dirty_bitmap *bm = xnew(struct dirty_bitmap);
@@ -598,11 +551,11 @@ int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsi
 
     struct bitmap *bits = bitmap_new(node_size(n), granularity_bytes);
     if (!bits)
-        return no_memory(n, name, granularity_bytes, err);
+        return dirty_no_memory(n, name, granularity_bytes, err);
     if (!(flags & DIRTY_DISABLED))
-        assert_quiet(n);
+        dirty_assert_quiet(n);
     uint64_t generation = BROKEN(added_again_unseen) ? 0 : generation_before(make_home(n), name);
-    struct dirty_bitmap *bm = enlist(make_home(n), name, bits);
+    struct dirty_bitmap *bm = dirty_enlist(make_home(n), name, bits);
     bm->generation = generation;
     bm->enabled = !(flags & DIRTY_DISABLED);
     bm->persistent = bm->kept = flags & DIRTY_PERSISTENT;
@@ -611,7 +564,7 @@ int dirty_add(struct node *n, const char *name, uint64_t granularity_bytes, unsi
     else
         bm->unbased = true;
     is_changed(bm);
-    if ((r = watch(bm, err)) < 0) {
+    if ((r = dirty_watch(bm, err)) < 0) {
         dirty_release(bm);
         return r;
     }
@@ -638,10 +591,10 @@ void dirty_release(struct dirty_bitmap *bm)
         home->n_named--;
     }
     if (bm->name)
-        unwatch(home);
-    free_bits(bm, bm->before);
-    free_bits(bm, bm->answered);
-    free_bits(bm, bm->bits);
+        dirty_unwatch(home);
+    dirty_free_bits(bm, bm->before);
+    dirty_free_bits(bm, bm->answered);
+    dirty_free_bits(bm, bm->bits);
     free(bm->last_job);
     free(bm->name);
     free(bm);
@@ -662,7 +615,7 @@ struct dirty_bitmap *dirty_find_serial(struct node *n, uint64_t serial)
 
 int dirty_remove_stored(struct dirty_bitmap *bm, struct error *err)
 {
-    struct dirty_store *s = store_of(bm->home->node);
+    struct dirty_store *s = dirty_store_of(bm->home->node);
 
     if (!bm->persistent || !s || !s->remove)
         return 0;
@@ -695,9 +648,9 @@ int dirty_set_enabled(struct dirty_bitmap *bm, bool enabled, struct error *err)
 {
     if (bm->enabled == enabled)
         return 0;
-    assert_quiet(bm->home->node);
+    dirty_assert_quiet(bm->home->node);
     bm->enabled = enabled;
-    int r = watch(bm, err);
+    int r = dirty_watch(bm, err);
     if (r < 0) {
         bm->enabled = false;
         return r;
@@ -713,7 +666,7 @@ void dirty_undo_enabled(struct dirty_bitmap *bm, bool enabled, bool based)
     bm->enabled = enabled;
     bm->unbased = !based;
     bm->ended = false;
-    unwatch(bm->home);
+    dirty_unwatch(bm->home);
 }
 
 bool dirty_based(const struct dirty_bitmap *bm)
@@ -746,7 +699,7 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
     struct bitmap *clean = bitmap_new(size, bitmap_granularity(old));
     if (!clean)
         return NULL;
-    assert_quiet(bm->home->node);
+    dirty_assert_quiet(bm->home->node);
     if (BROKEN(clear_in_place)) {
         bitmap_merge(clean, old);
         bitmap_clear_all(old);
@@ -774,7 +727,7 @@ void dirty_restore(struct dirty_bitmap *bm, struct bitmap *old)
         bm->before = NULL;
         bm->before_lent = false;
     }
-    free_bits(bm, bm->bits);
+    dirty_free_bits(bm, bm->bits);
     bm->bits = old;
     bm->peak_bytes = max_u64(bm->peak_bytes, bm->peak_before);
 }
@@ -784,7 +737,7 @@ void dirty_forget(struct dirty_bitmap *bm, struct bitmap *old)
     if (bm->before == old)
         bm->before_lent = false; /* dirty_settle frees it */
     else
-        free_bits(bm, old);
+        dirty_free_bits(bm, old);
 }
 
 int dirty_merge(struct dirty_bitmap *bm, struct dirty_bitmap *src, struct bitmap **undo,
@@ -803,584 +756,16 @@ int dirty_merge(struct dirty_bitmap *bm, struct dirty_bitmap *src, struct bitmap
     /* A new set rather than bits in the old one: the store knows which sets it has. */
     struct bitmap *old = bm->bits, *merged = bitmap_dup(old);
     if (!merged)
-        return no_memory(bm->home->node, bm->name, dirty_granularity(bm), err);
-    assert_quiet(bm->home->node);
+        return dirty_no_memory(bm->home->node, bm->name, dirty_granularity(bm), err);
+    dirty_assert_quiet(bm->home->node);
     bitmap_merge(merged, src->bits);
     bm->bits = merged;
     if (undo) {
         *undo = old;
         bm->marked_since = false;
     } else {
-        free_bits(bm, old);
+        dirty_free_bits(bm, old);
     }
     bm->peak_bytes = max_u64(bm->peak_bytes, src->peak_bytes);
     return 0;
-}
-
-/* ---- a job's hold on a bitmap ---- */
-
-static int start(struct dirty_bitmap *bm, bool record, struct error *err)
-{
-    struct bitmap *bits = bitmap_new(bitmap_size(bm->bits), dirty_granularity(bm));
-    if (!bits)
-        return no_memory(bm->home->node, bm->name, dirty_granularity(bm), err);
-    assert_quiet(bm->home->node);
-    bm->successor = enlist(bm->home, NULL, bits);
-    bm->successor->kept = bm->kept;
-    bm->successor->enabled = record;
-    int r = watch(bm, err); /* is, unless it is inconsistent */
-    if (r < 0) {
-        dirty_release(steal(bm->successor));
-        return r;
-    }
-    bm->enabled = false;
-    bm->busy = true;
-    return 0;
-}
-
-int dirty_start(struct dirty_bitmap *bm, struct error *err)
-{
-    int r = dirty_check(bm, DIRTY_CHECK_BUSY, err);
-    return r < 0 ? r : start(bm, bm->enabled || BROKEN(successor_of_disabled_records), err);
-}
-
-int dirty_start_rebuild(struct dirty_bitmap *bm, uint64_t base_bytes, struct error *err)
-{
-    int r = dirty_check(bm, DIRTY_CHECK_BUSY | DIRTY_CHECK_READONLY, err);
-    /* If its job fails it must be disabled again, and a kill would have to know that. */
-    if (r == 0 && !bm->enabled && !bm->inconsistent)
-        r = error_set(err, EINVAL, "Bitmap '%s' is disabled and cannot be rebuilt: enable it first",
-                      bm->name);
-    if (r == 0)
-        r = start(bm, true, err);
-    if (r < 0)
-        return r;
-    bm->successor->peak_bytes = max_u64(bm->successor->peak_bytes, base_bytes);
-    return 0;
-}
-
-/* The successor's bits become those of BM, which is not busy any more. A new base has its place in
- * the list, the old one keeps its own; that is how QEMU's queries show it. */
-static void succeed(struct dirty_bitmap *bm, bool new_base)
-{
-    struct dirty_bitmap *s = bm->successor;
-
-    assert(s && bm->busy && !bm->enabled);
-    if (!new_base && BROKEN(rolled_back_in_place)) {
-        free_bits(bm, steal(s->bits));
-    } else {
-        free_bits(bm, bm->bits);
-        bm->bits = steal(s->bits);
-    }
-    bm->enabled = s->enabled;
-    bm->marked_since = true;
-    if (bm->inconsistent || s->inconsistent)
-        dirty_set_inconsistent(bm);
-    bm->peak_bytes = new_base ? s->peak_bytes : max_u64(bm->peak_bytes, s->peak_bytes);
-    if (new_base)
-        bm->peak_before = 0; /* else an undo of a clear in the same transaction comes yet */
-    bm->busy = false;
-    bm->successor = NULL;
-    if (new_base) {
-        TAILQ_REMOVE(&bm->home->list, bm, link);
-        TAILQ_INSERT_BEFORE(s, bm, link);
-    }
-    dirty_release(s);
-}
-
-int dirty_restart(struct dirty_bitmap *bm, struct error *err)
-{
-    struct dirty_bitmap *s = bm->successor;
-    struct node *n = bm->home->node;
-
-    assert(s);
-    assert_quiet(n);
-    struct bitmap *clean = bitmap_new(bitmap_size(s->bits), dirty_granularity(bm));
-    struct bitmap *all = bitmap_dup(s->bits);
-    if (!clean || !all) {
-        bitmap_free(clean);
-        bitmap_free(all);
-        return no_memory(n, bm->name, dirty_granularity(bm), err);
-    }
-    bitmap_merge(all, bm->bits);
-    /* In two steps: the store has room for one new set beside the two that it has. */
-    struct bitmap *old = bm->bits;
-    bm->bits = all;
-    int r = dirty_commit(&n, 1, err);
-    if (r < 0) {
-        bm->bits = old;
-        free_bits(bm, all);
-        bitmap_free(clean);
-        return r;
-    }
-    free_bits(bm, old);
-    old = s->bits;
-    s->bits = clean;
-    r = dirty_commit(&n, 1, err);
-    if (r < 0)
-        s->bits = old;
-    free_bits(s, r < 0 ? clean : old);
-    return r;
-}
-
-void dirty_unstart(struct dirty_bitmap *bm)
-{
-    struct dirty_bitmap *s = bm->successor;
-
-    assert_quiet(bm->home->node);
-    bitmap_merge(bm->bits, s->bits);
-    bm->enabled = s->enabled;
-    bm->peak_bytes = max_u64(bm->peak_bytes, s->peak_bytes);
-    bm->marked_since = true;
-    if (bm->inconsistent || s->inconsistent)
-        dirty_set_inconsistent(bm);
-    bm->busy = false;
-    bm->successor = NULL;
-    dirty_release(s);
-    unwatch(bm->home);
-}
-
-/* ---- in doubt ---- */
-
-int dirty_hold(struct dirty_bitmap *bm, bool record, const char *why, struct bitmap **yes,
-               struct error *err)
-{
-    int r = start(bm, record, err);
-    if (r < 0)
-        return r;
-    bm->why_held = xstrdup(why);
-    bm->successor->peak_bytes = bm->peak_bytes;
-    *yes = bm->successor->bits;
-    return 0;
-}
-
-bool dirty_held(const struct dirty_bitmap *bm)
-{
-    return bm->why_held;
-}
-
-void dirty_answer(struct dirty_bitmap *bm, const struct dirty_answer *a)
-{
-    struct dirty_bitmap *s = bm->successor;
-
-    assert(bm->why_held && s);
-    assert_quiet(bm->home->node);
-    free(steal(bm->why_held));
-    if (!a->yes) { /* what was written since is in the successor, as everywhere */
-        bitmap_merge(s->bits, bm->bits);
-        bm->answered = steal(bm->bits);
-    }
-    succeed(bm, false);
-    bm->enabled = a->enabled;
-    if (a->inconsistent || bm->inconsistent)
-        dirty_set_inconsistent(bm);
-    dirty_set_generation(bm, a->generation, a->job);
-}
-
-/* Does what the job has done give the bitmap a new base? */
-static bool rebases(const struct dirty_outcome *o)
-{
-    return o->advance || o->remaining;
-}
-
-static void fold(const struct dirty_outcome *o)
-{
-    struct dirty_bitmap *bm = o->bitmap, *s = bm->successor;
-
-    assert(s && bm->busy);
-    if (!o->advance) {
-        bm->folded = o->remaining ? o->remaining : bm->bits;
-        if (BROKEN(successor_not_merged))
-            bitmap_clear_all(s->bits);
-        if (BROKEN(rolled_back_in_place) && !o->remaining)
-            bitmap_merge(bm->bits, s->bits);
-        else
-            bitmap_merge_range(s->bits, bm->folded, range_make(0, bitmap_size(bm->folded)));
-    }
-    bm->concluding = true;
-    bm->rebased = rebases(o);
-    bm->rebuilt = o->rebuilt;
-    bm->job = o->job;
-}
-
-static void unfold(const struct dirty_outcome *o)
-{
-    o->bitmap->concluding = o->bitmap->rebased = o->bitmap->rebuilt = false;
-    o->bitmap->folded = NULL; /* its bits stay in the successor: a superset */
-    o->bitmap->job = NULL;
-}
-
-static void follow(const struct dirty_outcome *o)
-{
-    struct dirty_bitmap *bm = o->bitmap;
-
-    if (o->rebuilt)
-        bm->inconsistent = false;
-    if (o->advance || o->rebuilt) {
-        /* Whoever has advanced has flushed the node: a clear before is durable, too. */
-        free_bits(bm, steal(bm->before));
-        bm->unbased = false;
-    }
-    if (rebases(o))
-        dirty_set_generation(bm, bm->generation + 1, o->job);
-    unfold(o);
-    succeed(bm, rebases(o));
-}
-
-int dirty_conclude(const struct dirty_outcome *outcomes, size_t n, struct error *err)
-{
-    CLEANUP(memory_freep) struct node **nodes = xcalloc(n + 1, sizeof *nodes);
-
-    for (size_t i = 0; i < n; i++)
-        nodes[i] = outcomes[i].bitmap->home->node;
-    /* Not in the middle of a transaction, whose commit would make durable what is folded so far:
-     * half of a group. */
-    GRAPH_LOCKED(node_graph(nodes[0]));
-    for (size_t i = 0; i < n; i++)
-        fold(&outcomes[i]);
-    int r = dirty_commit(nodes, n, err);
-    for (size_t i = 0; i < n; i++) {
-        if (r < 0)
-            unfold(&outcomes[i]);
-        else
-            follow(&outcomes[i]);
-        unwatch(outcomes[i].bitmap->home); /* a rebuild that has failed */
-    }
-    return r;
-}
-
-/* ---- what is durable ---- */
-
-static bool is_pending(const struct dirty_bitmap *bm)
-{
-    return !bm->hidden && (bm->before || bm->unbased);
-}
-
-/* Does one of these bitmaps stop to record by what is to be committed? */
-static bool something_ends(struct node *const *nodes, size_t n)
-{
-    const struct dirty_bitmap *bm;
-
-    for (size_t i = 0; i < n; i++) {
-        const struct dirty_node *home = node_of(nodes[i]);
-        if (!home)
-            continue;
-        TAILQ_FOREACH (bm, &home->list, link)
-            if (bm->kept && (bm->hidden || bm->ended))
-                return true;
-    }
-    return false;
-}
-
-/* Guests wait for a flush, but what comes later comes too late:
- *  - the bits that stand between what was before a clear and the successor are in neither;
- *  - where one bitmap ends and another begins, a cut between would have neither (ENDING). */
-static bool must_settle_now(const struct dirty_bitmap *bm, bool ending)
-{
-    return (ending && is_pending(bm)) ||
-           (bm->before && bm->successor && bitmap_count(bm->bits) > 0);
-}
-
-static void settled(struct dirty_bitmap *bm)
-{
-    struct bitmap *before = steal(bm->before);
-
-    if (!bm->before_lent)
-        free_bits(bm, before);
-    bm->before_lent = false;
-    bm->unbased = bm->settling = false;
-    dirty_set_generation(bm, bm->generation + 1, NULL);
-}
-
-/* Changes that are to be settled: all bitmaps of one, on whatever node, or none. A disk has pending
- * bitmaps of one at most (dirty_begin). */
-struct changes {
-    uint64_t *ids;
-    size_t n;
-};
-
-static void changes_fini(struct changes *c)
-{
-    free(c->ids);
-}
-
-static bool is_of(const struct dirty_bitmap *bm, const struct changes *c)
-{
-    for (size_t i = 0; is_pending(bm) && i < c->n; i++)
-        if (c->ids[i] == bm->change)
-            return true;
-    return false;
-}
-
-static void add_change(struct changes *c, const struct dirty_bitmap *bm)
-{
-    uint64_t *more = is_of(bm, c) ? NULL : xcalloc(c->n + 1, sizeof *more);
-
-    if (!more)
-        return;
-    if (c->n)
-        memcpy(more, c->ids, c->n * sizeof *more);
-    more[c->n++] = bm->change;
-    free(c->ids);
-    c->ids = more;
-}
-
-/* The nodes, and the further ones that have bitmaps of these changes. Caller frees. */
-static struct node **with_others(struct node *const *nodes, size_t n, const struct changes *c,
-                                 size_t *count)
-{
-    struct graph *g = node_graph(nodes[0]);
-    size_t all = n;
-
-    for (struct node *m = graph_first(g); m; m = graph_next(m))
-        all++;
-    struct node **ret = xcalloc(all, sizeof *ret);
-    memcpy(ret, nodes, n * sizeof *ret);
-    *count = n;
-    for (struct node *m = graph_first(g); m; m = graph_next(m)) {
-        bool wanted = false;
-        for (struct dirty_bitmap *bm = dirty_first(m); bm && !wanted; bm = dirty_next(bm))
-            wanted = bm->kept && bm->change && is_of(bm, c);
-        for (size_t i = 0; wanted && i < n; i++)
-            wanted = nodes[i] != m;
-        if (wanted)
-            ret[(*count)++] = m;
-    }
-    return ret;
-}
-
-/* Makes N as durable as it was when the changes of C began. The error of a flush is told once, and
- * a guest may have had it: then the losses tell. */
-static int make_durable(struct node *n, const struct changes *c, struct error *err)
-{
-    struct dirty_store *s = store_of(n);
-    int r = s->flush(s, n);
-
-    for (struct dirty_bitmap *bm = dirty_first(n); r == 0 && bm; bm = dirty_next(bm))
-        if (bm->kept && is_of(bm, c) && node_lost_since(n, bm->losses))
-            r = -EIO;
-    return r < 0 ? error_set_errno(err, -r, "Failed to flush node '%s'", node_name(n)) : 0;
-}
-
-/* Flushes the node, if some kept bitmap of these changes is there, and then they are settling. */
-static int flush_changed(struct node *n, const struct changes *c, struct error *err)
-{
-    struct dirty_store *s = store_of(n);
-    bool flushed = false;
-    int r = 0;
-
-    for (struct dirty_bitmap *bm = dirty_first(n); r == 0 && bm; bm = dirty_next(bm)) {
-        if (!bm->kept || !is_of(bm, c) || bm->settling || !s || !s->flush)
-            continue;
-        if (!flushed && !BROKEN(settled_without_flush))
-            r = make_durable(n, c, err);
-        flushed = bm->settling = true;
-    }
-    return r;
-}
-
-static int commit(struct node *const *nodes, size_t n, bool ending, struct error *err)
-{
-    CLEANUP(changes_fini) struct changes now = {0};
-    size_t count = 0;
-    int r = 0;
-
-    for (size_t i = 0; i < n; i++)
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            if (bm->kept && must_settle_now(bm, ending))
-                add_change(&now, bm);
-    CLEANUP(memory_freep) struct node **all = n ? with_others(nodes, n, &now, &count) : NULL;
-    for (size_t i = 0; r == 0 && i < count; i++)
-        r = flush_changed(all[i], &now, err);
-    struct dirty_store *s = n ? store_of(nodes[0]) : NULL;
-    if (r == 0 && s && s->commit)
-        r = s->commit(s, all, count, err);
-    for (size_t i = 0; i < count; i++) {
-        for (struct dirty_bitmap *bm = dirty_first(all[i]); bm; bm = dirty_next(bm)) {
-            if (bm->settling && r == 0)
-                settled(bm);
-            bm->settling = false;
-            if (r == 0) {
-                bm->ended = false;
-                free_bits(bm, steal(bm->answered));
-            }
-        }
-        if (node_of(all[i]))
-            unwatch(node_of(all[i]));
-    }
-    return r;
-}
-
-int dirty_commit(struct node *const *nodes, size_t n, struct error *err)
-{
-    return commit(nodes, n, something_ends(nodes, n), err);
-}
-
-static bool something_is_pending(struct node *const *nodes, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            if (bm->kept && is_pending(bm))
-                return true;
-    return false;
-}
-
-/* What waits for its dirty_settle on these nodes is settled before something new is: what was
- * before a clear, and what has been marked since, are two sets already, and another clear would
- * have no place for the second. */
-int dirty_begin(struct node *const *nodes, size_t n, struct error *err)
-{
-    struct dirty_graph *dg = n ? graph_get_data(node_graph(nodes[0]), graph_key) : NULL;
-
-    if (dg)
-        dg->changes++;
-    int r = dirty_join(nodes, n, err);
-    return r == 0 && something_is_pending(nodes, n) ? commit(nodes, n, true, err) : r;
-}
-
-int dirty_join(struct node *const *nodes, size_t n, struct error *err)
-{
-    struct dirty_store *s = n ? store_of(nodes[0]) : NULL;
-
-    return s && s->begin ? s->begin(s, nodes, n, err) : 0;
-}
-
-/* The disk cannot be made durable: nothing that was cleared may stay so, nothing be trusted that
- * has no base. */
-static void unsettle(struct node *const *nodes, size_t n, const struct changes *c)
-{
-    for (size_t i = 0; i < n; i++) {
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
-            if (!is_of(bm, c))
-                continue;
-            if (bm->before) {
-                bm->unsettled = steal(bm->before);
-                bm->peak_bytes = max_u64(bm->peak_bytes, bm->peak_before);
-                bitmap_merge(bm->successor ? bm->successor->bits : bm->bits, bm->unsettled);
-            }
-            if (bm->unbased)
-                dirty_set_inconsistent(bm);
-            bm->unbased = false;
-        }
-    }
-    struct error again = ERROR_INIT;
-    if (dirty_commit(nodes, n, &again) < 0)
-        log_warning("%s", again.text);
-    for (size_t i = 0; i < n; i++)
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            free_bits(bm, steal(bm->unsettled));
-}
-
-/* They have been settled by a later flush that succeeded, and the disk says now that it cannot be
- * made durable: an error is told to one of two flushes. Nor may a change be told to have failed and
- * stand. */
-static void distrust(struct node *const *nodes, size_t n, const struct changes *c)
-{
-    struct error err = ERROR_INIT;
-
-    for (size_t i = 0; i < n; i++)
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            for (size_t k = 0; bm->kept && k < c->n; k++)
-                if (bm->change == c->ids[k])
-                    dirty_set_inconsistent(bm);
-    if (dirty_commit(nodes, n, &err) < 0)
-        log_warning("%s", err.text);
-}
-
-/* What becomes pending while these are flushed is of another change, and needs another flush. */
-static int settle(struct node *const *nodes, size_t n, const struct changes *c, struct error *err)
-{
-    bool any = false, any_kept = false;
-    int r = 0;
-
-    for (size_t i = 0; r == 0 && i < n; i++) {
-        struct dirty_store *s = store_of(nodes[i]);
-        bool flush = false;
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            flush |= bm->kept && is_of(bm, c);
-        if (flush && s && s->flush && !BROKEN(settled_without_flush))
-            r = make_durable(nodes[i], c, err);
-    }
-    GRAPH_LOCKED(node_graph(nodes[0]));
-    for (size_t i = 0; i < n; i++)
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm)) {
-            any |= is_of(bm, c);
-            any_kept |= bm->kept && is_of(bm, c);
-            bm->settling =
-                r == 0 && is_pending(bm) && (is_of(bm, c) || BROKEN(settled_without_flush));
-        }
-    /* Somebody has settled them meanwhile, with a flush of their own; but not those that are in
-     * memory only, for which nobody flushes. */
-    if (r < 0 && !any_kept)
-        distrust(nodes, n, c);
-    if (!any)
-        return r;
-    if (r == 0)
-        r = dirty_commit(nodes, n, err);
-    if (r < 0)
-        unsettle(nodes, n, c);
-    return r;
-}
-
-int dirty_settle(struct node *const *nodes, size_t n, struct error *err)
-{
-    CLEANUP(changes_fini) struct changes pending = {0};
-    size_t count = 0;
-
-    for (size_t i = 0; i < n; i++)
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            if (is_pending(bm))
-                add_change(&pending, bm);
-    if (!pending.n)
-        return 0;
-    CLEANUP(memory_freep) struct node **all = with_others(nodes, n, &pending, &count);
-    for (size_t i = n; i < count; i++)
-        node_ref(all[i]);
-    int r = settle(all, count, &pending, err);
-    for (size_t i = n; i < count; i++)
-        node_unref(all[i]);
-    return r;
-}
-
-void dirty_set_generation(struct dirty_bitmap *bm, uint64_t generation, const char *job)
-{
-    bm->generation = generation;
-    free(bm->last_job);
-    bm->last_job = job ? xstrdup(job) : NULL;
-}
-
-void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
-{
-    const struct dirty_bitmap *s = bm->successor;
-
-    *ret = (struct dirty_state){
-        .current = bm->bits,
-        .successor = s ? s->bits : NULL,
-        .enabled = dirty_recording(bm),
-        .inconsistent = bm->inconsistent,
-        .based = !bm->unbased,
-        .generation = bm->generation + bm->rebased,
-        .job = bm->rebased ? bm->job : bm->last_job,
-    };
-    if (bm->unsettled || bm->answered)
-        ret->folded = s ? s->bits : bm->bits;
-    if (bm->concluding) {
-        ret->current = BROKEN(rolled_back_in_place) && !bm->rebased ? bm->bits : s->bits;
-        ret->successor = NULL;
-        ret->folded = bm->unsettled || bm->answered ? s->bits : bm->folded;
-        ret->inconsistent = (bm->inconsistent && !bm->rebuilt) || s->inconsistent;
-        ret->based = ret->based || bm->rebuilt;
-    }
-    if (bm->settling) {
-        ret->based = true;
-        ret->generation++;
-        ret->job = NULL;
-    } else if (bm->before && !(bm->concluding && bm->rebased)) {
-        /* Cleared, but that may not be durable before the disk is. So far it is as if a job held
-         * what was there before. */
-        ret->successor = ret->successor ? ret->successor : ret->current;
-        ret->current = bm->before;
-        if (BROKEN(enabled_though_not_cleared))
-            ret->based = true;
-    }
 }
