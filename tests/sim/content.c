@@ -539,7 +539,7 @@ void inode_sync_range(struct inode *i, uint64_t at, size_t n, uint64_t upto)
 void inode_sync_failed(struct inode *i, uint64_t upto)
 {
     struct sector *sec, *next;
-    i->syncs_failed++;
+    bool to_lose = i->n_resizings > 0;
     for (sec = TAILQ_FIRST(&i->dirty); sec; sec = next) {
         uint32_t n = 0;
         struct version *v;
@@ -547,6 +547,7 @@ void inode_sync_failed(struct inode *i, uint64_t upto)
         next = TAILQ_NEXT(sec, link);
         for (v = sec->versions; v && v->order < upto; v = v->newer)
             n++;
+        to_lose |= n > 0;
         uint32_t which = choose_survivor(i->store->choices, n);
         for (v = sec->versions; which; which--, v = v->newer)
             payload_set(durable, v->payload);
@@ -557,6 +558,7 @@ void inode_sync_failed(struct inode *i, uint64_t upto)
             payload_set(now, *durable); /* the page is dropped */
         clean(i, sec);
     }
+    i->syncs_failed += to_lose;
 }
 
 /* ---- the power goes ---- */

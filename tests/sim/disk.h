@@ -114,7 +114,7 @@ struct inode {
     size_t n_resizings;
     uint8_t *blocks; /* of SIM_BLOCK bytes: BLOCK_* */
     size_t n_blocks;
-    uint64_t syncs_failed;
+    uint64_t syncs_failed; /* that had something to make durable */
     /* in memory */
     uint8_t *bytes;
     uint64_t capacity;
