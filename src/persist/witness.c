@@ -6,6 +6,7 @@
 #include "rt/io.h"
 
 #include <fcntl.h>
+#include <gnutls/crypto.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
 #include <stdio.h>
@@ -80,15 +81,15 @@ static int take_file(int fd, struct witness *w)
     return take_filesystem(fd, w);
 }
 
-/* FNV-1a, twice from different beginnings: to tell names apart, not to hide them. */
-static void take_name(const char *name, uint8_t ret[16])
+/* The beginning of its SHA-256. */
+static int take_name(const char *name, uint8_t ret[16])
 {
-    for (unsigned i = 0; i < 2; i++) {
-        uint64_t hash = UINT64_C(0xcbf29ce484222325) + i;
-        for (const char *p = name; *p; p++)
-            hash = (hash ^ (uint8_t)*p) * UINT64_C(0x100000001b3);
-        memcpy(ret + sizeof hash * i, &hash, sizeof hash);
-    }
+    uint8_t digest[32];
+
+    if (gnutls_hash_fast(GNUTLS_DIG_SHA256, name, strlen(name), digest) < 0)
+        return -EIO;
+    memcpy(ret, digest, 16);
+    return 0;
 }
 
 static int take_device(int fd, const struct stat *st, struct witness *w)
@@ -103,8 +104,8 @@ static int take_device(int fd, const struct stat *st, struct witness *w)
     w->inode = st->st_rdev;
     if (io_ioctl(fd, BLKGETSIZE64, &size) == 0)
         w->size_bytes = size;
-    if (name)
-        take_name(name, w->filesystem);
+    if (name && (r = take_name(name, w->filesystem)) < 0)
+        return r;
     w->birth_ns = device_sequence(fd);
     w->counted = device_written(st, &w->sectors);
     return 0;
