@@ -329,6 +329,7 @@ static int64_t do_write(struct machine *m, struct operation *o)
     if (faulty(m, o, m->faults.space))
         return -ENOSPC;
     int64_t n = inode_write_parcel(i, o->data, direct, NULL);
+    m->n_full += n == -ENOSPC;
     if (n > 0 && (o->op.flags & (RWF_DSYNC | RWF_SYNC)))
         inode_sync_range(i, o->op.offset, (size_t)n, store_moment(&m->store));
     return n;
@@ -382,6 +383,7 @@ static int64_t take_effect(struct machine *m, struct operation *o)
 {
     struct store *s = &m->store;
     struct open_inode *f = o->file;
+    int64_t r;
     if (f && writes(o->op.kind) && !(f->flags & (O_RDWR | O_WRONLY)))
         return -EBADF;
     if (f && misaligned(o))
@@ -401,7 +403,9 @@ static int64_t take_effect(struct machine *m, struct operation *o)
     case IO_FALLOCATE:
         if (!(o->op.flags & FALLOC_FL_PUNCH_HOLE) && faulty(m, o, m->faults.space))
             return -ENOSPC;
-        return inode_allocate(f->inode, o->op.flags, o->op.offset, o->op.length);
+        r = inode_allocate(f->inode, o->op.flags, o->op.offset, o->op.length);
+        m->n_full += r == -ENOSPC;
+        return r;
     case IO_TRUNCATE:
         return inode_resize(f->inode, o->op.offset);
     case IO_FSTAT:
