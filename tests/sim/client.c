@@ -358,7 +358,7 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
         model_instant(&c->d->model, b->from, &b->instant);
     }
     if (r < 0) {
-        if (!c->h->with_faults)
+        if (!c->h->with_faults && !(r == -EBUSY && history_in_doubt(c->d->n)))
             violation(c->h, "no backup can be started: %s", err.text);
         end_backup(c);
     } else {

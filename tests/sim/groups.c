@@ -55,6 +55,7 @@ struct groups {
     bool grouped, always, disturbed;
     bool power; /* has gone since */
     bool removed_in_doubt;
+    bool seen_whole; /* in this life, with all disks */
 };
 
 static struct side *side_from(struct groups *c, unsigned i)
@@ -491,9 +492,8 @@ static void event(void *self, struct life *l, const char *name, struct json_obje
 static bool somebody_doubts(struct groups *c)
 {
     for (struct side *s = first_side(c); s; s = next_side(c, s))
-        for (struct dirty_bitmap *bm = dirty_first(s->d->n); bm; bm = dirty_next(bm))
-            if (dirty_held(bm))
-                return true;
+        if (history_in_doubt(s->d->n))
+            return true;
     return false;
 }
 
@@ -629,8 +629,13 @@ static void run(void *self, struct life *l)
         history_nap(l, 5000);
         if (l->stopping)
             return;
-        if (history_open_late(l))
+        (void)!history_open_late(l);
+        /* Whoever has opened it: what was lost while a disk was away is seen before anything new.
+         */
+        if (all_open(c) && !c->seen_whole) {
+            c->seen_whole = true;
             look(c, "when the last disk has come");
+        }
         if (all_open(c) && c->change == NOTHING)
             act(c, l);
         else if (one_in(&c->h->dice, 64))
@@ -659,6 +664,7 @@ static void ended(void *self, enum life_end end, bool power, bool no_segments)
     struct groups *c = self;
 
     c->power |= power;
+    c->seen_whole = false;
     for (struct side *s = first_side(c); s; s = next_side(c, s)) {
         s->seen &= c->change != NOTHING;                   /* else it is to be looked at anew */
         if (c->change != NOTHING && !s->next_instant.held) /* cut inside the command */

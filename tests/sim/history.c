@@ -483,6 +483,14 @@ static void come_and_go(struct history *h, struct disk *d, bool absent)
     machine_note(&h->m, "%s %s", d->node, absent ? "is away" : "comes");
 }
 
+bool history_in_doubt(struct node *n)
+{
+    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm))
+        if (dirty_held(bm))
+            return true;
+    return false;
+}
+
 bool history_open_late(struct life *l)
 {
     struct history *h = l->h;

@@ -190,6 +190,9 @@ uint64_t history_budget(const struct disk *d, uint64_t granularity, unsigned los
 /* Must a good persistent bitmap of D be good yet, after this? NO_SEGMENTS: as for `ended`. */
 bool history_must_keep(const struct disk *d, enum left left, bool no_segments);
 const char *history_left(enum left left);
+/* Is a bitmap of the node in doubt, until the disk that knows is there? A change that was settled
+ * together with a group's is then, too. */
+bool history_in_doubt(struct node *n);
 /* A disk that is absent comes. False: none does. */
 bool history_open_late(struct life *l);
 /* Sleeps up to so many microseconds of the machine's time. */
