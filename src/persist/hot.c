@@ -424,6 +424,8 @@ static void committed(struct hot *h, const struct ring_block *b)
 /* Until the owner has put right what has failed. False: it could not. */
 static bool wait_after_failure(struct hot *h, int error)
 {
+    if (h->dead || h->stopping) /* the owner puts nothing right any more */
+        return false;
     event_reset(&h->go);
     h->ops->failed(h->owner, error);
     int r = event_wait(&h->go);

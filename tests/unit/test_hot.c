@@ -282,21 +282,22 @@ static unsigned count_hot(struct model *w)
     return stats.hot;
 }
 
-static void with_table(struct model *w, unsigned slots, unsigned marked_max)
-{
-    static const struct hot_ops ops = {op_commit, op_clean, op_failed};
+static const struct hot_ops model_ops = {op_commit, op_clean, op_failed};
 
+static void with_table(struct model *w, const struct hot_ops *ops, unsigned slots,
+                       unsigned marked_max)
+{
     *w = (struct model){.rng = {test_seed()}, .slots = slots};
     for (unsigned i = 0; i < SLOTS_MAX; i++)
         w->told[i] = REGION_NONE;
-    w->hot = hot_new(&(struct hot_options){REGION_BITS, slots, marked_max}, &ops, w);
+    w->hot = hot_new(&(struct hot_options){REGION_BITS, slots, marked_max}, ops, w);
 }
 
 static int what_is_in_use(void *arg)
 {
     struct model w;
 
-    with_table(&w, 8, 0);
+    with_table(&w, &model_ops, 8, 0);
     assert_false(hot_is_cheap(w.hot)); /* none is there */
     write_to(&w, 0);
     assert_true(hot_is_cheap(w.hot));
@@ -332,7 +333,7 @@ static int many_marked(void *arg)
     struct hot_stats stats;
     struct model w;
 
-    with_table(&w, 16, 4);
+    with_table(&w, &model_ops, 16, 4);
     for (uint32_t i = 0; i < 4; i++)
         write_to(&w, i);
     pass_time(&w, 1);
@@ -352,6 +353,39 @@ static void too_many_marks_are_copied(void **state)
     assert_int_equal(run_virtually(many_marked, NULL), 0);
 }
 
+static int op_clean_fails(void *owner, const uint32_t *regions, size_t n)
+{
+    struct model *w = owner;
+
+    w->cleaning = true;
+    pass_time(w, 1000);
+    return -EIO;
+}
+
+static void op_never_put_right(void *owner, int error)
+{
+}
+
+/* sim --groups, seed 72004483 */
+static int failing_end(void *arg)
+{
+    static const struct hot_ops ops = {op_commit, op_clean_fails, op_never_put_right};
+    struct model w;
+
+    with_table(&w, &ops, 16, 4);
+    for (uint32_t i = 0; i < 5; i++)
+        write_to(&w, i);
+    while (!w.cleaning)
+        assert_int_equal(task_yield(), 0);
+    hot_free(w.hot);
+    return 0;
+}
+
+static void what_fails_at_the_end_is_waited_for_by_nobody(void **state)
+{
+    assert_int_equal(run_virtually(failing_end, NULL), 0);
+}
+
 static int waiter_task(void *arg)
 {
     struct model *w = arg;
@@ -365,7 +399,7 @@ static int cancelled_checkpoint(void *arg)
 {
     struct model w;
 
-    with_table(&w, 8, 0);
+    with_table(&w, &model_ops, 8, 0);
     write_to(&w, 0);
     {
         SCOPE(tasks);
@@ -391,5 +425,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_checkpoint_leaves_what_is_in_use),
     cmocka_unit_test(too_many_marks_are_copied),
     cmocka_unit_test(a_checkpoint_can_be_given_up),
+    cmocka_unit_test(what_fails_at_the_end_is_waited_for_by_nobody),
 };
 UNIT_MAIN(tests)
