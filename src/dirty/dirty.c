@@ -100,8 +100,8 @@ void dirty_free_bits(struct dirty_bitmap *bm, struct bitmap *bits)
 {
     struct dirty_store *s = dirty_store_of(bm->home->node);
 
-    if (bits && bm->kept && s && s->bits_gone)
-        s->bits_gone(s, bm->home->node, bits);
+    if (bits && bm->kept && s && s->bits_gone && s->bits_gone(s, bm->home->node, bits))
+        return;
     bitmap_free(bits);
 }
 
@@ -594,6 +594,7 @@ void dirty_release(struct dirty_bitmap *bm)
         dirty_unwatch(home);
     dirty_free_bits(bm, bm->before);
     dirty_free_bits(bm, bm->answered);
+    dirty_free_bits(bm, bm->unsettled);
     dirty_free_bits(bm, bm->bits);
     free(bm->last_job);
     free(bm->name);

@@ -215,7 +215,7 @@ struct dirty_store {
     int (*flush)(struct dirty_store *s, struct node *n);
     /* The disk is about to grow to TO bytes: the words under this set must be enough for it. */
     int (*grow)(struct dirty_store *s, struct node *n, struct bitmap *bits, uint64_t to);
-    /* This set of a persistent bitmap is about to be freed. */
-    void (*bits_gone)(struct dirty_store *s, struct node *n, struct bitmap *bits);
+    /* No bitmap has this set any more. True: the store frees it, else the caller. */
+    bool (*bits_gone)(struct dirty_store *s, struct node *n, struct bitmap *bits);
 };
 void dirty_set_store(struct graph *g, struct dirty_store *s);

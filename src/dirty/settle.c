@@ -167,6 +167,7 @@ static int commit(struct node *const *nodes, size_t n, bool ending, struct error
             if (r == 0) {
                 bm->ended = false;
                 dirty_free_bits(bm, steal(bm->answered));
+                dirty_free_bits(bm, steal(bm->unsettled));
             }
         }
         if (dirty_home(all[i]))
@@ -218,6 +219,7 @@ static void unsettle(struct node *const *nodes, size_t n, const struct changes *
             if (!is_of(bm, c))
                 continue;
             if (bm->before) {
+                dirty_free_bits(bm, bm->unsettled);
                 bm->unsettled = steal(bm->before);
                 bm->peak_bytes = max_u64(bm->peak_bytes, bm->peak_before);
                 bitmap_merge(bm->successor ? bm->successor->bits : bm->bits, bm->unsettled);
@@ -227,12 +229,10 @@ static void unsettle(struct node *const *nodes, size_t n, const struct changes *
             bm->unbased = false;
         }
     }
+    /* What is OR-ed in is told as such until a commit has had it. */
     struct error again = ERROR_INIT;
     if (dirty_commit(nodes, n, &again) < 0)
         log_warning("%s", again.text);
-    for (size_t i = 0; i < n; i++)
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            dirty_free_bits(bm, steal(bm->unsettled));
 }
 
 /* They have been settled by a later flush that succeeded, and the disk says now that it cannot be

@@ -41,14 +41,14 @@ void keeper_look(struct keeper *k)
         k->takes = k->recording;
 }
 
-/* Sets that are gone from memory and that the durable superblock does not name. */
+/* Sets that no bitmap has and that the durable superblock does not name. */
 void keeper_collect(struct keeper *k)
 {
     struct kept_set *s, *next;
 
     for (s = LIST_FIRST(&k->sets); s; s = next) {
         next = LIST_NEXT(s, link);
-        if (!s->bits && !keeper_names(k, s->epoch))
+        if (s->gone && !keeper_names(k, s->epoch))
             keeper_set_free(s);
     }
 }
@@ -118,6 +118,7 @@ static int replace_tide(struct keeper *k, struct change *c, struct error *err)
             stamp_unlink(&of); /* nobody will look for it again */
     }
     tide_close(old);
+    forget_extents(k); /* the old file's, which a bitmap may have that the new one does not name */
     learn_extents(k);
     return 0;
 }
@@ -264,7 +265,6 @@ int keeper_make_tide(struct keeper *k, struct error *err)
     r = replace_tide(k, &c, err);
     if (r < 0)
         return r;
-    forget_extents(k); /* of one that there was before a reopen */
     keeper_changed(k, &c);
     return 0;
 }
@@ -485,17 +485,18 @@ static int collect_later(void *arg)
     return 0;
 }
 
-void keeper_bits_gone(struct keeper *k, struct bitmap *bits)
+bool keeper_bits_gone(struct keeper *k, struct bitmap *bits)
 {
     struct kept_set *s = keeper_set_of(k, bits);
 
     if (!s)
-        return;
-    s->bits = NULL;
-    /* Its segment would stay on tmpfs if we were killed before the next change. Not here: the words
-     * are in use yet, and nobody may wait. */
+        return false;
+    s->gone = true;
+    /* Its segment would stay on tmpfs if we were killed before the next change. Not here: nobody
+     * may wait. */
     if (k->in_use && !k->collecting) {
         k->collecting = true;
         scope_spawn(&k->tasks, collect_later, k);
     }
+    return true;
 }

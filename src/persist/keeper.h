@@ -98,7 +98,8 @@ int keeper_grow(struct keeper *k, struct bitmap *bits, uint64_t to) MUST_CHECK;
  * being changed. What goes wrong is told in the log. In a task of its own. */
 bool keeper_save_idle(struct keeper *k);
 
-void keeper_bits_gone(struct keeper *k, struct bitmap *bits);
+/* True: the keeper has a set of these bits, and frees them when no superblock names it. */
+bool keeper_bits_gone(struct keeper *k, struct bitmap *bits);
 /* x-tidemark-recovery of query-named-block-nodes; NULL: it has no bitmaps to recover. */
 struct json_object *keeper_info(struct keeper *k);
 /* x-tidemark-hot-regions; NULL: none are in use. */

@@ -22,7 +22,8 @@ enum { EPOCHS_AHEAD = 64 };
 
 /* One set of bits that has a place. */
 struct kept_set {
-    struct bitmap *bits; /* dirty/'s, over SEGMENT's words once it has one; NULL: gone */
+    struct bitmap *bits; /* dirty/'s, over SEGMENT's words once it has one */
+    bool gone;           /* no bitmap has it: ours, for a tide file that must name it once more */
     struct kept_bitmap *of;
     unsigned extent;
     uint64_t epoch;

@@ -380,10 +380,9 @@ static int store_grow(struct dirty_store *s, struct node *n, struct bitmap *bits
     return keeper_of(n) ? keeper_grow(keeper_of(n), bits, to) : 0;
 }
 
-static void store_bits_gone(struct dirty_store *s, struct node *n, struct bitmap *bits)
+static bool store_bits_gone(struct dirty_store *s, struct node *n, struct bitmap *bits)
 {
-    if (keeper_of(n))
-        keeper_bits_gone(keeper_of(n), bits);
+    return keeper_of(n) && keeper_bits_gone(keeper_of(n), bits);
 }
 
 /* ---- the room ---- */

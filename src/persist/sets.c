@@ -19,13 +19,13 @@ struct kept_set *keeper_set_of(const struct keeper *k, const struct bitmap *bits
     return NULL;
 }
 
-/* The set under EPOCH, which is one of the superblock's; NULL: none, or gone from memory. */
+/* The set under EPOCH, which is one of the superblock's; NULL: there is none. */
 struct kept_set *keeper_set_at(const struct keeper *k, uint64_t epoch)
 {
     struct kept_set *s;
 
     LIST_FOREACH (s, &k->sets, link)
-        if (epoch && s->bits && s->epoch == epoch)
+        if (epoch && s->epoch == epoch)
             return s;
     return NULL;
 }
@@ -61,6 +61,8 @@ void keeper_set_free(struct kept_set *s)
     LIST_REMOVE(s, link);
     if (--s->of->sets == 0)
         free(s->of);
+    if (s->gone)
+        bitmap_free(s->bits);
     segment_remove(s->segment);
     free(s);
 }

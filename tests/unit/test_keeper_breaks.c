@@ -25,8 +25,10 @@ enum fault { NO_FAULT, FAILS, FAILS_THOUGH_DONE, FULL };
 struct life {
     struct world world, *real;
     enum fault fault;
-    unsigned arm;  /* so many as LEFT when the body says */
-    unsigned left; /* operations on tide files and segments until one fails; 0: none does */
+    unsigned arm; /* so many as LEFT when the body says */
+    unsigned arm_again;
+    unsigned data_syncs; /* of images, until one fails; 0: none does */
+    unsigned left;       /* operations on tide files and segments until one fails; 0: none does */
     bool no_statx;
     unsigned bad_dir_syncs; /* so many syncs of directories fail */
     uint64_t die_after_ns;  /* a write of data takes so long, and then it ends; 0: it does not */
@@ -105,6 +107,9 @@ static int64_t perform(struct world *w, struct io_op *op)
         l->bad_dir_syncs--;
         return -EIO;
     }
+    if ((op->kind == IO_DATASYNC || op->kind == IO_SYNC) && !l->ours[op->fd] && l->data_syncs &&
+        --l->data_syncs == 0)
+        return -EIO;
     bool fails = l->left && has_effect(l, op) && --l->left == 0;
     if (fails && l->fault != FAILS_THOUGH_DONE)
         return l->fault == FULL ? -ENOSPC : -EIO;
@@ -256,7 +261,7 @@ static void make_disks(void)
 
 static int setup(void **state)
 {
-    snprintf(dir, sizeof dir, "/tmp/breaks-XXXXXX");
+    snprintf(dir, sizeof dir, "%s/breaks-XXXXXX", access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm");
     assert_non_null(mkdtemp(dir));
     make_disks();
     return 0;
@@ -924,6 +929,48 @@ static void every_operation_fails_once(enum fault fault, bool power_loss)
     }
 }
 
+/* A clear of the group cannot flush the last disk, and its undo cannot be made durable: superblocks
+ * name sets that no bitmap has any more. Then a removal fails. */
+static void clear_and_remove_all(struct life *l)
+{
+    for (unsigned i = 0; i < DISKS; i++)
+        CHECK(write_at(l, i, AT) == 0);
+    l->data_syncs = DISKS;
+    l->left = l->arm;
+    CHECK(act(l, DISKS, "clear", "") < 0);
+    say(l->left ? "whole" : "undone");
+    for (unsigned i = 0; i < DISKS - 1; i++)
+        CHECK(write_at(l, i, 2 * AT) == 0);
+    l->left = l->arm_again;
+    if (act(l, DISKS, "remove", "") == 0)
+        say(was_said("whole") ? "whole" : l->left ? "removed, whole" : "removed");
+}
+
+/* A tide file may have been given up, which was told. */
+static void look_at_what_is_there(struct life *l)
+{
+    for (unsigned i = 0; i < DISKS; i++)
+        CHECK(!dirty_find(l->n[i], "b") ||
+              (generation_of(l, i) == 1 && is_dirty(l, i, 0) && is_dirty(l, i, AT) &&
+               (i == DISKS - 1 || is_dirty(l, i, 2 * AT))));
+}
+
+static void a_group_fails_after_one_that_was_undone(void **state)
+{
+    for (unsigned n = 2; n == 2 || !was_said("whole"); n += 2)
+        for (unsigned again = 1;; again += 3) {
+            each_file("", true);
+            make_disks();
+            run_life(begin_all);
+            run_life_with((struct life){
+                .body = clear_and_remove_all, .fault = FAILS, .arm = n, .arm_again = again});
+            lose_segments();
+            run_life(look_at_what_is_there);
+            if (was_said("removed, whole") || was_said("whole"))
+                break;
+        }
+}
+
 static void begin_one(struct life *l)
 {
     add(l);
@@ -1000,5 +1047,6 @@ static const struct CMUnitTest tests[] = {
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),
+    T(a_group_fails_after_one_that_was_undone),
 };
 UNIT_MAIN(tests)
