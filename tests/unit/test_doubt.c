@@ -134,8 +134,7 @@ static void change_all(struct life *l);
 static void kill_and_doubt(void (*body)(struct life *), void (*during)(struct life *),
                            unsigned lives, bool die, bool lose, void (*after)(struct life *))
 {
-    snprintf(dir, sizeof dir, "%s/keepers-XXXXXX", access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm");
-    assert_non_null(mkdtemp(dir));
+    make_dir();
     unsigned idle = 0;
     doubts = answers[0] = answers[1] = 0;
     static unsigned first[2]; /* a clear's doubts begin with this operation */
@@ -314,8 +313,7 @@ static void whatever_the_group_changes(void **state)
 /* A segment that only one of the answers names is gone: the disk opens all the same. */
 static void a_segment_in_doubt_is_gone(void **state)
 {
-    snprintf(dir, sizeof dir, "%s/keepers-XXXXXX", access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm");
-    assert_non_null(mkdtemp(dir));
+    make_dir();
     bool killed = true, seen = false;
     unsigned idle = 0;
     for (unsigned n = 1; killed; n++) {
@@ -382,8 +380,7 @@ static void a_new_tide_file_of_the_first_image_knows(void **state)
     unsigned idle = 0;
 
     format = "qcow2";
-    snprintf(dir, sizeof dir, "%s/keepers-XXXXXX", access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm");
-    assert_non_null(mkdtemp(dir));
+    make_dir();
     doubts = answers[0] = answers[1] = 0;
     for (unsigned n = 1; !doubts || idle <= 12; n++) {
         files(true);

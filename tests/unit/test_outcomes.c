@@ -329,8 +329,9 @@ static void set_stage(struct play *p)
                    UNIT);
         }
     }
-    p->then = xcalloc(1, SIZE);
-    p->old = xcalloc(1, SIZE);
+    static uint8_t then[SIZE], old[SIZE];
+    p->then = then;
+    p->old = old;
     memcpy(p->then, mem_of(p->s)->bytes, SIZE);
     memcpy(p->old, mem_of(p->t)->bytes, SIZE);
     memset(mem_of(p->t)->written, 0, UNITS * sizeof *mem_of(p->t)->written);
@@ -357,8 +358,6 @@ static void clear_stage(struct play *p)
     node_unref(p->t);
     node_unref(p->s2);
     node_unref(p->t2);
-    free(p->then);
-    free(p->old);
     events[0] = '\0';
 }
 
