@@ -38,6 +38,14 @@ if os.access("/dev/shm", os.W_OK):
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes more than half a minute")
     config.addinivalue_line("markers", "no_tidemarkd: does not need the tidemarkd binary")
+    config.addinivalue_line("markers", "xdist_group(name): one process for all of the group")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, so that no process works on alone at the end."""
+    def later(item):
+        return not item.get_closest_marker("xdist_group"), not item.get_closest_marker("long")
+    items.sort(key=later)
 
 
 @pytest.fixture
@@ -129,6 +137,7 @@ def pytest_runtest_makereport(item, call):
     if report.failed:
         env = [f"{key}={shlex.quote(os.environ[key])}" for key in KEPT if os.environ.get(key)]
         root = pathlib.Path(item.config.rootpath)
-        where = f"{item.location[0]}::{item.nodeid.split('::', 1)[-1]}"
+        name = item.nodeid.split("::", 1)[-1].split("@")[0]     # @: its xdist_group
+        where = f"{item.location[0]}::{name}"
         command = " ".join([*env, "/usr/bin/python3 -m pytest", shlex.quote(where)])
         report.sections.append(("repeat it with", f"cd {root} && {command}"))

@@ -15,7 +15,9 @@ from .table import all_sequences, run_sequence
 
 SELF = os.environ.get("TIDEMARK_PARITY") == "qsd"
 
-pytestmark = pytest.mark.skipif(not shutil.which(QSD), reason="qemu-storage-daemon not installed")
+# One process for all of them: test_each_listed_difference_occurs looks back at the others.
+pytestmark = [pytest.mark.skipif(not shutil.which(QSD), reason="qemu-storage-daemon not installed"),
+              pytest.mark.xdist_group("parity")]
 
 
 @pytest.fixture(scope="session")
