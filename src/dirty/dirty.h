@@ -187,7 +187,8 @@ struct dirty_state {
     struct bitmap *successor; /* NULL: none */
     /* Bits of the set that writes mark that no write has announced; NULL: none. */
     const struct bitmap *folded;
-    bool enabled; /* records (a busy one: its successor) */
+    bool unannounced; /* either set may have such bits */
+    bool enabled;     /* records (a busy one: its successor) */
     bool inconsistent;
     bool based; /* false: its base is not durable yet */
     uint64_t generation;

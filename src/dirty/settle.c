@@ -326,12 +326,12 @@ void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
         .generation = bm->generation + bm->rebased,
         .job = bm->rebased ? bm->job : bm->last_job,
     };
-    if (bm->unsettled || bm->answered)
-        ret->folded = s ? s->bits : bm->bits;
+    /* They may have been OR-ed into a set that has a successor meanwhile. */
+    ret->unannounced = bm->unsettled || bm->answered;
     if (bm->concluding) {
         ret->current = BROKEN(rolled_back_in_place) && !bm->rebased ? bm->bits : s->bits;
         ret->successor = NULL;
-        ret->folded = bm->unsettled || bm->answered ? s->bits : bm->folded;
+        ret->folded = bm->folded;
         ret->inconsistent = (bm->inconsistent && !bm->rebuilt) || s->inconsistent;
         ret->based = ret->based || bm->rebuilt;
     }

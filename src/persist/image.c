@@ -292,7 +292,7 @@ static bool is_settled(const struct dirty_bitmap *bm)
     struct dirty_state st;
 
     dirty_get_state(bm, &st);
-    return !st.successor && !st.folded && st.based && !dirty_busy(bm);
+    return !st.successor && !st.folded && !st.unannounced && st.based && !dirty_busy(bm);
 }
 
 static int check_settled(const struct image *im, struct error *err)

@@ -350,7 +350,7 @@ static bool is_unchanged(const struct keeper *k)
         const struct tide_bitmap *e = tide_table_find((struct tide_table *)t, dirty_name(bm));
         const struct kept_set *current = keeper_set_of(k, st.current);
         const struct kept_set *successor = st.successor ? keeper_set_of(k, st.successor) : NULL;
-        if (!e || !current || (st.successor && !successor) || st.folded ||
+        if (!e || !current || (st.successor && !successor) || st.folded || st.unannounced ||
             e->current.epoch != current->epoch ||
             e->successor.epoch != (successor ? successor->epoch : 0) || e->enabled != st.enabled ||
             e->inconsistent != st.inconsistent || e->based != st.based ||

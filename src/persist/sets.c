@@ -283,7 +283,7 @@ int keeper_write_unannounced(struct keeper *k, struct change *c, struct error *e
         struct dirty_bitmap *bm = dirty_find(k->node, e->name);
         struct dirty_state st;
         dirty_get_state(bm, &st);
-        const bool all_of_it = from_crash || ends(k, e);
+        const bool all_of_it = from_crash || ends(k, e) || st.unannounced;
         if (BROKEN(fold_not_synced))
             st.folded = NULL;
         bool folded_here = st.folded && !e->successor.epoch,
