@@ -56,6 +56,7 @@ struct groups {
     bool power; /* has gone since */
     bool removed_in_doubt;
     bool seen_whole; /* in this life, with all disks */
+    bool cut_before; /* a change before this one was cut: a doubt may be of that one yet */
 };
 
 static struct side *side_from(struct groups *c, unsigned i)
@@ -110,6 +111,15 @@ static bool is_here(const struct side *s)
 static struct dirty_bitmap *bitmap_of(struct groups *c, struct side *s)
 {
     return is_here(s) ? dirty_find(s->d->n, c->bitmap) : NULL;
+}
+
+/* Also those of other groups, with which a change may have been settled. */
+static bool whole_machine(struct groups *c)
+{
+    for (unsigned i = 0; i < c->h->n_disks; i++)
+        if (!c->h->disks[i].n || c->h->disks[i].coming)
+            return false;
+    return true;
 }
 
 static bool all_open(struct groups *c)
@@ -181,7 +191,7 @@ static void judge_side(struct groups *c, struct side *s, const char *when)
         return;
     dirty_get_state(bm, &st);
     judge_bits(c, s, when, s->base, &s->instant, st.current, st.successor);
-    if (dirty_held(bm) && c->change == CLEAR)
+    if (dirty_held(bm) && c->change == CLEAR && !c->cut_before)
         judge_bits(c, s, when, BASE_INSTANT, &s->next_instant, NULL, st.successor);
 }
 
@@ -332,7 +342,7 @@ static void look(struct groups *c, const char *when)
             continue;
         }
         if (bm && dirty_held(bm)) {
-            if (all_open(c) && !anything_may_be(c))
+            if (whole_machine(c) && !anything_may_be(c) && !c->h->m.n_full)
                 violation(c->h, "%s: '%s' is in doubt, and all disks are there", s->d->node,
                           c->bitmap);
             if (!tells_doubt(s->d->n))
@@ -362,6 +372,7 @@ static void look(struct groups *c, const char *when)
         return;
     if (c->change != NOTHING && !c->removed_in_doubt)
         judge_change(c);
+    c->cut_before |= c->change != NOTHING;
     for (struct side *s = first_side(c); s; s = next_side(c, s))
         look_at_side(c, s);
     end_change(c);
@@ -537,6 +548,7 @@ static void change(struct groups *c, struct life *l, enum change what)
             model_instant(&s->d->model, s->from, &s->next_instant);
     }
     c->commanded = r == 0;
+    c->cut_before &= r < 0;
     if (r < 0 && !c->h->with_faults && !(r == -EBUSY && somebody_doubts(c)))
         violation(c->h, "%s of '%s': %s", changes[what], c->bitmap, err.text);
     if (r == 0 && copies)

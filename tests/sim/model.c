@@ -179,15 +179,14 @@ void model_seen(struct model *m, uint64_t sector, uint32_t stamp, bool after_pow
             .stamp = stamp, .ok = true, .durable = true, .begun = now, .ended = now};
         return;
     }
-    for (unsigned k = cell->n; k-- > 0;) {
-        struct write_known *w = &cell->writes[k];
-        if (w->stamp != stamp)
-            continue;
-        if (cell->n > 1) { /* it stands above all else now */
-            w->begun = w->ended = now;
-            w->ok = true;
-        }
-        return;
+    /* Of two with this stamp it may be the one that is not durable. */
+    struct write_known *w = NULL;
+    for (unsigned k = cell->n; k-- > 0;)
+        if (cell->writes[k].stamp == stamp && (!w || (w->durable && !cell->writes[k].durable)))
+            w = &cell->writes[k];
+    if (w && cell->n > 1) { /* it stands above all else now */
+        w->begun = w->ended = now;
+        w->ok = true;
     }
 }
 

@@ -9,6 +9,8 @@
 
 #include <limits.h>
 
+enum { SEGMENT_HEADER = 4096 }; /* src/persist/segment.h */
+
 /* ---- somebody else writes ---- */
 
 /* Does the witness tell what is written now? */
@@ -87,6 +89,26 @@ static void save_segments(struct history *h)
     }
 }
 
+/* Words of a session that went on are nobody's to put back: nothing could tell. Their header is
+ * that of what is there now. */
+static void forget_what_went_on(struct history *h)
+{
+    struct dir *d = store_dir(&h->m.store, SIM_RUNTIME);
+    struct name *n;
+
+    for (struct saved_file *f = h->saved; d && f; f = f->next)
+        TAILQ_FOREACH (n, &d->names, link) {
+            if (!n->now || strcmp(n->text, f->path + sizeof SIM_RUNTIME))
+                continue;
+            uint64_t size;
+            uint8_t *now = inode_dump(n->now, &size);
+            if (size >= SEGMENT_HEADER && f->size >= SEGMENT_HEADER &&
+                memcmp(now, f->bytes, SEGMENT_HEADER) == 0)
+                f->size = 0;
+            free(now);
+        }
+}
+
 static bool lose_segments(struct history *h)
 {
     struct dir *d = store_dir(&h->m.store, SIM_RUNTIME);
@@ -106,8 +128,8 @@ static void bring_back_segments(struct history *h)
 {
     for (const struct saved_file *f = h->saved; f; f = f->next) {
         struct inode *i;
-        if (strstr(f->path,
-                   "-stamp")) /* an old one says that somebody else wrote: safe, and dull */
+        /* An old stamp says that somebody else wrote: safe, and dull. */
+        if (!f->size || strstr(f->path, "-stamp"))
             continue;
         if (store_create(&h->m.store, f->path, true, &i) == 0)
             (void)!inode_write(i, f->bytes, f->size, 0, false, NULL);
@@ -122,16 +144,17 @@ bool others_disturb_segments(struct history *h)
     bool disturbed = false;
     if (!with_others() || !h->with_runtime)
         return false;
-    /* Words of a session that went on are nobody's to put back: nothing could tell. */
     bool older = h->saved && h->saved_of != h->life_number;
     if (older && one_in(more, 4)) {
         machine_note(&h->m, "run segments of an older life are back");
+        forget_what_went_on(h);
         (void)lose_segments(h);
         bring_back_segments(h);
         disturbed = true;
     } else if (one_in(more, 12)) {
         machine_note(&h->m, "the run segments are lost");
         disturbed = lose_segments(h);
+        forget_saved(h); /* their session may go on without them */
     }
     if (one_in(more, 2)) {
         save_segments(h);
