@@ -17,7 +17,7 @@
  *               they are few enough for one transaction, no write is under way, and none has left
  *               so within the last second. Begun when the guest has its answer; if it writes on at
  *               once, the region it writes to is in use again, and stays
- *     close     writes everything, and says so (session.c, guarded.c)
+ *     close     writes what no copy has, and says so (session.c); an image gets all (guarded.c)
  *
  * One task a session does the first two and the fourth. It sleeps without a timer when there is
  * nothing to come: since an idle checkpoint nobody has written. It ends before the session does. */

@@ -628,6 +628,17 @@ void hot_table(const struct hot *h, uint32_t *table)
         table[i] = h->slots[i].state == SLOT_HOT ? h->slots[i].region : REGION_NONE;
 }
 
+size_t hot_unwritten(const struct hot *h, uint32_t *regions)
+{
+    const struct slot *s;
+    size_t n = 0;
+
+    TAILQ_FOREACH (s, &h->used, link)
+        regions[n++] = s->region;
+    qsort(regions, n, sizeof *regions, by_region);
+    return n;
+}
+
 void hot_retry(struct hot *h)
 {
     event_set(&h->go);

@@ -92,6 +92,9 @@ bool hot_is_cheap(const struct hot *h);
 /* The table as it must be told by a new tide file, together with the bits of the same moment (no
  * wait between): what is entering is not in it. TABLE has SLOTS entries. */
 void hot_table(const struct hot *h, uint32_t *table);
+/* The hot regions whose bits the areas may lack, in order; REGIONS has room for SLOTS. They have
+ * those of all others. */
+size_t hot_unwritten(const struct hot *h, uint32_t *regions);
 /* After a failure, when the owner has a new tide file: what failed is tried again. */
 void hot_retry(struct hot *h);
 void hot_fail(struct hot *h); /* cold writes get -EIO from now on */

@@ -76,6 +76,7 @@ struct keeper {
     bool runtime_told; /* whether its runtime directory is a good one */
     bool voided;   /* no other node's bitmaps of the image are there, or they are inconsistent */
     bool stale;    /* recovery has found what is to be written anew */
+    bool damaged;  /* or a damaged sector of an area: the close writes all of them */
     bool lost;     /* no tide file can be had: bitmaps are inconsistent after the next crash */
     bool refusing; /* nor can the old one be taken away: writes are refused */
     /* Of a qcow2 image: */
@@ -188,6 +189,8 @@ void keeper_begin_use(struct keeper *k);
 /* ---- writes.c ---- */
 
 extern const struct hot_ops keeper_hot_ops;
+/* While there is a table: the parts of the disk where areas may lack bits; caller frees. */
+struct range *keeper_unwritten(const struct keeper *k, size_t *n);
 /* Before a change that no bitmap of K's image hears of. */
 int keeper_void_others(struct keeper *k) MUST_CHECK;
 /* From now on the image's times may be of a write of ours. */

@@ -182,9 +182,11 @@ static int read_set(struct keeper *k, const struct found *f, const struct tide_b
     /* In a closed file nothing is torn; in one that was in use a torn sector is under hot regions,
      * and what is not makes a superset. */
     int r = tide_read_area(k->tide, b->extent[area.extent], area.epoch, bits, true, &bad, err);
-    if (r == 0 && bad)
+    if (r == 0 && bad) {
         log_warning("'%s': %llu bytes of bitmap '%s' were damaged and count as dirty",
                     k->options.path, (unsigned long long)bad, b->name);
+        k->damaged = true;
+    }
     return r;
 }
 

@@ -18,7 +18,7 @@ enum { HEADER_BYTES = 4096, HEADER_USED = 72, SESSION_AT = 24 };
 static const uint8_t magic[8] = {'t', 'm', 's', 'e', 'g', 'm', 't', '1'};
 
 struct segment {
-    char *path;
+    char *path; /* NULL: dropped */
     void *map;
     size_t length;
 };
@@ -195,8 +195,15 @@ void segment_remove(struct segment *s)
 {
     if (!s)
         return;
-    unlink_path(s->path);
+    if (s->path)
+        segment_drop(s);
     segment_close(s);
+}
+
+void segment_drop(struct segment *s)
+{
+    unlink_path(s->path);
+    free(steal(s->path));
 }
 
 void segment_unlink(const struct segments *of, uint64_t epoch)

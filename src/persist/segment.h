@@ -46,7 +46,8 @@ int segment_read(const struct segments *of, uint64_t epoch, struct bitmap *bits,
 int segment_grow(struct segment *s, struct bitmap *bits, uint64_t size_bytes,
                  struct error *err) MUST_CHECK;
 void segment_close(struct segment *s);  /* the file stays */
-void segment_remove(struct segment *s); /* closes, and the file goes */
+void segment_remove(struct segment *s); /* closes, and the file goes, if it has not been dropped */
+void segment_drop(struct segment *s);   /* the file goes, its words stay until it is closed */
 void segment_unlink(const struct segments *of, uint64_t epoch);
 /* All of this uuid that KEEP does not want, whatever their session, go. */
 void segments_sweep(const struct segments *of, bool (*keep)(void *opaque, uint64_t epoch),

@@ -211,8 +211,12 @@ void keeper_free(struct keeper *k)
 }
 
 /* Everything that memory knows is in the areas, the image is as durable as they are, and its
- * witness is taken after both: then the superblock may say that it is closed. */
-static int close_session(struct keeper *k, struct error *err)
+ * witness is taken after both: then the superblock may say that it is closed.
+ *
+ * An area lacks no more than what is in UNWRITTEN: a power loss a moment ago would have relied on
+ * that, too. NULL: it may lack anything, and so does one that has just got its room. */
+static int close_session(struct keeper *k, const struct range *unwritten, size_t n_unwritten,
+                         struct error *err)
 {
     const struct range all = range_make(0, node_size(k->node));
     CLEANUP(super_fini) struct super s = {0};
@@ -231,10 +235,13 @@ static int close_session(struct keeper *k, struct error *err)
             struct kept_set *set = keeper_set_at(k, areas[j]->epoch);
             if (!set)
                 continue;
+            bool some = unwritten && b->extent[areas[j]->extent];
             if (!b->extent[areas[j]->extent])
                 r = tide_allocate(k->tide, &s, tide_extent_bytes(s.size_bytes, b->granularity_bits),
                                   &b->extent[areas[j]->extent], err);
-            if (r == 0 && (r = keeper_write_area(k, b, *areas[j], set->bits, &all, 1)) < 0)
+            if (r == 0 &&
+                (r = keeper_write_area(k, b, *areas[j], set->bits, some ? unwritten : &all,
+                                       some ? n_unwritten : 1)) < 0)
                 error_set_errno(err, -r, "Could not write '%s'", k->options.path);
         }
     }
@@ -265,7 +272,10 @@ static void drop_all_segments(struct keeper *k, const struct super *old)
     if (!of.runtime)
         return;
     LIST_FOREACH (s, &k->sets, link)
-        segment_unlink(&of, s->epoch);
+        if (s->segment && !s->segment_ended)
+            segment_drop(s->segment);
+        else
+            segment_unlink(&of, s->epoch);
     stamp_unlink(&of);
 }
 
@@ -274,6 +284,8 @@ static void end_session(struct keeper *k)
 {
     struct error err = ERROR_INIT;
     CLEANUP(super_fini) struct super old = {0};
+    CLEANUP(memory_freep) struct range *unwritten = NULL;
+    size_t n_unwritten = 0;
     int r = 0;
 
     /* An image has no place for two outcomes: while it is in doubt its tide file has all. */
@@ -284,6 +296,8 @@ static void end_session(struct keeper *k)
     if (k->stale && !k->node->read_only && k->tide)
         r = keeper_commit(k, &err); /* what recovery has found is not found twice */
     checkpoint_stop(k);
+    if (k->hot && k->tide && !k->damaged)
+        unwritten = keeper_unwritten(k, &n_unwritten);
     hot_free(steal(k->hot));
     LOCKED(&k->lock); /* what is gone from memory may yet be collected (keeper_bits_gone) */
     if (!k->in_use || !k->tide || k->lost)
@@ -295,8 +309,8 @@ static void end_session(struct keeper *k)
         r = -EIO;
     if (r == 0)
         r = old.table.n == 0 && old.n_records == 0 ? tide_remove(steal(k->tide), &err)
-                                                   : close_session(k, &err);
-    k->in_use = false;
+                                                   : close_session(k, unwritten, n_unwritten, &err);
+    k->in_use = k->damaged = false;
     if (r == 0)
         drop_all_segments(k, &old);
     else

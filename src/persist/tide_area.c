@@ -17,7 +17,7 @@ enum {
     BLOCK_SECTORS = TIDE_ALIGN / AREA_SECTOR,
     BLOCK_PAYLOAD = BLOCK_SECTORS * AREA_PAYLOAD, /* bytes of the serial form */
     RUN_BLOCKS = 256,                             /* in one write */
-    WRITERS = 8,                                  /* runs in flight */
+    WRITERS = 64,                                 /* runs in flight */
     READ_BYTES = 1024 * 1024,
 };
 

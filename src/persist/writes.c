@@ -72,6 +72,29 @@ static int write_sets(struct keeper *k, bool recording, const struct range *rang
     return r;
 }
 
+static void ranges_of(const struct keeper *k, const uint32_t *regions, size_t n,
+                      struct range *ranges)
+{
+    const unsigned shift = tide_super(k->tide)->region_bits;
+    const uint64_t size = node_size(k->node);
+
+    for (size_t i = 0; i < n; i++) {
+        uint64_t start = (uint64_t)regions[i] << shift;
+        ranges[i] = start < size ? range_between(start, min_u64(start + (1ull << shift), size))
+                                 : range_make(0, 0);
+    }
+}
+
+struct range *keeper_unwritten(const struct keeper *k, size_t *n)
+{
+    CLEANUP(memory_freep) uint32_t *regions = xcalloc(k->options.slots, sizeof *regions);
+    struct range *ranges = xcalloc(k->options.slots, sizeof *ranges);
+
+    *n = hot_unwritten(k->hot, regions);
+    ranges_of(k, regions, *n, ranges);
+    return ranges;
+}
+
 /* Both sets of every bitmap. */
 static int hot_op_clean(void *owner, const uint32_t *regions, size_t n)
 {
@@ -81,13 +104,7 @@ static int hot_op_clean(void *owner, const uint32_t *regions, size_t n)
 
     if (!k->tide)
         return -EIO;
-    const unsigned shift = tide_super(k->tide)->region_bits;
-    const uint64_t size = node_size(k->node);
-    for (size_t i = 0; i < n; i++) {
-        uint64_t start = (uint64_t)regions[i] << shift;
-        ranges[i] = start < size ? range_between(start, min_u64(start + (1ull << shift), size))
-                                 : range_make(0, 0);
-    }
+    ranges_of(k, regions, n, ranges);
     const struct tide *t = k->tide;
     int r = write_sets(k, false, ranges, n);
     if (r < 0 || k->tide != t)

@@ -244,6 +244,53 @@ static void each_rest_has_its_checkpoint(void **state)
     machine_fini(&m);
 }
 
+/* ---- the close ---- */
+
+static uint64_t writes_before;
+
+static void is_clean_with(unsigned granules)
+{
+    CLEANUP(json_putp) struct json_object *info = persist_info(now.n);
+
+    TRUE_HERE(!strcmp(json_get_string(info, "state", ""), "clean"));
+    TRUE_HERE(dirty_bytes() == granules * GRANULE);
+}
+
+static void five_regions_are_copied(void)
+{
+    for (unsigned i = 0; i < 5; i++)
+        write_region(i);
+    rest(3 * SECOND);
+    writes_before = m.counts[IO_WRITE];
+}
+
+static void two_more_are_not(void)
+{
+    is_clean_with(5);
+    write_region(7);
+    write_region(200);
+    writes_before = m.counts[IO_WRITE];
+}
+
+static void all_are_there(void)
+{
+    is_clean_with(7);
+}
+
+/* All bits of this disk are in one block. */
+static void a_close_writes_the_bits_that_no_copy_has(void **state)
+{
+    begin("", 16);
+    now.region_bits = 14;
+    now.size = 256 << now.region_bits;
+    TRUE_HERE(one_life(five_regions_are_copied, 0) == 0);
+    TRUE_HERE(m.counts[IO_WRITE] - writes_before == 1); /* the superblock */
+    TRUE_HERE(one_life(two_more_are_not, 0) == 0);
+    TRUE_HERE(m.counts[IO_WRITE] - writes_before == 2);
+    TRUE_HERE(one_life(all_are_there, 0) == 0);
+    machine_fini(&m);
+}
+
 /* ---- period ---- */
 
 static void two_periods(void)
@@ -503,6 +550,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(at_rest_a_power_loss_adds_nothing),
     cmocka_unit_test(while_somebody_writes_a_disk_is_not_idle),
     cmocka_unit_test(each_rest_has_its_checkpoint),
+    cmocka_unit_test(a_close_writes_the_bits_that_no_copy_has),
     cmocka_unit_test(what_is_not_used_leaves_after_a_period),
     cmocka_unit_test(more_than_half_of_the_slots_are_not_without_copies),
     cmocka_unit_test(after_a_flush_if_it_is_cheap),

@@ -36,10 +36,18 @@ static bool in_table(const struct model *w, const uint32_t *table, uint32_t regi
 static void check(const struct model *w)
 {
     const char *broken;
+    uint32_t unwritten[SLOTS_MAX];
+    const size_t n = hot_unwritten(w->hot, unwritten);
 
+    for (size_t i = 1; i < n; i++)
+        assert_true(unwritten[i - 1] < unwritten[i]);
     for (uint32_t i = 0; i < REGIONS; i++) {
         if (w->marks[i] == w->durable[i])
             continue;
+        size_t at = 0;
+        while (at < n && unwritten[at] != i)
+            at++;
+        assert_true(at < n); /* else a clean end would forget it, too */
         assert_true(in_table(w, w->told, i));
         assert_true(!w->committing || in_table(w, w->coming, i));
     }
