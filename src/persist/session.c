@@ -279,6 +279,18 @@ static void drop_all_segments(struct keeper *k, const struct super *old)
     stamp_unlink(&of);
 }
 
+/* Has a set got bits that no superblock has been told of? */
+static bool has_unannounced(const struct keeper *k)
+{
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm)) {
+        struct dirty_state st;
+        dirty_get_state(bm, &st);
+        if (st.unannounced || st.folded)
+            return true;
+    }
+    return false;
+}
+
 /* Ends the session, if there is one, and tells what went wrong: then it is as after a kill. */
 static void end_session(struct keeper *k)
 {
@@ -296,7 +308,7 @@ static void end_session(struct keeper *k)
     if (k->stale && !k->node->read_only && k->tide)
         r = keeper_commit(k, &err); /* what recovery has found is not found twice */
     checkpoint_stop(k);
-    if (k->hot && k->tide && !k->damaged)
+    if (k->hot && k->tide && !k->damaged && !has_unannounced(k))
         unwritten = keeper_unwritten(k, &n_unwritten);
     hot_free(steal(k->hot));
     LOCKED(&k->lock); /* what is gone from memory may yet be collected (keeper_bits_gone) */
