@@ -59,7 +59,7 @@ struct machine {
     unsigned glimpses;
     struct dice glimpse_dice;
     uint64_t counts[64]; /* of operations, by kind */
-    uint64_t n_full; /* so often the disk had no room */
+    uint64_t n_full;     /* so often the disk had no room */
     uint64_t n_faults;
 };
 
