@@ -42,7 +42,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest comes first, so that no process works on alone at the end."""
+    """With several processes what takes longest comes first, so that none works on alone at the end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+
     def later(item):
         return not item.get_closest_marker("xdist_group"), not item.get_closest_marker("long")
     items.sort(key=later)
