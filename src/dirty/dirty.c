@@ -593,8 +593,6 @@ void dirty_release(struct dirty_bitmap *bm)
     if (bm->name)
         dirty_unwatch(home);
     dirty_free_bits(bm, bm->before);
-    dirty_free_bits(bm, bm->answered);
-    dirty_free_bits(bm, bm->unsettled);
     dirty_free_bits(bm, bm->bits);
     free(bm->last_job);
     free(bm->name);
@@ -722,8 +720,10 @@ struct bitmap *dirty_clear(struct dirty_bitmap *bm)
 void dirty_restore(struct dirty_bitmap *bm, struct bitmap *old)
 {
     assert(bitmap_size(old) == bitmap_size(bm->bits));
-    if (bm->marked_since && !BROKEN(undone_clear_drops_marks))
+    if (bm->marked_since && !BROKEN(undone_clear_drops_marks)) {
         bitmap_merge(old, bm->bits);
+        bm->unannounced = true;
+    }
     if (bm->before == old) {
         bm->before = NULL;
         bm->before_lent = false;

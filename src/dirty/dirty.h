@@ -187,7 +187,7 @@ struct dirty_state {
     struct bitmap *successor; /* NULL: none */
     /* Bits of the set that writes mark that no write has announced; NULL: none. */
     const struct bitmap *folded;
-    bool unannounced; /* either set may have such bits */
+    bool unannounced; /* either set may have such bits; so until a commit succeeds */
     bool enabled;     /* records (a busy one: its successor) */
     bool inconsistent;
     bool based; /* false: its base is not durable yet */

@@ -114,6 +114,7 @@ void dirty_unstart(struct dirty_bitmap *bm)
 
     dirty_assert_quiet(bm->home->node);
     bitmap_merge(bm->bits, s->bits);
+    bm->unannounced |= bitmap_count(s->bits) > 0;
     bm->enabled = s->enabled;
     bm->peak_bytes = max_u64(bm->peak_bytes, s->peak_bytes);
     bm->marked_since = true;
@@ -153,7 +154,7 @@ void dirty_answer(struct dirty_bitmap *bm, const struct dirty_answer *a)
     free(steal(bm->why_held));
     if (!a->yes) { /* what was written since is in the successor, as everywhere */
         bitmap_merge(s->bits, bm->bits);
-        bm->answered = steal(bm->bits);
+        bm->unannounced = true;
     }
     succeed(bm, false);
     bm->enabled = a->enabled;

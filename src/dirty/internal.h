@@ -46,9 +46,10 @@ struct dirty_bitmap {
     bool before_lent;  /* BEFORE is a transaction's for its undo: dirty_forget frees it */
     char *why_held;    /* in doubt, and what to say of it; NULL: it is not */
     const char *job;
-    struct bitmap *before;    /* what it was before a clear that is not durable yet; NULL: none */
-    struct bitmap *unsettled; /* the same, OR-ed back because it never will be */
-    struct bitmap *answered;  /* OR-ed into the bits by the answer to a doubt, not durable yet */
+    struct bitmap *before; /* what it was before a clear that is not durable yet; NULL: none */
+    /* Bits have been OR-ed into a set that the store knows, and no commit has taken them yet: of a
+     * clear or a start that is undone, or of the answer to a doubt. */
+    bool unannounced;
     const struct bitmap *folded; /* OR-ed into the successor by the outcome under way */
     uint64_t generation;
     char *last_job;

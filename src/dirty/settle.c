@@ -165,9 +165,7 @@ static int commit(struct node *const *nodes, size_t n, bool ending, struct error
                 settled(bm);
             bm->settling = false;
             if (r == 0) {
-                bm->ended = false;
-                dirty_free_bits(bm, steal(bm->answered));
-                dirty_free_bits(bm, steal(bm->unsettled));
+                bm->ended = bm->unannounced = false;
             }
         }
         if (dirty_home(all[i]))
@@ -219,17 +217,16 @@ static void unsettle(struct node *const *nodes, size_t n, const struct changes *
             if (!is_of(bm, c))
                 continue;
             if (bm->before) {
-                dirty_free_bits(bm, bm->unsettled);
-                bm->unsettled = steal(bm->before);
+                bitmap_merge(bm->successor ? bm->successor->bits : bm->bits, bm->before);
+                bm->unannounced = true;
+                dirty_free_bits(bm, steal(bm->before));
                 bm->peak_bytes = max_u64(bm->peak_bytes, bm->peak_before);
-                bitmap_merge(bm->successor ? bm->successor->bits : bm->bits, bm->unsettled);
             }
             if (bm->unbased)
                 dirty_set_inconsistent(bm);
             bm->unbased = false;
         }
     }
-    /* What is OR-ed in is told as such until a commit has had it. */
     struct error again = ERROR_INIT;
     if (dirty_commit(nodes, n, &again) < 0)
         log_warning("%s", again.text);
@@ -323,11 +320,10 @@ void dirty_get_state(const struct dirty_bitmap *bm, struct dirty_state *ret)
         .enabled = dirty_recording(bm),
         .inconsistent = bm->inconsistent,
         .based = !bm->unbased,
+        .unannounced = bm->unannounced,
         .generation = bm->generation + bm->rebased,
         .job = bm->rebased ? bm->job : bm->last_job,
     };
-    /* They may have been OR-ed into a set that has a successor meanwhile. */
-    ret->unannounced = bm->unsettled || bm->answered;
     if (bm->concluding) {
         ret->current = BROKEN(rolled_back_in_place) && !bm->rebased ? bm->bits : s->bits;
         ret->successor = NULL;

@@ -279,13 +279,13 @@ static void drop_all_segments(struct keeper *k, const struct super *old)
     stamp_unlink(&of);
 }
 
-/* Has a set got bits that no superblock has been told of? */
+/* Has a set got bits that no commit has taken? */
 static bool has_unannounced(const struct keeper *k)
 {
     for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm)) {
         struct dirty_state st;
         dirty_get_state(bm, &st);
-        if (st.unannounced || st.folded)
+        if (st.unannounced)
             return true;
     }
     return false;
