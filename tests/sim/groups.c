@@ -55,8 +55,8 @@ struct groups {
     bool grouped, always, disturbed;
     bool power; /* has gone since */
     bool removed_in_doubt;
-    bool seen_whole; /* in this life, with all disks */
-    bool cut_before; /* a change before this one was cut: a doubt may be of that one yet */
+    bool seen_whole;  /* in this life, with all disks */
+    bool removal_cut; /* before this change: a doubt may be of that one yet */
 };
 
 static struct side *side_from(struct groups *c, unsigned i)
@@ -111,15 +111,6 @@ static bool is_here(const struct side *s)
 static struct dirty_bitmap *bitmap_of(struct groups *c, struct side *s)
 {
     return is_here(s) ? dirty_find(s->d->n, c->bitmap) : NULL;
-}
-
-/* Also those of other groups, with which a change may have been settled. */
-static bool whole_machine(struct groups *c)
-{
-    for (unsigned i = 0; i < c->h->n_disks; i++)
-        if (!c->h->disks[i].n || c->h->disks[i].coming)
-            return false;
-    return true;
 }
 
 static bool all_open(struct groups *c)
@@ -191,7 +182,7 @@ static void judge_side(struct groups *c, struct side *s, const char *when)
         return;
     dirty_get_state(bm, &st);
     judge_bits(c, s, when, s->base, &s->instant, st.current, st.successor);
-    if (dirty_held(bm) && c->change == CLEAR && !c->cut_before)
+    if (dirty_held(bm) && c->change == CLEAR && !c->removal_cut)
         judge_bits(c, s, when, BASE_INSTANT, &s->next_instant, NULL, st.successor);
 }
 
@@ -323,12 +314,27 @@ static void end_change(struct groups *c)
     c->commanded = c->grouped = c->always = c->disturbed = c->power = false;
 }
 
-static bool tells_doubt(struct node *n)
+static bool tells_doubt(struct node *n, char coordinator[static SIM_PATH])
 {
     CLEANUP(json_putp) struct json_object *info = persist_info(n);
     struct json_object *doubt = info ? json_get(info, "in-doubt") : NULL;
-    return doubt && strlen(json_get_string(doubt, "group", "")) == 32 &&
-           strlen(json_get_string(doubt, "coordinator", "")) > 0;
+    if (!doubt || strlen(json_get_string(doubt, "group", "")) != 32)
+        return false;
+    snprintf(coordinator, SIM_PATH, "%s", json_get_string(doubt, "coordinator", ""));
+    return coordinator[0];
+}
+
+/* The disk of this tide file, which may be one of another group with which the change was settled.
+ */
+static bool is_open(struct groups *c, const char *tide)
+{
+    for (unsigned i = 0; i < c->h->n_disks; i++) {
+        const struct disk *d = &c->h->disks[i];
+        size_t n = strlen(d->path);
+        if (strncmp(tide, d->path, n) == 0 && strcmp(tide + n, ".tide") == 0)
+            return d->n && !d->coming;
+    }
+    return false;
 }
 
 static void look(struct groups *c, const char *when)
@@ -342,12 +348,13 @@ static void look(struct groups *c, const char *when)
             continue;
         }
         if (bm && dirty_held(bm)) {
-            if (whole_machine(c) && !anything_may_be(c) && !c->h->m.n_full)
-                violation(c->h, "%s: '%s' is in doubt, and all disks are there", s->d->node,
-                          c->bitmap);
-            if (!tells_doubt(s->d->n))
+            char knows[SIM_PATH];
+            if (!tells_doubt(s->d->n, knows))
                 violation(c->h, "%s: '%s' is in doubt, and no query says so", s->d->node,
                           c->bitmap);
+            if (is_open(c, knows) && !anything_may_be(c) && !c->h->m.n_full)
+                violation(c->h, "%s: '%s' is in doubt, and %s, which knows, is there", s->d->node,
+                          c->bitmap, knows);
             c->h->doubts++;
             all = false;
             judge_side(c, s, when);
@@ -372,7 +379,7 @@ static void look(struct groups *c, const char *when)
         return;
     if (c->change != NOTHING && !c->removed_in_doubt)
         judge_change(c);
-    c->cut_before |= c->change != NOTHING;
+    c->removal_cut |= c->change == REMOVE;
     for (struct side *s = first_side(c); s; s = next_side(c, s))
         look_at_side(c, s);
     end_change(c);
@@ -548,7 +555,7 @@ static void change(struct groups *c, struct life *l, enum change what)
             model_instant(&s->d->model, s->from, &s->next_instant);
     }
     c->commanded = r == 0;
-    c->cut_before &= r < 0;
+    c->removal_cut &= r < 0;
     if (r < 0 && !c->h->with_faults && !(r == -EBUSY && somebody_doubts(c)))
         violation(c->h, "%s of '%s': %s", changes[what], c->bitmap, err.text);
     if (r == 0 && copies)
@@ -641,7 +648,7 @@ static void run(void *self, struct life *l)
         history_nap(l, 5000);
         if (l->stopping)
             return;
-        (void)!history_open_late(l);
+        history_open_late(l);
         /* Whoever has opened it: what was lost while a disk was away is seen before anything new.
          */
         if (all_open(c) && !c->seen_whole) {

@@ -491,13 +491,12 @@ bool history_in_doubt(struct node *n)
     return false;
 }
 
-bool history_open_late(struct life *l)
+void history_open_late(struct life *l)
 {
     struct history *h = l->h;
-    bool any = false;
 
     if (!l->late || !one_in(&h->more_dice, 4))
-        return false;
+        return;
     l->late = false;
     for (unsigned i = 0; i < h->n_disks; i++) {
         struct disk *d = &h->disks[i];
@@ -514,9 +513,7 @@ bool history_open_late(struct life *l)
             if (h->clients[k].disk == d && h->clients[k].ops->opened)
                 h->clients[k].ops->opened(h->clients[k].self, l);
         h->m.faults = faults;
-        any = true;
     }
-    return any;
 }
 
 struct client_call {

@@ -193,8 +193,8 @@ const char *history_left(enum left left);
 /* Is a bitmap of the node in doubt, until the disk that knows is there? A change that was settled
  * together with a group's is then, too. */
 bool history_in_doubt(struct node *n);
-/* A disk that is absent comes. False: none does. */
-bool history_open_late(struct life *l);
+/* A disk that is absent comes, perhaps. */
+void history_open_late(struct life *l);
 /* Sleeps up to so many microseconds of the machine's time. */
 void history_nap(struct life *l, uint64_t max_us);
 bool history_job_lives(struct life *l, const char *id);
