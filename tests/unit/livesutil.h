@@ -240,10 +240,9 @@ static inline void clear_all(struct life *l)
 
 /* ---- files ---- */
 
-/* In memory where that can be: a kill leaves the page cache, and flushes cost nothing. */
 static inline void make_dir(void)
 {
-    snprintf(dir, sizeof dir, "%s/lives-XXXXXX", access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm");
+    snprintf(dir, sizeof dir, "%s/lives-XXXXXX", unit_tmp());
     assert_non_null(mkdtemp(dir));
 }
 

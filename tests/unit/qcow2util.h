@@ -55,11 +55,7 @@ static inline const char *scratch_path(const char *name)
     static unsigned next;
     char *p = path[next++ % 4];
     const char *dir = getenv("TMPDIR");
-    snprintf(p, 256, "%s/tidemark-qcow2-%d-%s",
-             dir                        ? dir
-             : access("/dev/shm", W_OK) ? "/tmp"
-                                        : "/dev/shm",
-             (int)getpid(), name);
+    snprintf(p, 256, "%s/tidemark-qcow2-%d-%s", dir ? dir : unit_tmp(), (int)getpid(), name);
     return p;
 }
 

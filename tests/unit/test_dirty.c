@@ -774,6 +774,27 @@ static int a_clear_that_failed_does_not_stand(void *arg)
     return 0;
 }
 
+static void clear(struct world *w, struct dirty_bitmap *bm)
+{
+    struct bitmap *old = dirty_clear(bm);
+
+    assert_int_equal(dirty_commit(&w->n, 1, NULL), 0);
+    dirty_forget(bm, old);
+}
+
+/* One that has been written to and cleared, over a loss of what was written: it is not settled yet.
+ */
+static struct dirty_bitmap *lose_what_was_cleared(struct world *w, struct test_store *s)
+{
+    dirty_set_store(w->g, &s->store);
+    struct dirty_bitmap *bm = add(w, "bm", 4096, DIRTY_PERSISTENT);
+    assert_int_equal(dirty_settle(&w->n, 1, NULL), 0);
+    world_write(w, range_make(0, 512));
+    clear(w, bm);
+    node_has_lost(w->n);
+    return bm;
+}
+
 /* The error of a flush is told once, here to a guest: what was lost is lost for the clear, too. */
 static int a_clear_does_not_hold_over_a_loss(void *arg)
 {
@@ -781,21 +802,12 @@ static int a_clear_does_not_hold_over_a_loss(void *arg)
     WORLD(w, 1 * MiB, 0);
     struct dirty_state st;
 
-    dirty_set_store(w.g, &s.store);
-    struct dirty_bitmap *bm = add(&w, "bm", 4096, DIRTY_PERSISTENT);
-    assert_int_equal(dirty_settle(&w.n, 1, NULL), 0);
-    world_write(&w, range_make(0, 512));
-    struct bitmap *old = dirty_clear(bm);
-    assert_int_equal(dirty_commit(&w.n, 1, NULL), 0);
-    dirty_forget(bm, old);
-    node_has_lost(w.n);
+    struct dirty_bitmap *bm = lose_what_was_cleared(&w, &s);
     assert_int_equal(dirty_settle(&w.n, 1, NULL), -EIO);
     dirty_get_state(bm, &st);
     assert_true(!st.successor && bitmap_get(dirty_bits(bm), 0));
     /* The next one begins after it. */
-    old = dirty_clear(bm);
-    assert_int_equal(dirty_commit(&w.n, 1, NULL), 0);
-    dirty_forget(bm, old);
+    clear(&w, bm);
     assert_int_equal(dirty_settle(&w.n, 1, NULL), 0);
     assert_int_equal(bitmap_count(dirty_bits(bm)), 0);
     return 0;
@@ -819,14 +831,7 @@ static int what_comes_back_is_told_until_it_is_taken(void *arg)
     WORLD(w, 1 * MiB, 0);
     struct dirty_state st;
 
-    dirty_set_store(w.g, &s.store);
-    struct dirty_bitmap *bm = add(&w, "bm", 4096, DIRTY_PERSISTENT);
-    assert_int_equal(dirty_settle(&w.n, 1, NULL), 0);
-    world_write(&w, range_make(0, 512));
-    struct bitmap *old = dirty_clear(bm);
-    assert_int_equal(dirty_commit(&w.n, 1, NULL), 0);
-    dirty_forget(bm, old);
-    node_has_lost(w.n);
+    struct dirty_bitmap *bm = lose_what_was_cleared(&w, &s);
     full = true;
     assert_int_equal(dirty_settle(&w.n, 1, NULL), -EIO);
     full = false;

@@ -25,10 +25,9 @@ enum fault { NO_FAULT, FAILS, FAILS_THOUGH_DONE, FULL };
 struct life {
     struct world world, *real;
     enum fault fault;
-    unsigned arm; /* so many as LEFT when the body says */
-    unsigned arm_again;
-    unsigned data_syncs; /* of images, until one fails; 0: none does */
-    unsigned left;       /* operations on tide files and segments until one fails; 0: none does */
+    unsigned arm, arm_again; /* so many as LEFT when the body says */
+    unsigned data_syncs;     /* of images, until one fails; 0: none does */
+    unsigned left; /* operations on tide files and segments until one fails; 0: none does */
     bool no_statx;
     unsigned bad_dir_syncs; /* so many syncs of directories fail */
     uint64_t die_after_ns;  /* a write of data takes so long, and then it ends; 0: it does not */
@@ -261,7 +260,7 @@ static void make_disks(void)
 
 static int setup(void **state)
 {
-    snprintf(dir, sizeof dir, "%s/breaks-XXXXXX", access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm");
+    snprintf(dir, sizeof dir, "%s/breaks-XXXXXX", unit_tmp());
     assert_non_null(mkdtemp(dir));
     make_disks();
     return 0;

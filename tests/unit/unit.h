@@ -22,6 +22,13 @@
     }
 
 #include <stdio.h>
+#include <unistd.h>
+
+/* Where files may be that need no disk: in memory, if that can be, flushes cost nothing. */
+static inline const char *unit_tmp(void)
+{
+    return access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm";
+}
 
 /* Whether AddressSanitizer is in: its shadow and red zones make measured memory meaningless. */
 #if defined(__SANITIZE_ADDRESS__)
