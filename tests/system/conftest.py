@@ -42,10 +42,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """With several processes what takes longest comes first, so that none works on alone at the end."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-
+    """What takes longest comes first, so that no process works on alone at the end."""
     def later(item):
         return not item.get_closest_marker("xdist_group"), not item.get_closest_marker("long")
     items.sort(key=later)

@@ -16,6 +16,7 @@ import pytest
 from tidemark_testlib import (
     Daemon, check_image, connect, create_image, find_tidemarkd, nbd_uri, qemu_img, temp_dir,
 )
+from tidemark_testlib.child import Child
 
 MiB = 1 << 20
 BLOCK = 4096
@@ -101,8 +102,7 @@ def run_backups(binary, directory, count, cluster_size, seed, env=None):
                binary=binary, directory=directory, env=env)
     with d:
         stamps = Stamps()
-        writers = [multiprocessing.Process(target=write_stamps, daemon=True,
-                                           args=(nbd_uri(sock, "disk"), stamps, n, seed))
+        writers = [Child(write_stamps, (nbd_uri(sock, "disk"), stamps, n, seed))
                    for n in range(WRITERS)]
         for writer in writers:
             writer.start()

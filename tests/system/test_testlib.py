@@ -1,15 +1,18 @@
 """The plumbing itself, tried on qemu-storage-daemon: it must work before it judges us."""
 
+import _thread
 import os
 import pathlib
 import shutil
 import subprocess
+import threading
 
 import pytest
 from tidemark_testlib import (
     QSD, Daemon, Exited, QMPError, Timeout, check_image, compare, connect, create_image, nbd_uri,
     qemu_io, sha256_of,
 )
+from tidemark_testlib.child import Child
 from tidemark_testlib.nbd import extents
 
 pytestmark = pytest.mark.skipif(not shutil.which(QSD), reason="qemu-storage-daemon not installed")
@@ -64,6 +67,23 @@ def test_nbd(tmp):
         assert extents(handle, "base:allocation") == [
             (0, 65536, 3), (65536, 65536, 0), (131072, (4 << 20) - 131072, 3)]
         handle.shutdown()
+
+
+def test_a_child_of_a_thread_that_python_did_not_start_ends_well(capfd):
+    ended, codes = threading.Event(), []
+
+    def start():
+        threading.current_thread()  # makes the _DummyThread
+        for work in (lambda: 0, lambda: 1 // 0):
+            child = Child(work, ())
+            child.start()
+            child.join(30)
+            codes.append(child.exitcode)
+        ended.set()
+    _thread.start_new_thread(start, ())
+    assert ended.wait(60)
+    assert codes == [0, 1]
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_a_file_system_that_is_not_allowed_does_not_vanish(tmp):

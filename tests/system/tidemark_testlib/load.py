@@ -20,6 +20,8 @@ import random
 import signal
 import time
 
+from .child import Child
+
 STRIPE = 1 << 20
 BLOCK = 512
 
@@ -55,8 +57,7 @@ class Load:
         self._unsure = multiprocessing.SimpleQueue()
         self._done = [multiprocessing.Value("q", 0, lock=False) for _ in range(clients)]
         self._clients = [
-            multiprocessing.Process(target=self._client, daemon=True,
-                                    args=(uri, n, clients, 1 / per_second, most, seed))
+            Child(self._client, (uri, n, clients, 1 / per_second, most, seed))
             for n in range(clients)]
         for client in self._clients:
             client.start()
