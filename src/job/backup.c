@@ -319,17 +319,6 @@ static int parse_bitmap_mode(const char *name, enum bitmap_mode *ret)
     return -EINVAL;
 }
 
-static int plan_on_error(struct json_object *data, const char *key, enum job_on_error *ret,
-                         struct error *err)
-{
-    const char *value = json_get_string(data, key, NULL);
-    int r = job_on_error_parse(value, JOB_ON_ERROR_REPORT);
-    if (r < 0)
-        return error_set(err, EINVAL, "Parameter '%s' does not accept value '%s'", key, value);
-    *ret = (enum job_on_error)r;
-    return 0;
-}
-
 /* Which combinations of sync, bitmap and mode make sense. */
 static int plan_bitmap(const struct backup_request *rq, struct plan *p, struct error *err)
 {
@@ -387,9 +376,9 @@ static int plan_make(const struct backup_request *rq, struct plan *p, struct err
     p->max_chunk = perf ? json_get_int(perf, "max-chunk", 0) : 0;
     /* use-copy-range is taken and not needed: a copy falls back to reading and writing anyway. */
 
-    int r = plan_on_error(rq->data, "on-source-error", &p->on_source_error, err);
+    int r = job_get_on_error(rq->data, "on-source-error", &p->on_source_error, err);
     if (r == 0)
-        r = plan_on_error(rq->data, "on-target-error", &p->on_target_error, err);
+        r = job_get_on_error(rq->data, "on-target-error", &p->on_target_error, err);
     if (r == 0)
         r = plan_bitmap(rq, p, err);
     if (r < 0)

@@ -173,17 +173,6 @@ static const struct job_driver compare_driver = {
 
 /* ---- making it ---- */
 
-static int parse_on_error(struct json_object *data, const char *key, enum job_on_error *ret,
-                          struct error *err)
-{
-    const char *value = json_get_string(data, key, NULL);
-    int r = job_on_error_parse(value, JOB_ON_ERROR_REPORT);
-    if (r < 0)
-        return error_set(err, EINVAL, "Parameter '%s' does not accept value '%s'", key, value);
-    *ret = (enum job_on_error)r;
-    return 0;
-}
-
 static int make_job(struct jobs *js, const struct compare_request *rq, struct compare **ret,
                     struct error *err)
 {
@@ -232,9 +221,9 @@ int compare_create(struct jobs *js, const struct compare_request *rq, struct job
     enum job_on_error on_source_error = 0, on_target_error = 0;
     struct compare *c;
 
-    int r = parse_on_error(rq->data, "on-source-error", &on_source_error, err);
+    int r = job_get_on_error(rq->data, "on-source-error", &on_source_error, err);
     if (r == 0)
-        r = parse_on_error(rq->data, "on-target-error", &on_target_error, err);
+        r = job_get_on_error(rq->data, "on-target-error", &on_target_error, err);
     if (r < 0)
         return r;
     if (rq->disk == rq->target)

@@ -61,7 +61,9 @@ enum job_on_error {
     JOB_ON_ERROR_STOP,   /* the job pauses until its user resumes it */
     JOB_ON_ERROR_AUTO,   /* enospc */
 };
-int job_on_error_parse(const char *name, enum job_on_error fallback);
+/* What ARGS say under KEY (BlockdevOnError's names); report, where they are silent. */
+int job_get_on_error(struct json_object *args, const char *key, enum job_on_error *ret,
+                     struct error *err) MUST_CHECK;
 
 struct job_node {
     struct edge *edge;

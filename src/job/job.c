@@ -580,16 +580,18 @@ void job_ready(struct job *j)
     raise_block_job(j, "BLOCK_JOB_READY", NULL);
 }
 
-int job_on_error_parse(const char *name, enum job_on_error fallback)
+int job_get_on_error(struct json_object *args, const char *key, enum job_on_error *ret,
+                     struct error *err)
 {
     static const char *const names[] = {"report", "ignore", "enospc", "stop", "auto"};
-    if (!name)
-        return fallback;
-    for (unsigned i = 0; i < ARRAY_SIZE(names); i++) {
-        if (strcmp(name, names[i]) == 0)
-            return (int)i;
-    }
-    return -EINVAL;
+    const char *name = json_get_string(args, key, "report");
+
+    for (unsigned i = 0; i < ARRAY_SIZE(names); i++)
+        if (strcmp(name, names[i]) == 0) {
+            *ret = (enum job_on_error)i;
+            return 0;
+        }
+    return error_set(err, EINVAL, "Parameter '%s' does not accept value '%s'", key, name);
 }
 
 bool job_go_on_after(struct job *j, enum job_on_error on_error, bool is_read, int code)
