@@ -19,12 +19,19 @@
 #define WITH_ASAN 0
 #endif
 
+#if WITH_ASAN
+#include "../large_blocks.h"
+#endif
+
 static bool life;
 
 bool heap_life(bool on)
 {
     bool was = life;
     life = on;
+#if WITH_ASAN
+    large_blocks_mark(on);
+#endif
     return was;
 }
 
@@ -108,164 +115,6 @@ static void discard_mappings(void)
 
 #if WITH_ASAN
 
-#include <sanitizer/asan_interface.h>
-
-/* A stack at its end and a buffer of some hundred KiB have so much shadow that the sanitizer would
- * map it anew instead of clearing it, thousands of times a second. */
-const char *__asan_default_options(void);
-const char *__asan_default_options(void)
-{
-    return "clear_shadow_mmap_threshold=16777216:quarantine_size_mb=16";
-}
-
-/* ---- large blocks ---- */
-
-/* The sanitizer maps a large block anew each time, with its shadow, and that took most of the time.
- * These are kept (mapped, and poisoned while nobody has them), the one that rests longest is next:
- * the program links with --wrap for what allocates. Between two blocks there is a poisoned page. */
-enum { BIG_FROM = 65536, BIG_SHIFT = 16, BIG_KINDS = 16, GUARD = 4096 };
-static const size_t big_bytes = (size_t)1 << 30;
-static char *bigs, *next_big;
-static struct big {
-    struct big *next;
-    size_t n;
-    bool used, of_life;
-} all_bigs[1 << 14]; /* by address */
-static struct {
-    struct big *first, **last;
-} resting[BIG_KINDS];
-
-void *__real_malloc(size_t n);
-void *__wrap_malloc(size_t n);
-void *__real_calloc(size_t n, size_t size);
-void *__wrap_calloc(size_t n, size_t size);
-void *__real_realloc(void *p, size_t n);
-void *__wrap_realloc(void *p, size_t n);
-int __real_posix_memalign(void **ret, size_t align, size_t n);
-int __wrap_posix_memalign(void **ret, size_t align, size_t n);
-void __real_free(void *p);
-void __wrap_free(void *p);
-
-static unsigned big_kind(size_t n)
-{
-    unsigned k = 0;
-    while (((size_t)BIG_FROM << k) < n + GUARD)
-        k++;
-    return k;
-}
-
-static char *big_memory(const struct big *b)
-{
-    return bigs + ((size_t)(b - all_bigs) << BIG_SHIFT) + GUARD;
-}
-
-/* The block that P is; NULL: none of these. */
-static struct big *big_of(const void *p)
-{
-    if (!bigs || (const char *)p < bigs || (const char *)p >= bigs + big_bytes)
-        return NULL;
-    struct big *b = &all_bigs[(size_t)((const char *)p - bigs) >> BIG_SHIFT];
-    if (!b->used || p != big_memory(b)) {
-        errno = EINVAL;
-        give_up("a large block is freed twice, or never was one");
-    }
-    return b;
-}
-
-/* NULL: it is not large, or too large. */
-static void *big_take(size_t n)
-{
-    if (n < BIG_FROM || n > big_bytes / 16)
-        return NULL;
-    unsigned k = big_kind(n);
-    struct big *b = resting[k].first;
-    if (!bigs) {
-        next_big = bigs = __real_mmap64(NULL, big_bytes, PROT_READ | PROT_WRITE,
-                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (bigs == MAP_FAILED)
-            give_up("large blocks");
-    }
-    if (b) {
-        resting[k].first = b->next;
-    } else {
-        size_t length = (size_t)BIG_FROM << k;
-        if ((size_t)(bigs + big_bytes - next_big) < length)
-            return NULL;
-        b = &all_bigs[(size_t)(next_big - bigs) >> BIG_SHIFT];
-        __asan_poison_memory_region(next_big, length);
-        next_big += length;
-    }
-    *b = (struct big){.n = n, .used = true, .of_life = life};
-    __asan_unpoison_memory_region(big_memory(b), n);
-    return big_memory(b);
-}
-
-static void big_give(struct big *b)
-{
-    unsigned k = big_kind(b->n);
-    __asan_poison_memory_region(big_memory(b), b->n);
-    b->used = false;
-    b->next = NULL;
-    if (!resting[k].first)
-        resting[k].last = &resting[k].first;
-    *resting[k].last = b;
-    resting[k].last = &b->next;
-}
-
-void *__wrap_malloc(size_t n)
-{
-    void *p = big_take(n);
-    return p ? p : __real_malloc(n);
-}
-
-void *__wrap_calloc(size_t n, size_t size)
-{
-    size_t bytes;
-    void *p = __builtin_mul_overflow(n, size, &bytes) ? NULL : big_take(bytes);
-    return p ? memset(p, 0, bytes) : __real_calloc(n, size);
-}
-
-int __wrap_posix_memalign(void **ret, size_t align, size_t n)
-{
-    void *p = align <= GUARD ? big_take(n) : NULL;
-    if (!p)
-        return __real_posix_memalign(ret, align, n);
-    *ret = p;
-    return 0;
-}
-
-void __wrap_free(void *p)
-{
-    struct big *b = big_of(p);
-    if (b)
-        big_give(b);
-    else
-        __real_free(p);
-}
-
-void *__wrap_realloc(void *p, size_t n)
-{
-    struct big *b = p ? big_of(p) : NULL;
-    if (!b || !n)
-        return b ? (big_give(b), NULL) : __real_realloc(p, n);
-    bool was = heap_life(b->of_life);
-    void *q = __wrap_malloc(n);
-    heap_life(was);
-    if (q) {
-        memcpy(q, p, b->n < n ? b->n : n);
-        big_give(b);
-    }
-    return q;
-}
-
-static void discard_bigs(void)
-{
-    struct big *end = bigs ? all_bigs + ((size_t)(next_big - bigs) >> BIG_SHIFT) : all_bigs;
-    for (struct big *b = all_bigs; b < end; b++)
-        if (b->used && b->of_life)
-            big_give(b);
-}
-
 /* ---- a set of what is allocated ---- */
 
 /* gcc 12 has it in its runtime and in no header. */
@@ -339,18 +188,19 @@ __attribute__((constructor)) static void hook(void)
     hooked = __sanitizer_install_malloc_and_free_hooks(allocated, freed) > 0;
     if (!hooked)
         give_up("no hooks");
+    large_blocks_stay();
 }
 
 void heap_discard(void)
 {
-    life = false;
+    heap_life(false);
     for (size_t i = 0; i < set_size; i++)
         if (set[i] && set[i] != DELETED)
             free((void *)(uintptr_t)set[i]);
     if (set_used)
         memset(set, 0, set_size * sizeof *set);
     set_used = 0;
-    discard_bigs();
+    large_blocks_discard();
     discard_mappings();
 }
 

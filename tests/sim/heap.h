@@ -6,7 +6,7 @@
  * malloc(): the arena starts anew with each life, at the same address, so that even what depends on
  * addresses repeats. With AddressSanitizer the allocator stays its own, so that it sees every wrong
  * access; its hooks tell us of each allocation, and what is left of a life is freed one by one.
- * Only blocks from 64 KiB on are ours there, too, poisoned by hand around and after their use.
+ * Only blocks from 64 KiB on are ours there, too (large_blocks.h).
  * Mappings (the tasks' stacks, big bitmaps) are counted in both: stacks are kept for the next task
  * of any life, the rest is unmapped. */
 #pragma once

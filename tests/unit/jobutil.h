@@ -17,7 +17,6 @@
 
 struct mem {
     uint8_t *bytes;
-    uint64_t capacity; /* of them */
     uint64_t cluster;
     unsigned yields; /* a request takes up to so many turns of the loop */
     struct rng rng;
@@ -42,42 +41,13 @@ static inline struct mem *mem_of(struct node *n)
     return n->state;
 }
 
-/* The bytes of disks that were closed, for the next ones of their size: a sanitizer maps a large
- * block anew each time, with its shadow, and that was most of what thousands of disks took. */
-static struct {
-    uint8_t *bytes;
-    uint64_t size;
-} mem_spare[8];
-
-static inline uint8_t *mem_take_bytes(uint64_t size)
-{
-    for (size_t i = 0; i < ARRAY_SIZE(mem_spare); i++)
-        if (mem_spare[i].bytes && mem_spare[i].size == size) {
-            uint8_t *bytes = mem_spare[i].bytes;
-            mem_spare[i].bytes = NULL;
-            return memset(bytes, 0, size);
-        }
-    return xcalloc(1, size);
-}
-
-static inline void mem_give_bytes(uint8_t *bytes, uint64_t size)
-{
-    size_t i = 0;
-    while (i < ARRAY_SIZE(mem_spare) - 1 && mem_spare[i].bytes)
-        i++;
-    free(mem_spare[i].bytes);
-    mem_spare[i].bytes = bytes;
-    mem_spare[i].size = size;
-}
-
 static inline int mem_open(struct node *n, struct json_object *options, struct error *err)
 {
     struct mem *m = n->state;
     n->size_bytes = json_get_uint(options, "size", 0);
     n->limits.request_alignment = 512;
     m->cluster = json_get_uint(options, "cluster", 0);
-    m->bytes = mem_take_bytes(n->size_bytes);
-    m->capacity = n->size_bytes;
+    m->bytes = xcalloc(1, n->size_bytes);
     m->written = xcalloc(n->size_bytes / 65536 + 1, sizeof *m->written);
     m->bad_times = -1;
     m->rng.s = test_seed();
@@ -86,7 +56,7 @@ static inline int mem_open(struct node *n, struct json_object *options, struct e
 
 static inline void mem_close(struct node *n)
 {
-    mem_give_bytes(mem_of(n)->bytes, mem_of(n)->capacity);
+    free(mem_of(n)->bytes);
     free(mem_of(n)->written);
     free(mem_of(n)->hollow);
 }

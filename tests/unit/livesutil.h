@@ -4,6 +4,7 @@
 #pragma once
 
 #include "blockutil.h"
+#include "plainworld.h"
 
 #include "dirty/dirty.h"
 #include "job/transaction.h"
@@ -25,6 +26,7 @@ static const char *format = "raw"; /* of the disks; or qcow2 */
 
 struct life {
     struct world world, *real;
+    struct plain_world plain;
     unsigned left;   /* operations until it ends; 0: it lives on */
     bool after;      /* it ends when the operation has been done */
     unsigned hidden; /* bits: disks whose tide file this life does not see */
@@ -119,11 +121,10 @@ static inline bool run_life(void (*body)(struct life *), unsigned n, bool after,
 
     if (child == 0) {
         struct life l = {.left = n, .after = after, .hidden = hidden, .body = body};
-        int error;
-        l.real = world_threads_open(&error);
+        plain_world_init(&l.plain);
+        l.real = &l.plain.world;
         l.world = (struct world){"killing", now, wall, dice, perform, turn};
-        int r = l.real ? loop_run_in(&l.world, live, &l) : error;
-        _exit(r == 0 ? 0 : 1);
+        _exit(loop_run_in(&l.world, live, &l) == 0 ? 0 : 1);
     }
     assert_true(child > 0);
     assert_int_equal(waitpid(child, &status, 0), child);

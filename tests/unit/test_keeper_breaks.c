@@ -2,6 +2,7 @@
  * forgotten, a group half advanced, a bitmap lost for nothing. Each life is a process that ends
  * when its body does, as if it was killed. */
 #include "blockutil.h"
+#include "plainworld.h"
 
 #include "copy/copy.h"
 #include "dirty/dirty.h"
@@ -24,6 +25,7 @@ enum fault { NO_FAULT, FAILS, FAILS_THOUGH_DONE, FULL };
 
 struct life {
     struct world world, *real;
+    struct plain_world plain;
     enum fault fault;
     unsigned arm, arm_again; /* so many as LEFT when the body says */
     unsigned data_syncs;     /* of images, until one fails; 0: none does */
@@ -153,8 +155,8 @@ static void run_life_with(struct life l)
     int status;
 
     if (child == 0) {
-        int error;
-        l.real = world_threads_open(&error);
+        plain_world_init(&l.plain);
+        l.real = &l.plain.world;
         l.world = (struct world){"faulty", now, wall, dice, perform, turn};
         (void)loop_run_in(&l.world, live, &l);
         _exit(1);
