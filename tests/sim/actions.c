@@ -374,11 +374,11 @@ static void learn_generations(struct actor *a)
         a->row[i].generation = look(a, a->row[i].name).generation;
 }
 
-/* A qcow2 image that was closed well since has no generation, and a new one begins far away: then
- * nobody knows. */
+/* A qcow2 image that was closed well since has no generation, and a new one begins far away (before
+ * the old one, if somebody has set the clock back): then nobody knows. */
 static bool is_another(struct actor *a, uint64_t now, uint64_t before)
 {
-    a->bad |= a->d->qcow2 && now > before + 16;
+    a->bad |= a->d->qcow2 && (now < before || now > before + 16);
     return now != before;
 }
 
