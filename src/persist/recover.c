@@ -21,9 +21,10 @@
  * job held is its current OR its successor: as if the job had failed. One that was to move on with
  * other disks is found by the answer to whether it has; without an answer both are kept (group.c).
  *
- * Nothing is written here. What has been found is written anew when the node is first written to or
- * closed (keeper.c: a session begins); until then the next open finds no less. Only that bitmaps
- * are inconsistent is written at once (session.c): what has told it may be gone next time. */
+ * Nothing is written here (tide.c takes away what is torn). What has been found is written anew
+ * when the node is first written to or closed (keeper.c: a session begins); until then the next
+ * open finds no less. Only that bitmaps are inconsistent is written at once (session.c): what has
+ * told it may be gone next time. */
 #include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
