@@ -18,7 +18,7 @@
 #include "machine.h"
 #include "model.h"
 
-enum { MAX_DISKS = 3, MAX_GUESTS = 4, MAX_CLIENTS = 9 };
+enum { MAX_DISKS = 3, MAX_GUESTS = 4, MAX_CLIENTS = 9, OTHER_SIZES = 32 };
 #define SIM_RUNTIME "/run/tidemark"
 
 struct history;
@@ -61,7 +61,9 @@ struct disk {
     bool process; /* its bitmaps are kept at level process */
     uint32_t cluster;
     uint64_t size;
-    uint64_t other_size; /* that it may have after a crash, because it was resized; 0: none */
+    /* Other sizes that it may have after a crash: it was resized, and not flushed since. */
+    uint64_t other_sizes[OTHER_SIZES];
+    unsigned n_other_sizes;
     uint64_t slots, region_bytes; /* of hot regions */
     struct model model;
     bool made;        /* and durable */
