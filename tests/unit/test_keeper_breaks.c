@@ -33,6 +33,9 @@ struct life {
     uint64_t die_after_ns;  /* a write of data takes so long, and then it ends; 0: it does not */
     bool resized;           /* an image, and that is not durable */
     bool ours[FDS];
+    bool no_new_tide;   /* there is no room for one */
+    bool die_in_unlink; /* of a tide file: it takes a while, and then the life ends */
+    bool unlinking;     /* that has begun */
     bool read_only;
     bool small_regions; /* of 64 KiB */
     void (*body)(struct life *l);
@@ -101,6 +104,14 @@ static int64_t perform(struct world *w, struct io_op *op)
     if (l->die_after_ns && op->kind == IO_WRITE && op->fd < FDS && !l->ours[op->fd]) {
         (void)!sleep_until(clock_after_ns(l->die_after_ns));
         l->real->perform(l->real, op);
+        _exit(KILLED);
+    }
+    if (l->no_new_tide && op->kind == IO_OPEN && (op->flags & O_CREAT) &&
+        strstr(op->path, ".tide.new"))
+        return -ENOSPC;
+    if (l->die_in_unlink && op->kind == IO_UNLINK && !strcmp(strrchr(op->path, '.'), ".tide")) {
+        l->unlinking = true;
+        (void)!sleep_until(clock_after_ns(NSEC_PER_SEC / 5));
         _exit(KILLED);
     }
     if (op->kind == IO_SYNC_DIR && l->bad_dir_syncs) {
@@ -673,6 +684,52 @@ static void a_first_tide_file_whose_name_is_not_durable(void **state)
     run_life(has_first);
 }
 
+static int write_while_it_unlinks(void *arg)
+{
+    struct life *l = arg;
+
+    while (!l->unlinking)
+        CHECK(sleep_until(clock_after_ns(NSEC_PER_SEC / 1000)) == 0);
+    (void)!write_at(l, 0, 2 * AT);
+    return 0;
+}
+
+static void die_while_it_gives_up(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    SCOPE(guest);
+    scope_spawn(&guest, write_while_it_unlinks, l);
+    l->fault = FAILS;
+    l->left = 1;
+    l->no_new_tide = l->die_in_unlink = true;
+    (void)!write_at(l, 0, AT); /* its transaction fails, and so does a new tide file */
+    CHECK(!"it ends in that write");
+}
+
+static void has_all_that_arrived(struct life *l)
+{
+    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
+    uint8_t byte;
+
+    CHECK(edge_read(l->e[0], range_make(2 * AT, 1), &byte, 0) == 0);
+    if (byte && bm && !dirty_inconsistent(bm))
+        CHECK(is_dirty(l, 0, 2 * AT));
+}
+
+/* The old tide file is still there, and is believed: sim --groups --seed 160304326. */
+static void a_write_while_the_tide_file_is_given_up(void **state)
+{
+    for (int power_loss = 0; power_loss < 2; power_loss++) {
+        each_file("", true);
+        make_disks();
+        run_life_with((struct life){.body = die_while_it_gives_up, .small_regions = true});
+        if (power_loss)
+            lose_segments();
+        run_life(has_all_that_arrived);
+    }
+}
+
 /* ---- what others write after a kill ---- */
 
 static void die_in_a_write(struct life *l)
@@ -1132,6 +1189,7 @@ static const struct CMUnitTest tests[] = {
     T(a_session_that_could_not_end),
     T(a_new_tide_file_whose_name_is_not_durable),
     T(a_first_tide_file_whose_name_is_not_durable),
+    T(a_write_while_the_tide_file_is_given_up),
     T(a_kill_with_writes_in_flight_and_then_another_writer),
     T(a_kill_in_a_long_write),
     T(a_kill_that_has_left_no_stamp),
