@@ -238,11 +238,14 @@ static void unsettle(struct node *const *nodes, size_t n, const struct changes *
 
 /* They have been settled by a later flush that succeeded, and the disk says now that it cannot be
  * made durable: an error is told to one of two flushes. Nor may a change be told to have failed and
- * stand. */
+ * stand. Until that is durable, guests wait: what they write is not marked any more. */
 static void distrust(struct node *const *nodes, size_t n, const struct changes *c)
 {
+    struct graph *g = node_graph(nodes[0]);
     struct error err = ERROR_INIT;
 
+    if (!BROKEN(distrusted_beside_guests))
+        graph_quiesce_begin(g, nodes, n);
     for (size_t i = 0; i < n; i++)
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
             for (size_t k = 0; bm->kept && k < c->n; k++)
@@ -250,6 +253,8 @@ static void distrust(struct node *const *nodes, size_t n, const struct changes *
                     dirty_set_inconsistent(bm);
     if (dirty_commit(nodes, n, &err) < 0)
         log_warning("%s", err.text);
+    if (!BROKEN(distrusted_beside_guests))
+        graph_quiesce_end(g, nodes, n);
 }
 
 /* What becomes pending while these are flushed is of another change, and needs another flush. */
