@@ -491,7 +491,7 @@ static void ended(void *self, enum life_end end, bool power, bool no_segments)
     else if (a->left == LEFT_CLEAN && end == END_KILLED)
         a->left = LEFT_KILLED;
     a->no_segments |= no_segments;
-    unsigned loss = power || (no_segments && (end == END_KILLED || a->h->with_faults));
+    unsigned loss = history_is_loss(a->h, end, power, no_segments);
     for (unsigned i = 0; i < a->n; i++)
         a->row[i].losses += loss;
     a->doing.losses += a->doing.kind != NOTHING ? loss : 0;

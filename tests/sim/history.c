@@ -104,6 +104,12 @@ const char *history_left(enum left left)
     return lefts[left];
 }
 
+bool history_is_loss(const struct history *h, enum life_end end, bool power, bool no_segments)
+{
+    return power || (no_segments && (end == END_KILLED || h->with_faults)) ||
+           (h->faulty && end == END_KILLED);
+}
+
 uint64_t history_budget(const struct disk *d, uint64_t granularity, unsigned losses)
 {
     return losses * d->slots * max_u64(d->region_bytes, granularity);
@@ -762,6 +768,7 @@ static void between(struct history *h, enum life_end end, bool faulty)
     bool power =
         one_in(&h->dice, end == END_CLEAN ? 4 : 2) || (settings.exhaustive && end == END_KILLED);
     h->life = NULL;
+    h->faulty = faulty;
     h->m.faults = (struct faults){.path = ""};
     enough_room(h);
     for (unsigned i = 0; i < h->n_disks; i++) {
