@@ -179,18 +179,18 @@ int dirty_commit(struct node *const *nodes, size_t n, struct error *err)
     return commit(nodes, n, something_ends(nodes, n), err);
 }
 
-static bool something_is_pending(struct node *const *nodes, size_t n)
+static bool something_is_pending(struct node *n)
 {
-    for (size_t i = 0; i < n; i++)
-        for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
-            if (bm->kept && is_pending(bm))
-                return true;
+    for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm))
+        if (bm->kept && is_pending(bm))
+            return true;
     return false;
 }
 
 /* What waits for its dirty_settle on these nodes is settled before something new is: what was
  * before a clear, and what has been marked since, are two sets already, and another clear would
- * have no place for the second. */
+ * have no place for the second. Each change by itself, with all its disks: together they would be
+ * one group, and a disk of one in doubt when the first disk of another is not there. */
 int dirty_begin(struct node *const *nodes, size_t n, struct error *err)
 {
     struct dirty_graph *dg = n ? dirty_graph_of(nodes[0]) : NULL;
@@ -198,7 +198,11 @@ int dirty_begin(struct node *const *nodes, size_t n, struct error *err)
     if (dg)
         dg->changes++;
     int r = dirty_join(nodes, n, err);
-    return r == 0 && something_is_pending(nodes, n) ? commit(nodes, n, true, err) : r;
+    for (size_t i = 0; r == 0 && i < n; i++)
+        if (something_is_pending(nodes[i]))
+            r = BROKEN(pending_settled_together) ? commit(nodes, n, true, err)
+                                                 : commit(&nodes[i], 1, true, err);
+    return r;
 }
 
 int dirty_join(struct node *const *nodes, size_t n, struct error *err)
@@ -234,11 +238,14 @@ static void unsettle(struct node *const *nodes, size_t n, const struct changes *
 
 /* They have been settled by a later flush that succeeded, and the disk says now that it cannot be
  * made durable: an error is told to one of two flushes. Nor may a change be told to have failed and
- * stand. */
+ * stand. Until that is durable, guests wait: what they write is not marked any more. */
 static void distrust(struct node *const *nodes, size_t n, const struct changes *c)
 {
+    struct graph *g = node_graph(nodes[0]);
     struct error err = ERROR_INIT;
 
+    if (!BROKEN(distrusted_beside_guests))
+        graph_quiesce_begin(g, nodes, n);
     for (size_t i = 0; i < n; i++)
         for (struct dirty_bitmap *bm = dirty_first(nodes[i]); bm; bm = dirty_next(bm))
             for (size_t k = 0; bm->kept && k < c->n; k++)
@@ -246,6 +253,8 @@ static void distrust(struct node *const *nodes, size_t n, const struct changes *
                     dirty_set_inconsistent(bm);
     if (dirty_commit(nodes, n, &err) < 0)
         log_warning("%s", err.text);
+    if (!BROKEN(distrusted_beside_guests))
+        graph_quiesce_end(g, nodes, n);
 }
 
 /* What becomes pending while these are flushed is of another change, and needs another flush. */

@@ -123,7 +123,8 @@ static int replace_tide(struct keeper *k, struct change *c, struct error *err)
     return 0;
 }
 
-/* No tide file can be had. What is left of the old one must not be believed. */
+/* No tide file can be had. What is left of the old one must not be believed: until it is gone
+ * writes wait (keeper_before_write), and bitmaps are what they were. */
 void keeper_give_up(struct keeper *k, const struct error *why)
 {
     struct error err = ERROR_INIT;
@@ -131,6 +132,7 @@ void keeper_give_up(struct keeper *k, const struct error *why)
     log_error("Node '%s': %s: its bitmaps do not survive from now on", node_name(k->node),
               why->text);
     k->lost = true;
+    k->giving_up = !BROKEN(give_up_not_awaited);
     int r = 0;
     if (k->options.image) {
         /* Memory has them all, and a clean end saves them in the image. */
@@ -138,10 +140,11 @@ void keeper_give_up(struct keeper *k, const struct error *why)
         r = BROKEN(give_up_keeps_guard) ? 0 : qcow2_guard_void(k->node, &err);
         k->guarded = false;
     } else {
-        keeper_distrust(k, why->text);
         if (k->tide)
             r = tide_remove(steal(k->tide), &err);
+        keeper_distrust(k, why->text);
     }
+    k->giving_up = false;
     if (r < 0) {
         log_error("Node '%s': %s: writes are refused", node_name(k->node), err.text);
         k->refusing = true;

@@ -74,11 +74,12 @@ struct keeper {
     uint64_t taken;    /* by so many writes, or waited for */
     bool in_use;       /* a session is open: the superblock says so, durably */
     bool runtime_told; /* whether its runtime directory is a good one */
-    bool voided;   /* no other node's bitmaps of the image are there, or they are inconsistent */
-    bool stale;    /* recovery has found what is to be written anew */
-    bool damaged;  /* or a damaged sector of an area: the close writes all of them */
-    bool lost;     /* no tide file can be had: bitmaps are inconsistent after the next crash */
-    bool refusing; /* nor can the old one be taken away: writes are refused */
+    bool voided;    /* no other node's bitmaps of the image are there, or they are inconsistent */
+    bool stale;     /* recovery has found what is to be written anew */
+    bool damaged;   /* or a damaged sector of an area: the close writes all of them */
+    bool lost;      /* no tide file can be had: bitmaps are inconsistent after the next crash */
+    bool giving_up; /* so what would be believed is being taken away, under `lock` */
+    bool refusing;  /* nor can the old one be taken away: writes are refused */
     /* Of a qcow2 image: */
     bool void_tide; /* it does not vouch for the tide file, whose uuid must not be used again */
     bool guarded;   /* it does, durably */

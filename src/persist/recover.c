@@ -21,9 +21,10 @@
  * job held is its current OR its successor: as if the job had failed. One that was to move on with
  * other disks is found by the answer to whether it has; without an answer both are kept (group.c).
  *
- * Nothing is written here. What has been found is written anew when the node is first written to or
- * closed (keeper.c: a session begins); until then the next open finds no less. Only that bitmaps
- * are inconsistent is written at once (session.c): what has told it may be gone next time. */
+ * Nothing is written here (tide.c takes away what is torn). What has been found is written anew
+ * when the node is first written to or closed (keeper.c: a session begins); until then the next
+ * open finds no less. Only that bitmaps are inconsistent is written at once (session.c): what has
+ * told it may be gone next time. */
 #include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
@@ -118,8 +119,18 @@ bool keeper_has_segments(struct keeper *k, const struct super *s)
 static int weigh(struct keeper *k, struct found *f, struct error *err)
 {
     const struct super *s = tide_super(k->tide);
+    CLEANUP(memory_freep) uint32_t *table = xcalloc(s->slots, sizeof *table);
+    struct error bad = ERROR_INIT;
     char why[160];
 
+    /* Also if the table is not asked for: the next session begins its ring over the block that a
+     * crash has torn. Elsewhere that one stays, and behind one that the next crash tears it would
+     * be the second, with which the ring is not believed. */
+    int ring = s->in_use && s->level == TIDE_POWER
+                   ? tide_read_ring(k->tide, table, &k->ring_next, &bad)
+                   : 0;
+    if (BROKEN(torn_block_stays))
+        k->ring_next = s->ring_sequence;
     if (s->size_bytes != node_size(k->node) && s->resizing_bytes != node_size(k->node)) {
         keeper_decide(k, RECOVERY_NONE, "the disk has another size");
         return 0;
@@ -154,12 +165,11 @@ static int weigh(struct keeper *k, struct found *f, struct error *err)
         keeper_decide(k, RECOVERY_NONE, "the run segment is gone, and the level is 'process'");
         return 0;
     }
-    struct error bad = ERROR_INIT;
-    f->table = xcalloc(s->slots, sizeof *f->table);
-    if (tide_read_ring(k->tide, f->table, &k->ring_next, &bad) < 0) {
+    if (ring < 0) {
         keeper_decide(k, RECOVERY_NONE, bad.text);
         return 0;
     }
+    f->table = steal(table);
     keeper_decide(k, RECOVERY_SUPERSET, "the power failed, or the run segment is gone");
     return 0;
 }

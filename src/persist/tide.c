@@ -7,6 +7,7 @@
  *   found by whoever opens the file.
  * - A new file is complete and synced under a name of its own before it has the real one, and the
  *   directory is synced before anybody hears of it.
+ * - What a crash has torn is never made whole by a later crash.
  * - Room for an extent is durable before a superblock can name it.
  * - After a failed write or sync nothing is reported as durable any more: the outcome is unknown,
  *   and the kernel reports an error of the page cache only once, to whoever asks first. With
@@ -15,12 +16,17 @@
 #include "persist/tide_internal.h"
 
 #include "base/broken.h"
+#include "base/log.h"
 #include "block/driver.h"
 #include "rt/clock.h"
 #include "rt/io.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <isa-l/mem_routines.h>
+
+/* What a power loss leaves old or new. */
+enum { SECTOR = 512 };
 
 #define LOCK_PATIENCE_NS (2 * NSEC_PER_SEC)
 #define LOCK_PAUSE_NS (NSEC_PER_SEC / 50)
@@ -77,6 +83,20 @@ void tide_close(struct tide *t)
     free(t->buf);
     free(t->path);
     free(t);
+}
+
+/* Writes, durably: with O_DIRECT several at a time, else in turns. */
+static int write_durable(struct tide *t, const void *buf, size_t n, uint64_t offset)
+{
+    assert(!t->read_only);
+    if (!t->direct)
+        (void)!mutex_lock(&t->durable);
+    int sync = BROKEN(tide_decision_not_durable) ? 0 : RWF_DSYNC;
+    int r = t->failed ? -EIO : io_pwrite_full(t->fd, buf, n, offset, sync);
+    r = tide_outcome(t, r);
+    if (!t->direct)
+        mutex_unlock(&t->durable);
+    return r;
 }
 
 /* ---- opening ---- */
@@ -182,8 +202,26 @@ static int read_slot(struct tide *t, unsigned slot, struct super *s, struct erro
     return super_decode(t->buf, TIDE_SUPER_BYTES, s, why);
 }
 
-/* The valid superblock of the higher sequence. */
-static int read_super(struct tide *t, struct error *err)
+/* A crash has torn what is in the slot that does not count. The superblock that is written there
+ * next, and torn as well, may have just the sectors that it lacks: it would be valid then, and
+ * newer than what has been told, and done, in between. So first it loses, durably, the sector that
+ * has its checksum, and nothing else that could make it whole. If that fails the file has failed,
+ * and nothing more is written to it. */
+static void void_torn(struct tide *t)
+{
+    const uint64_t at = t->slot ? 0 : TIDE_SUPER_BYTES;
+
+    if (io_pread_full(t->fd, t->buf, TIDE_ALIGN, at) < 0)
+        memset(t->buf, 0, TIDE_ALIGN);
+    else if (isal_zero_detect(t->buf, SECTOR) == 0)
+        return;
+    memset(t->buf, 0, SECTOR);
+    if (write_durable(t, t->buf, TIDE_ALIGN, at) < 0)
+        log_warning("Tide file '%s': a torn superblock cannot be taken away", t->path);
+}
+
+/* The valid superblock of the higher sequence. TORN: what is in the other slot is none. */
+static int read_super(struct tide *t, bool *torn, struct error *err)
 {
     struct super s[2] = {{.sequence = 0}, {.sequence = 0}};
     struct error why[2] = {ERROR_INIT, ERROR_INIT};
@@ -200,6 +238,7 @@ static int read_super(struct tide *t, struct error *err)
     } else {
         t->slot = r[0] < 0 || (r[1] == 0 && s[1].sequence > s[0].sequence);
         super_copy(&t->super, &s[t->slot]);
+        *torn = r[!t->slot] < 0;
     }
     super_fini(&s[0]);
     super_fini(&s[1]);
@@ -209,6 +248,7 @@ static int read_super(struct tide *t, struct error *err)
 static int open_and_read(struct tide *t, struct error *err)
 {
     struct stat st;
+    bool torn = false;
     int r = open_locked(t, err);
     if (r < 0)
         return r;
@@ -224,13 +264,15 @@ static int open_and_read(struct tide *t, struct error *err)
         r = 0;
     if (r < 0)
         return error_set_errno(err, -r, "syncing tide file '%s'", t->path);
-    r = read_super(t, err);
+    r = read_super(t, &torn, err);
     if (r < 0)
         return r;
     t->end = t->super.extents_end;
     if ((uint64_t)st.st_size < t->end)
         return error_set(err, EBADMSG, "tide file '%s' has %lld bytes, and its areas end at %llu",
                          t->path, (long long)st.st_size, (unsigned long long)t->end);
+    if (torn && !t->read_only && !BROKEN(torn_superblock_left))
+        void_torn(t);
     return 0;
 }
 
@@ -287,20 +329,6 @@ int tide_remove(struct tide *t, struct error *err)
 }
 
 /* ---- what decides ---- */
-
-/* Writes, durably: with O_DIRECT several at a time, else in turns. */
-static int write_durable(struct tide *t, const void *buf, size_t n, uint64_t offset)
-{
-    assert(!t->read_only);
-    if (!t->direct)
-        (void)!mutex_lock(&t->durable);
-    int sync = BROKEN(tide_decision_not_durable) ? 0 : RWF_DSYNC;
-    int r = t->failed ? -EIO : io_pwrite_full(t->fd, buf, n, offset, sync);
-    r = tide_outcome(t, r);
-    if (!t->direct)
-        mutex_unlock(&t->durable);
-    return r;
-}
 
 int tide_sync(struct tide *t)
 {

@@ -40,8 +40,10 @@ int tide_create(const char *path, struct super *s, const struct bitmap *const *c
 
 /* Locks it (unless READ_ONLY; another's lock is awaited for two seconds, because the kernel may be
  * slow to bury a killed one), syncs it, so that what is read is what the disk has, and reads the
- * newest valid superblock. -ENOENT: none there. -EBUSY: another has it. -EBADMSG: no valid
- * superblock, or one of another version, or the file is shorter than it says; ERR says which. */
+ * newest valid superblock; what a crash has torn of another one is taken away, durably, unless
+ * READ_ONLY (or the file has failed). -ENOENT: none there. -EBUSY: another has it. -EBADMSG: no
+ * valid superblock, or one of another version, or the file is shorter than it says; ERR says which.
+ */
 int tide_open(const char *path, bool read_only, struct tide **ret, struct error *err) MUST_CHECK;
 void tide_close(struct tide *t); /* the file stays; NULL is allowed; nothing is in flight */
 /* The file goes, its directory is synced. Closes T in any case. */

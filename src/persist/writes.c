@@ -315,6 +315,15 @@ static void one_has_given(struct keeper *k)
         k->takes = k->recording;
 }
 
+/* The old tide file, or the guard, may still be found by the next program: a write that passes now
+ * would be in none of the bitmaps that it has. */
+static void await_end(struct keeper *k)
+{
+    if (k->giving_up) {
+        LOCKED(&k->lock);
+    }
+}
+
 static int let_pass(struct keeper *k, struct range r)
 {
     /* Asked before "is it hot?": a write to a hot region is a first change, too. */
@@ -324,6 +333,7 @@ static int let_pass(struct keeper *k, struct range r)
         result = BROKEN(others_not_voided) ? 0 : keeper_void_others(k);
     if (result < 0)
         return result;
+    await_end(k);
     if (k->refusing)
         return -EIO;
     if (k->lost)

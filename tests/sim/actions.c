@@ -374,11 +374,11 @@ static void learn_generations(struct actor *a)
         a->row[i].generation = look(a, a->row[i].name).generation;
 }
 
-/* A qcow2 image that was closed well since has no generation, and a new one begins far away: then
- * nobody knows. */
+/* A qcow2 image that was closed well since has no generation, and a new one begins far away (before
+ * the old one, if somebody has set the clock back): then nobody knows. */
 static bool is_another(struct actor *a, uint64_t now, uint64_t before)
 {
-    a->bad |= a->d->qcow2 && now > before + 16;
+    a->bad |= a->d->qcow2 && (now < before || now > before + 16);
     return now != before;
 }
 
@@ -491,7 +491,7 @@ static void ended(void *self, enum life_end end, bool power, bool no_segments)
     else if (a->left == LEFT_CLEAN && end == END_KILLED)
         a->left = LEFT_KILLED;
     a->no_segments |= no_segments;
-    unsigned loss = power || (no_segments && (end == END_KILLED || a->h->with_faults));
+    unsigned loss = history_is_loss(a->h, end, power, no_segments);
     for (unsigned i = 0; i < a->n; i++)
         a->row[i].losses += loss;
     a->doing.losses += a->doing.kind != NOTHING ? loss : 0;

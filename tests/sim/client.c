@@ -490,7 +490,7 @@ static void ended(void *self, enum life_end end, bool power, bool no_segments)
         c->left = LEFT_KILLED;
     c->clean = end == END_CLEAN;
     c->no_segments |= no_segments;
-    unsigned loss = power || (no_segments && (end == END_KILLED || c->h->with_faults));
+    unsigned loss = history_is_loss(c->h, end, power, no_segments);
     c->losses += loss;
     c->backup.losses += c->backup.running ? loss : 0;
 }

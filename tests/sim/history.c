@@ -104,6 +104,12 @@ const char *history_left(enum left left)
     return lefts[left];
 }
 
+bool history_is_loss(const struct history *h, enum life_end end, bool power, bool no_segments)
+{
+    return power || (no_segments && (end == END_KILLED || h->with_faults)) ||
+           (h->faulty && end == END_KILLED);
+}
+
 uint64_t history_budget(const struct disk *d, uint64_t granularity, unsigned losses)
 {
     return losses * d->slots * max_u64(d->region_bytes, granularity);
@@ -188,6 +194,8 @@ static void guest_flush(struct guest *gu)
     if (r == 0 && d->sync_failed && begun > d->sync_failed_at)
         violation(h, "%s: a flush succeeds after a sync of the file has failed", d->node);
     model_flushed(&d->model, begun, r == 0);
+    if (r == 0)
+        d->n_other_sizes = 0; /* it was not resized beside guests */
     if (r < 0 && !h->with_faults)
         violation(h, "a flush fails without reason: %s", strerror(-r));
 }
@@ -407,24 +415,44 @@ static void set_size(struct life *l, struct disk *d, uint64_t to)
                   err.text);
 }
 
+static bool may_have_size(const struct disk *d, uint64_t size)
+{
+    for (unsigned i = 0; i < d->n_other_sizes; i++)
+        if (d->other_sizes[i] == size)
+            return true;
+    return d->size == size;
+}
+
+/* It gets another size, or has had it. */
+static void note_size(struct disk *d, uint64_t size)
+{
+    if (may_have_size(d, size))
+        return;
+    assert(d->n_other_sizes < OTHER_SIZES);
+    d->other_sizes[d->n_other_sizes++] = size;
+}
+
 /* Smaller, and as large as it was: what was cut off reads as zeroes. Or larger first. */
 static void resize_disk(struct life *l, struct disk *d)
 {
     struct dice *more = &l->h->more_dice;
     uint64_t first = 1 + dice_below(more, d->model.n - 1), n = d->model.n - first;
+    if (d->n_other_sizes == OTHER_SIZES)
+        return;
     if (one_in(more, 3)) {
         /* What grows is dirty, outwards to whole granules. */
         d->model.cells[d->model.n - 1].last_active = model_now(&d->model);
-        d->other_size = d->size + (1 + dice_below(more, 64)) * 16 * KiB;
-        set_size(l, d, d->other_size);
+        const uint64_t larger = d->size + (1 + dice_below(more, 64)) * 16 * KiB;
+        note_size(d, larger);
+        set_size(l, d, larger);
         set_size(l, d, d->size);
         return;
     }
     if (!model_has_room(&d->model, first, n))
         return;
     uint64_t begun = model_begin(&d->model, first, n, 0);
-    d->other_size = first * MODEL_SECTOR;
-    set_size(l, d, d->other_size);
+    note_size(d, first * MODEL_SECTOR);
+    set_size(l, d, first * MODEL_SECTOR);
     if (one_in(more, 2))
         history_nap(l, 2000);
     set_size(l, d, d->size);
@@ -459,11 +487,16 @@ static void open_disk(struct life *l, struct disk *d)
     int r = history_open(l, json, &d->n, &err);
     if (r < 0)
         violation(l->h, "%s cannot be opened: %s", d->path, err.text);
-    if (node_size(d->n) != d->size && node_size(d->n) != d->other_size)
-        violation(l->h, "%s has %llu bytes, not %llu", d->node, (unsigned long long)node_size(d->n),
+    const uint64_t found = node_size(d->n);
+    if (!may_have_size(d, found))
+        violation(l->h, "%s has %llu bytes, not %llu", d->node, (unsigned long long)found,
                   (unsigned long long)d->size);
-    if (node_size(d->n) != d->size) /* cut while it was resized */
+    if (d->left == LEFT_POWERLESS)
+        d->n_other_sizes = 0; /* what there is now is durable */
+    if (found != d->size) {   /* cut while it was resized */
+        note_size(d, found);
         set_size(l, d, d->size);
+    }
     use_disk(l, d);
 }
 
@@ -735,6 +768,7 @@ static void between(struct history *h, enum life_end end, bool faulty)
     bool power =
         one_in(&h->dice, end == END_CLEAN ? 4 : 2) || (settings.exhaustive && end == END_KILLED);
     h->life = NULL;
+    h->faulty = faulty;
     h->m.faults = (struct faults){.path = ""};
     enough_room(h);
     for (unsigned i = 0; i < h->n_disks; i++) {

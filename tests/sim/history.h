@@ -18,7 +18,7 @@
 #include "machine.h"
 #include "model.h"
 
-enum { MAX_DISKS = 3, MAX_GUESTS = 4, MAX_CLIENTS = 9 };
+enum { MAX_DISKS = 3, MAX_GUESTS = 4, MAX_CLIENTS = 9, OTHER_SIZES = 32 };
 #define SIM_RUNTIME "/run/tidemark"
 
 struct history;
@@ -61,7 +61,9 @@ struct disk {
     bool process; /* its bitmaps are kept at level process */
     uint32_t cluster;
     uint64_t size;
-    uint64_t other_size; /* that it may have after a crash, because it was resized; 0: none */
+    /* Other sizes that it may have after a crash: it was resized, and not flushed since. */
+    uint64_t other_sizes[OTHER_SIZES];
+    unsigned n_other_sizes;
     uint64_t slots, region_bytes; /* of hot regions */
     struct model model;
     bool made;        /* and durable */
@@ -92,12 +94,13 @@ struct history {
         struct disk *disk;
     } clients[MAX_CLIENTS];
     unsigned n_clients;
-    bool with_faults;               /* I/O errors may have made anything fail */
-    bool after_foreign;             /* the last life was another program's */
-    bool with_runtime;              /* there is a directory for run segments */
-    bool runtime_disturbed;         /* at some time segments were lost, or old ones came back */
-    bool clock_set;                 /* at some time */
-    struct saved_file *saved;       /* segments */
+    bool with_faults;         /* I/O errors may have made anything fail */
+    bool after_foreign;       /* the last life was another program's */
+    bool with_runtime;        /* there is a directory for run segments */
+    bool runtime_disturbed;   /* at some time segments were lost, or old ones came back */
+    bool faulty;              /* the last life had I/O errors: perhaps when it made its segments */
+    bool clock_set;           /* at some time */
+    struct saved_file *saved; /* segments */
     unsigned saved_of, life_number; /* the life in whose middle they were copied */
     uint32_t next_stamp;
     struct { /* of guests: how they are in this history; of 100 each */
@@ -185,6 +188,8 @@ int history_open(struct life *l, const char *json, struct node **ret, struct err
 int history_read_all(struct edge *e, uint64_t size, uint8_t *buf);
 char *history_user_describe(struct user *u);
 extern const struct user_ops history_user_ops;
+/* Does a bitmap that came through this end have what was hot? NO_SEGMENTS: as for `ended`. */
+bool history_is_loss(const struct history *h, enum life_end end, bool power, bool no_segments);
 /* How much of D may be dirty for nothing in a bitmap that came through so many losses. */
 uint64_t history_budget(const struct disk *d, uint64_t granularity, unsigned losses);
 /* Must a good persistent bitmap of D be good yet, after this? NO_SEGMENTS: as for `ended`. */

@@ -7,18 +7,68 @@
  * and has left its stamp. Else the disk is `blind`, and its clients begin anew. */
 #include "history.h"
 
+#include "persist/super.h"
+
 #include <limits.h>
 
 enum { SEGMENT_HEADER = 4096 }; /* src/persist/segment.h */
 
 /* ---- somebody else writes ---- */
 
+/* The newest superblock of D's tide file, as the page cache has it. */
+static bool read_super(struct history *h, const struct disk *d, struct super *ret)
+{
+    char path[SIM_PATH + 8];
+    uint64_t size;
+    bool found = false;
+
+    snprintf(path, sizeof path, "%s.tide", d->path);
+    uint8_t *bytes = machine_dump(&h->m, path, &size);
+    for (unsigned i = 0; bytes && i < 2 && (i + 1) * TIDE_SUPER_BYTES <= size; i++) {
+        struct super s = {0};
+        if (super_decode(bytes + i * TIDE_SUPER_BYTES, TIDE_SUPER_BYTES, &s, NULL) < 0 ||
+            (found && s.sequence < ret->sequence)) {
+            super_fini(&s);
+            continue;
+        }
+        if (found)
+            super_fini(ret);
+        *ret = s;
+        found = true;
+    }
+    free(bytes);
+    return found;
+}
+
+/* The stamp of a session is made when its superblock is durable, and before the first write. In
+ * between there is none, and only then: then nothing tells. */
+static bool was_cut_before_its_stamp(struct history *h, const struct disk *d)
+{
+    char path[100] = SIM_RUNTIME "/run-";
+    uint8_t session[16] = {0};
+    struct super s = {0};
+
+    const struct inode *image = store_find(&h->m.store, d->path);
+    if (!image || !read_super(h, d, &s))
+        return false;
+    for (unsigned i = 0; i < sizeof s.uuid.bytes; i++)
+        snprintf(path + strlen(path), sizeof path - strlen(path), "%02x", s.uuid.bytes[i]);
+    strcat(path, "-stamp");
+    struct inode *stamp = store_find(&h->m.store, path);
+    bool has = stamp && inode_read(stamp, session, sizeof session, 0) == sizeof session &&
+               memcmp(session, s.session.bytes, sizeof session) == 0;
+    bool written = image->times.ctime_ns != s.witness.ctime_ns;
+    super_fini(&s);
+    return !has && !written;
+}
+
 /* Does the witness tell what is written now? */
-static bool is_told(const struct history *h, const struct disk *d, bool closed)
+static bool is_told(struct history *h, const struct disk *d, bool closed)
 {
     if (h->with_faults || h->clock_set)
         return false;
-    return closed || (h->with_runtime && !h->runtime_disturbed && !d->cut_in_flight);
+    return closed || (h->with_runtime && !h->runtime_disturbed && !d->cut_in_flight &&
+                      !was_cut_before_its_stamp(h, d));
 }
 
 static void somebody_writes(struct history *h, struct disk *d, bool told)

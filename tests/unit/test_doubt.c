@@ -340,6 +340,58 @@ static void a_segment_in_doubt_is_gone(void **state)
     rmdir(dir);
 }
 
+/* Bitmaps of two disks, each changed for itself. */
+static void begin_alone(struct life *l)
+{
+    for (unsigned i = 0; i < 2; i++) {
+        CHECK(act(l, "add", "b", 1u << i) == 0);
+        write_at(l, i, 0);
+    }
+}
+
+/* Something new begins on both disks while a clear of each waits for its flush. */
+static void begin_something_new(struct life *l)
+{
+    struct error err = ERROR_INIT;
+
+    for (unsigned i = 0; i < 2; i++) {
+        graph_quiesce_begin(l->g, &l->n[i], 1);
+        CHECK_OK(dirty_begin(&l->n[i], 1, &err), err);
+        struct bitmap *old = dirty_clear(bitmap_of(l, i));
+        CHECK_OK(dirty_commit(&l->n[i], 1, &err), err);
+        dirty_forget(bitmap_of(l, i), old);
+        graph_quiesce_end(l->g, &l->n[i], 1);
+    }
+    CHECK_OK(dirty_begin(l->n, 2, &err), err);
+}
+
+static void in_no_doubt_alone(struct life *l)
+{
+    for (unsigned i = 0; i < 2; i++)
+        if (l->n[i])
+            CHECK(!dirty_held(bitmap_of(l, i)));
+}
+
+static void what_one_disk_has_changed_alone_is_in_no_doubt(void **state)
+{
+    bool killed = true;
+
+    make_dir();
+    for (unsigned n = 1; killed; n++)
+        for (unsigned away = 0; away < 2; away++) {
+            char name[16];
+            snprintf(name, sizeof name, "%u.tide", away);
+            files(true);
+            make_disks();
+            assert_false(run_life(begin_alone, 0, false, 4));
+            killed = run_life(begin_something_new, n, false, 4);
+            assert_true(move(name, "away"));
+            run_life(in_no_doubt_alone, 0, false, 4 | 1u << away);
+        }
+    files(true);
+    rmdir(dir);
+}
+
 /* Another program writes the first disk: its guard does not vouch for the tide file any more. */
 static void write_as_another(struct life *l)
 {
@@ -436,6 +488,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_disk_in_doubt_is_the_first_of_a_group),
     cmocka_unit_test(whatever_the_group_changes),
     cmocka_unit_test(a_segment_in_doubt_is_gone),
+    cmocka_unit_test(what_one_disk_has_changed_alone_is_in_no_doubt),
     cmocka_unit_test(a_new_tide_file_of_the_first_image_knows),
 #if !UNIT_SANITIZED
     cmocka_unit_test(images_both_outcomes_are_kept_apart),
