@@ -277,6 +277,73 @@ TEST(parallel_writers_of_one_cluster_keep_each_others_data)
     }
 }
 
+/* ---- targets: what is behind the image is there later ---- */
+
+/* A backup's target is opened without what its header names. Zeroes that it was given, whole
+ * clusters and parts, must not let through what that has. */
+static void zeroes_into_a_target(struct graph *g, const char *version, uint64_t cluster)
+{
+    enum { CLUSTERS = 64 };
+    const uint64_t size = CLUSTERS * cluster;
+    const struct range zeroed[] = {
+        range_make(0, 3 * cluster),
+        range_make(8 * cluster + cluster / 2, 2 * cluster), /* the edges: see below */
+        range_make(20 * cluster, cluster / 2),
+        range_make(20 * cluster + cluster / 2, cluster / 2),
+        range_make(63 * cluster, cluster),
+    };
+    struct test_user u;
+    char more[400];
+    const char *name = scratch_path("below"); /* for qemu-img's check alone */
+    uint8_t *buf = malloc(size), *below = malloc(size);
+
+    memdisk_reset(0);
+    memdisk_reset(1);
+    memdisk_reserve(&memdisks[1], size);
+    memdisks[1].size = size;
+    memset(memdisks[1].bytes, 0x77, size);
+    memset(below, 0x77, size);
+    snprintf(more, sizeof more,
+             ",'cluster-size':%llu,'version':'%s','backing-file':'%s','backing-fmt':'raw'",
+             (unsigned long long)cluster, version, name);
+    FILE *f = fopen(name, "w");
+    CHECK(f && fclose(f) == 0);
+    create_ok(g, 0, size, more);
+
+    struct node *n = open_image(g, 0, ",'discard':'unmap','backing':null");
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+    for (size_t i = 0; i < ARRAY_SIZE(zeroed); i++)
+        CHECK(edge_write_zeroes(e, zeroed[i], i % 2 ? REQ_MAY_UNMAP : 0) == 0);
+    edge_detach(e);
+    node_unref(n);
+    check_disk(&memdisks[0], false);
+    unlink(name);
+
+    n = open_image(g, 0, ",'backing':{'driver':'raw','file':{'driver':'memdisk','disk':1}}");
+    e = attach(&u, n, PERM_CONSISTENT_READ, PERM_ALL);
+    CHECK(edge_read(e, range_make(0, size), buf, 0) == 0);
+    for (size_t i = 0; i < ARRAY_SIZE(zeroed); i++) {
+        memset(below + zeroed[i].start, 0, zeroed[i].length);
+        /* What else is in a cluster that was given a part goes with it. */
+        memset(below + align_down(zeroed[i].start, cluster), 0, cluster);
+        memset(below + align_down(range_end(zeroed[i]) - 1, cluster), 0, cluster);
+    }
+    CHECK(memcmp(buf, below, size) == 0);
+    edge_detach(e);
+    node_unref(n);
+    free(buf);
+    free(below);
+}
+
+TEST(zeroes_in_a_target_hide_what_is_behind_it_later)
+{
+    add_drivers(g);
+    for (unsigned bits = 9; bits <= 16; bits++) {
+        zeroes_into_a_target(g, "v3", (uint64_t)1 << bits);
+        zeroes_into_a_target(g, "v2", (uint64_t)1 << bits);
+    }
+}
+
 /* ---- images that qemu-img made ---- */
 
 TEST(compressed_clusters_are_read_and_written_over)
@@ -615,6 +682,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(random_requests_agree_with_a_byte_model),
     cmocka_unit_test(small_caches_agree_with_a_byte_model),
     cmocka_unit_test(parallel_writers_of_one_cluster_keep_each_others_data),
+    cmocka_unit_test(zeroes_in_a_target_hide_what_is_behind_it_later),
     cmocka_unit_test(compressed_clusters_are_read_and_written_over),
     cmocka_unit_test(internal_snapshots_stay_as_they_were),
     cmocka_unit_test(new_images_are_sound_at_every_size),

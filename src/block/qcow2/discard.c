@@ -2,6 +2,7 @@
  *
  * Both change entries in memory, under the same hold on guest clusters as allocation, and give
  * clusters back by way of step 5 (qcow2.h): nothing is free before the disk has forgotten it. */
+#include "base/broken.h"
 #include "block/qcow2/qcow2.h"
 
 enum { FREED_CLUSTERS_MAX = 1 << 16, FREED_RUNS_MAX = 4096, HOLD_BYTES = 1 << 30 };
@@ -30,6 +31,14 @@ static bool zeroed(struct qcow2 *q, uint64_t old, uint64_t *entry, bool *drop, i
     *drop = (old & ENTRY_COMPRESSED) || ((flags & ZERO_UNMAP) && allocated);
     *entry = *drop ? ENTRY_ZERO : old | ENTRY_ZERO;
     return *entry != old;
+}
+
+/* For a cluster that has been seen to be empty: if others have written it since, it stays. */
+static bool zeroed_unless_data(struct qcow2 *q, uint64_t old, uint64_t *entry, bool *drop,
+                               int flags)
+{
+    bool data = (old & ENTRY_COMPRESSED) || ((old & ENTRY_OFFSET_MASK) && !(old & ENTRY_ZERO));
+    return !data && zeroed(q, old, entry, drop, flags);
 }
 
 static bool needs_no_table(struct qcow2 *q, new_entry_fn *fn, int flags)
@@ -145,25 +154,50 @@ static int all_zero(struct qcow2 *q, struct range r, bool *ret)
     return 0;
 }
 
+/* A part of a cluster: it is zero already, or -ENOTSUP: it must be written. Its cluster then says
+ * "zero", as QEMU's does, also where nothing is behind the image now: a backup's target gets
+ * something behind it later. */
+static int zero_part(struct qcow2 *q, struct range r)
+{
+    struct range cluster = range_between(align_down(r.start, q->cluster_size),
+                                         align_up(range_end(r), q->cluster_size));
+    bool zero;
+
+    int ret = r.length ? all_zero(q, r, &zero) : 0;
+    if (ret < 0 || !r.length)
+        return ret;
+    if (zero && !BROKEN(part_left_unallocated))
+        ret = change_range(q, cluster, zeroed_unless_data, 0, FREE_REQUEST);
+    if (ret == 0)
+        ret = all_zero(q, r, &zero); /* others may have written another part of it meanwhile */
+    return ret < 0 ? ret : zero ? 0 : -ENOTSUP;
+}
+
+/* Version 2 cannot say "zero". What is not allocated is zero only if nothing will ever be behind
+ * it: a backup's target names in its header what it is opened without. */
+static int zero_old(struct qcow2 *q, struct range r)
+{
+    bool zero;
+
+    if (q->header.backing_file && !BROKEN(below_forgotten))
+        return -ENOTSUP;
+    int ret = all_zero(q, r, &zero);
+    return ret < 0 ? ret : zero ? 0 : -ENOTSUP;
+}
+
 int qcow2_write_zeroes(struct node *n, struct range r, unsigned flags)
 {
     struct qcow2 *q = n->state;
-    if (qcow2_unusable(q))
-        return -ENOMEDIUM;
-    bool zero;
     struct range inner = whole_clusters(q, r);
 
-    /* Parts of clusters, and version 2: either it is zero already, or it must be written. */
-    if (q->header.version < 3 || !inner.length) {
-        int ret = all_zero(q, r, &zero);
-        return ret < 0 ? ret : zero ? 0 : -ENOTSUP;
-    }
-    struct range edges[2] = {range_between(r.start, min_u64(inner.start, range_end(r))),
-                             range_between(max_u64(range_end(inner), r.start), range_end(r))};
-    for (int i = 0; i < 2; i++) {
-        int ret = all_zero(q, edges[i], &zero);
-        if (ret < 0 || !zero)
-            return ret < 0 ? ret : -ENOTSUP;
-    }
-    return qcow2_zero_clusters(q, inner, flags & REQ_MAY_UNMAP);
+    if (qcow2_unusable(q))
+        return -ENOMEDIUM;
+    if (q->header.version < 3)
+        return zero_old(q, r);
+    if (!inner.length)
+        return zero_part(q, r);
+    int ret = zero_part(q, range_between(r.start, inner.start));
+    if (ret == 0)
+        ret = zero_part(q, range_between(min_u64(range_end(inner), range_end(r)), range_end(r)));
+    return ret < 0 ? ret : qcow2_zero_clusters(q, inner, flags & REQ_MAY_UNMAP);
 }
