@@ -2,6 +2,8 @@
  */
 #include "job/mirror.h"
 
+#include "base/broken.h"
+#include "base/log.h"
 #include "block/driver.h"
 #include "job/mirror_internal.h"
 #include "rt/task.h"
@@ -172,6 +174,30 @@ static int add_nodes(struct mirror *m, const struct plan *p, struct error *err)
     return job_add_node(j, p->source, "source", 0, no_resize, err);
 }
 
+/* Guests wait until it is durable that a successor records: what they write from now on is there
+ * alone, and a crash must find it. */
+static int take_bitmap(struct mirror *m, const struct plan *p, struct error *err)
+{
+    struct node *n = p->source;
+    struct error again = ERROR_INIT;
+
+    int r = dirty_begin(&n, 1, err);
+    if (r == 0)
+        r = dirty_start(p->bitmap, err);
+    if (r < 0)
+        return r;
+    if (!BROKEN(mirror_start_not_durable) && (r = dirty_commit(&n, 1, err)) < 0) {
+        dirty_unstart(p->bitmap);
+        /* The start may be durable all the same: this says what holds. */
+        if (dirty_commit(&n, 1, &again) < 0)
+            log_error("%s", again.text);
+        return r;
+    }
+    m->bitmap = p->bitmap;
+    m->bitmap_mode = p->bitmap_mode;
+    return 0;
+}
+
 static int add_follow(struct mirror *m, const struct plan *p, struct error *err)
 {
     struct follow_options options = {
@@ -188,13 +214,11 @@ static int add_follow(struct mirror *m, const struct plan *p, struct error *err)
     follow_set_speed(m->follow, (uint64_t)m->job.speed);
     if (!p->bitmap)
         return 0;
-    r = dirty_start(p->bitmap, err);
+    r = take_bitmap(m, p, err);
     if (r < 0) {
         follow_free(steal(m->follow));
         return r;
     }
-    m->bitmap = p->bitmap;
-    m->bitmap_mode = p->bitmap_mode;
     bitmap_merge(follow_dirty(m->follow), dirty_bits(m->bitmap));
     return 0;
 }
