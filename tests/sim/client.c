@@ -5,10 +5,14 @@
  * one on top must be the disk at the instant of its start. Whenever nobody writes, and
  * whenever the program has come back, where the disk differs from what is kept the bitmap must be
  * set, or say that it cannot be trusted; and after a clean close, it must not be set where nobody
- * wrote. A backup that was reported is still there when the power has gone. */
+ * wrote. A backup that was reported is still there when the power has gone.
+ *
+ * Some increments are made by a mirror from the bitmap: it is asked to end when it is ready,
+ * without a pivot, and its instant is somewhere between that and its end. */
 #include "history.h"
 
 #include "dirty/dirty.h"
+#include "job/mirror.h"
 #include "job/transaction.h"
 #include "persist/persist.h"
 #include "rt/io.h"
@@ -22,9 +26,12 @@ struct backup {
     bool full, keeps; /* keeps: success moves the bitmap's base */
     bool always;      /* what a failed one has achieved counts */
     bool clears, cut; /* the bitmap, in the same command; which has not been answered */
+    bool mirror;
+    bool holds; /* its instant may have come */
     char job[24], node[24], path[SIM_PATH];
     uint64_t generation; /* of the bitmap, before it */
-    uint64_t from;       /* of the instant; that itself is known when the command has returned */
+    uint64_t from; /* of the instant; that itself is known when the command has returned, or the
+                    * mirror has ended */
     struct instant instant;
     unsigned losses; /* since it was begun, as the client's */
 };
@@ -214,11 +221,13 @@ static void take_in(struct client *c, struct node *target)
     for (uint64_t i = 0; i < c->d->model.n; i++) {
         uint32_t stamp = b->full || has[i] ? stamps[i] : c->kept[i];
         if (b->succeeded && (b->full || c->has_chain) && !instant_has(&b->instant, i, stamp))
-            violation(c->h,
-                      "%s, %s: the restored chain has %#x in sector %llu, which is not what the "
-                      "disk had at the instant of the backup (%#x)",
-                      c->d->node, b->job, stamp, (unsigned long long)i,
-                      b->instant.held[i].n ? b->instant.held[i].stamps[0] : 0);
+            violation(
+                c->h,
+                "%s, %s: the restored chain has %#x in sector %llu (of the %s), which is not what "
+                "the disk had at the instant of the backup (%#x)",
+                c->d->node, b->job, stamp, (unsigned long long)i,
+                b->full || has[i] ? "backup" : "base",
+                b->instant.held[i].n ? b->instant.held[i].stamps[0] : 0);
         if (b->keeps)
             c->kept[i] = stamp;
     }
@@ -309,6 +318,27 @@ static struct json_object *actions(struct client *c, const char *bitmap_action, 
     return list;
 }
 
+static void hold(struct client *c)
+{
+    c->backup.from = model_hold(&c->d->model);
+    c->backup.holds = true;
+}
+
+static void take_instant(struct client *c)
+{
+    HEAP_OF_THE_MACHINE();
+    model_instant(&c->d->model, c->backup.from, &c->backup.instant);
+}
+
+static void end_mirror(struct client *c, struct life *l)
+{
+    struct error err = ERROR_INIT;
+
+    hold(c);
+    if (jobs_do_block(l->js, c->backup.job, JOB_VERB_CANCEL, false, &err) < 0)
+        violation(c->h, "the mirror %s is ready, and cannot be ended: %s", c->backup.job, err.text);
+}
+
 static void await_job(struct client *c, struct life *l)
 {
     struct backup *b = &c->backup;
@@ -320,14 +350,49 @@ static void await_job(struct client *c, struct life *l)
             (void)!jobs_do(l->js, b->job, JOB_VERB_CANCEL, &err);
             cancel = false;
         }
+        if (b->mirror && !b->holds && history_job_ready(l, b->job) && one_in(&c->h->more_dice, 2))
+            end_mirror(c, l);
         history_nap(l, 500 << min_u64(i, 8));
         if (clock_now_ns() > patience)
             violation(c->h, "the job %s does not end", b->job);
     }
     if (!b->told)
         violation(c->h, "the job %s has gone without a word", b->job);
+    if (b->mirror && b->holds)
+        take_instant(c);
     if (!b->succeeded && !c->h->with_faults && !l->faults.write)
         machine_note(&c->h->m, "%s was cancelled", b->job);
+}
+
+static int start_backup(struct client *c, struct life *l, const char *bitmap_action,
+                        const char *mode, struct error *err)
+{
+    struct backup *b = &c->backup;
+    CLEANUP(json_putp)
+    struct json_object *list = actions(c, bitmap_action, b->full ? "full" : "bitmap", mode);
+
+    hold(c);
+    b->running = true;
+    int r = transaction_run(l->g, l->js, list, NULL, err);
+    take_instant(c);
+    return r;
+}
+
+static int start_mirror(struct client *c, struct life *l, const char *mode, struct error *err)
+{
+    struct backup *b = &c->backup;
+    struct dice *dice = &c->h->more_dice;
+    uint64_t speed = one_in(dice, 3) ? (1 + dice_below(dice, 16)) * 128 * KiB : 0;
+    CLEANUP(json_putp)
+    struct json_object *args =
+        history_json("{'job-id':'%s','device':'%s','target':'%s','sync':'bitmap','bitmap':'%s',"
+                     "'bitmap-mode':'%s','speed':%llu,'copy-mode':'%s'}",
+                     b->job, c->d->node, b->node, c->bitmap, mode, (unsigned long long)speed,
+                     one_in(dice, 2) ? "background" : "write-blocking");
+
+    machine_note(&c->h->m, "%s: a mirror, %s", b->job, mode);
+    b->running = true;
+    return mirror_blockdev(l->js, args, err);
 }
 
 static void back_up(struct client *c, struct life *l, const char *bitmap_action)
@@ -339,23 +404,22 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
     if (settings.persist && one_in(&c->h->more_dice, 3))
         mode = "always";
     struct node *target = NULL;
+    const bool mirror = !*bitmap_action && one_in(&c->h->more_dice, 4);
 
+    if (!history_job_begins(c->d, mirror))
+        return;
     *b = (struct backup){.full = *bitmap_action, .always = !strcmp(mode, "always")};
     b->keeps = b->full || strcmp(mode, "never");
     b->clears = !strcmp(bitmap_action, "clear");
+    b->mirror = mirror;
     snprintf(b->job, sizeof b->job, "job%u-%u", c->number, ++c->next);
     snprintf(b->node, sizeof b->node, "target%u-%u", c->number, c->next);
     snprintf(b->path, sizeof b->path, "/d/backup%u-%u", c->number, c->next);
     int r = make_target(c, l, &target, &err);
     if (r == 0) {
-        CLEANUP(json_putp)
-        struct json_object *list = actions(c, bitmap_action, b->full ? "full" : "bitmap", mode);
-        b->from = model_hold(&c->d->model);
         b->generation = generation(c);
-        b->running = true;
-        r = transaction_run(l->g, l->js, list, NULL, &err);
-        HEAP_OF_THE_MACHINE();
-        model_instant(&c->d->model, b->from, &b->instant);
+        r = b->mirror ? start_mirror(c, l, mode, &err)
+                      : start_backup(c, l, bitmap_action, mode, &err);
     }
     if (r < 0) {
         if (!c->h->with_faults && !(r == -EBUSY && history_in_doubt(c->d->n)))
@@ -370,6 +434,7 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
     }
     if (target)
         node_unref(target);
+    history_job_over(c->d);
 }
 
 static void forget_last(struct client *c)
@@ -480,7 +545,8 @@ static void quiet(void *self, struct life *l)
 static void ended(void *self, enum life_end end, bool power, bool no_segments)
 {
     struct client *c = self;
-    if (c->backup.running && !c->backup.instant.held) { /* cut inside the command: any time since */
+    if (c->backup.running && c->backup.holds && !c->backup.instant.held) {
+        /* Cut inside the command, or the mirror's end: any time since. */
         c->backup.cut = true;
         model_instant(&c->d->model, c->backup.from, &c->backup.instant);
     }
@@ -561,6 +627,8 @@ static void opened(void *self, struct life *l)
         end_backup(c);
     } else if (b->running) {
         int moved = b->keeps ? has_moved(c, b) : 0;
+        machine_note(&c->h->m, "%s: %s", b->job,
+                     moved < 0 ? "who knows" : moved ? "has moved" : "has not moved");
         struct node *n = NULL;
         /* One of mode always says so of one that has failed, too: what its target has counts. */
         bool perhaps = moved > 0 && b->always && !b->full;
@@ -568,6 +636,8 @@ static void opened(void *self, struct life *l)
         if (moved > 0 && open_target(c, l, b->path, &n) < 0)
             violation(c->h, "the backup %s moved its bitmap on, and is lost", b->path);
         b->succeeded = moved > 0 && !perhaps;
+        if (b->succeeded && !b->holds)
+            violation(c->h, "%s moved its bitmap on, and was never asked to end", b->job);
         if (b->succeeded || (perhaps && !file->syncs_failed))
             conclude(c, n);
         else /* who cannot know, or has not kept what mode always counts, starts anew */

@@ -515,12 +515,17 @@ static bool somebody_doubts(struct groups *c)
     return false;
 }
 
-static void change(struct groups *c, struct life *l, enum change what)
+static bool has_jobs(enum change what)
+{
+    return what == ADD || what == FULL || what == INCREMENT;
+}
+
+static void change_now(struct groups *c, struct life *l, enum change what)
 {
     struct node *targets[MAX_DISKS] = {NULL};
     struct side *row[MAX_DISKS];
     struct error err = ERROR_INIT;
-    const bool copies = what == ADD || what == FULL || what == INCREMENT;
+    const bool copies = has_jobs(what);
     int r = 0;
 
     size_t n = in_any_order(c, row);
@@ -576,6 +581,23 @@ static void change(struct groups *c, struct life *l, enum change what)
     for (struct side *s = first_side(c); s; s = next_side(c, s))
         look_at_side(c, s);
     end_change(c);
+}
+
+static void change(struct groups *c, struct life *l, enum change what)
+{
+    struct side *s;
+    bool begun = true;
+
+    if (!has_jobs(what)) {
+        change_now(c, l, what);
+        return;
+    }
+    for (s = first_side(c); s && begun; s = begun ? next_side(c, s) : s)
+        begun = history_job_begins(s->d, false);
+    if (begun)
+        change_now(c, l, what);
+    for (struct side *done = first_side(c); done != s; done = next_side(c, done))
+        history_job_over(done->d);
 }
 
 /* Who cannot wait for a disk that may never come back removes what is in doubt. */

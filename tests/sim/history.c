@@ -83,13 +83,41 @@ static void ignore_edge(struct user *u, struct edge *e)
 
 const struct user_ops history_user_ops = {history_user_describe, ignore_edge, ignore_edge};
 
+bool history_job_begins(struct disk *d, bool mirror)
+{
+    if (d->mirrored || (mirror && d->jobs))
+        return false;
+    d->jobs++;
+    d->mirrored = mirror;
+    return true;
+}
+
+void history_job_over(struct disk *d)
+{
+    d->jobs--;
+    d->mirrored = false;
+}
+
+static struct json_object *job_info(struct json_object *all, const char *id)
+{
+    for (size_t i = 0; i < json_object_array_length(all); i++) {
+        struct json_object *one = json_object_array_get_idx(all, i);
+        if (!strcmp(json_get_string(one, "id", ""), id))
+            return one;
+    }
+    return NULL;
+}
+
 bool history_job_lives(struct life *l, const char *id)
 {
     CLEANUP(json_putp) struct json_object *all = jobs_query(l->js);
-    for (size_t i = 0; i < json_object_array_length(all); i++)
-        if (!strcmp(json_get_string(json_object_array_get_idx(all, i), "id", ""), id))
-            return true;
-    return false;
+    return job_info(all, id);
+}
+
+bool history_job_ready(struct life *l, const char *id)
+{
+    CLEANUP(json_putp) struct json_object *all = jobs_query(l->js);
+    return !strcmp(json_get_string(job_info(all, id), "status", ""), "ready");
 }
 
 void history_nap(struct life *l, uint64_t max_us)
@@ -404,7 +432,7 @@ static void set_size(struct life *l, struct disk *d, uint64_t to)
     struct edge *e;
     bool cut_before = d->cut_in_flight;
     d->cut_in_flight = true; /* if it is cut here */
-    int r = edge_attach_user(&u, d->n, "resizer", PERM_RESIZE, PERM_ALL, &e, &err);
+    int r = edge_attach_user(&u, d->n, "root", PERM_RESIZE, PERM_ALL, &e, &err);
     if (r == 0) {
         r = edge_truncate(e, to, false, &err);
         edge_detach(e);
@@ -779,6 +807,8 @@ static void between(struct history *h, enum life_end end, bool faulty)
             end == END_KILLED && (h->disks[i].cut_in_flight || model_in_flight(&h->disks[i].model));
         model_cut(&h->disks[i].model);
         h->disks[i].sync_failed = false;
+        h->disks[i].jobs = 0;
+        h->disks[i].mirrored = false;
         if (end == END_KILLED && h->disks[i].left <= LEFT_FAILING) /* (or it was not looked at) */
             h->disks[i].left = LEFT_KILLED;
         if (end == END_CLEAN && faulty && h->disks[i].left == LEFT_CLEAN)
