@@ -628,7 +628,9 @@ static void opened(void *self, struct life *l)
     } else if (b->running) {
         int moved = b->keeps ? has_moved(c, b) : 0;
         machine_note(&c->h->m, "%s: %s", b->job,
-                     moved < 0 ? "who knows" : moved ? "has moved" : "has not moved");
+                     moved < 0 ? "who knows"
+                     : moved   ? "has moved"
+                               : "has not moved");
         struct node *n = NULL;
         /* One of mode always says so of one that has failed, too: what its target has counts. */
         bool perhaps = moved > 0 && b->always && !b->full;
