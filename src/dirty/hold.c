@@ -2,6 +2,9 @@
  * dirty.c. */
 #include "dirty/internal.h"
 
+#include "base/broken.h"
+#include "base/log.h"
+
 /* ---- a job's hold on a bitmap ---- */
 
 static int start(struct dirty_bitmap *bm, bool record, struct error *err)
@@ -102,8 +105,14 @@ int dirty_restart(struct dirty_bitmap *bm, struct error *err)
     old = s->bits;
     s->bits = clean;
     r = dirty_commit(&n, 1, err);
-    if (r < 0)
+    if (r < 0) {
+        struct error again = ERROR_INIT;
         s->bits = old;
+        /* It may be durable all the same, and what guests mark next would be in a set that nothing
+         * names: this says what holds. */
+        if (!BROKEN(failed_restart_stands) && dirty_commit(&n, 1, &again) < 0)
+            log_error("%s", again.text);
+    }
     dirty_free_bits(s, r < 0 ? clean : old);
     return r;
 }

@@ -652,6 +652,42 @@ static int the_store_hears_of_successors(void *arg)
     return 0;
 }
 
+static const struct bitmap *durable_successor;
+
+/* The second one fails, and is on the disk. */
+static int store_commit_that_fails_once(struct dirty_store *s, struct node *const *nodes, size_t n,
+                                        struct error *err)
+{
+    static int commits;
+    struct dirty_state st;
+
+    dirty_get_state(dirty_find(nodes[0], "p"), &st);
+    durable_successor = st.successor;
+    return ++commits == 2 ? error_set(err, EIO, "failed, and landed") : 0;
+}
+
+/* Where guests go on to mark is what a crash finds. */
+static int a_restart_that_failed_does_not_stand(void *arg)
+{
+    struct test_store s = {{store_can_add, store_remove, .bits_gone = store_bits_gone,
+                            .commit = store_commit_that_fails_once}};
+    WORLD(w, 1 * MiB, 0);
+    struct dirty_state st;
+
+    dirty_set_store(w.g, &s.store);
+    struct dirty_bitmap *p = add(&w, "p", 4096, DIRTY_PERSISTENT);
+    assert_int_equal(dirty_start(p, NULL), 0);
+    world_write(&w, range_make(0, 512));
+    graph_quiesce_begin(w.g, &w.n, 1);
+    assert_int_equal(dirty_restart(p, NULL), -EIO);
+    graph_quiesce_end(w.g, &w.n, 1);
+    dirty_get_state(p, &st);
+    assert_true(bitmap_get(st.successor, 0));
+    assert_ptr_equal(st.successor, durable_successor);
+    dirty_unstart(p);
+    return 0;
+}
+
 static int conclude_later(void *arg)
 {
     return dirty_conclude(arg, 1, NULL);
@@ -902,6 +938,7 @@ IN_LOOP(what_a_failed_shrink_may_have_lost_is_dirty)
 IN_LOOP(an_undone_start_leaves_the_undo_of_a_clear_whole)
 IN_LOOP(the_store_is_asked_and_told)
 IN_LOOP(the_store_hears_of_successors)
+IN_LOOP(a_restart_that_failed_does_not_stand)
 IN_LOOP(an_outcome_waits_for_its_turn)
 IN_LOOP(a_clear_waits_for_a_flush_of_its_own)
 IN_LOOP(a_clear_that_failed_does_not_stand)
@@ -923,6 +960,7 @@ static const struct CMUnitTest tests[] = {
     TEST(an_undone_start_leaves_the_undo_of_a_clear_whole),
     TEST(the_store_is_asked_and_told),
     TEST(the_store_hears_of_successors),
+    TEST(a_restart_that_failed_does_not_stand),
     TEST(an_outcome_waits_for_its_turn),
     TEST(a_clear_waits_for_a_flush_of_its_own),
     TEST(a_clear_that_failed_does_not_stand),
