@@ -6,6 +6,7 @@
 
 #include "copy/copy.h"
 #include "dirty/dirty.h"
+#include "job/mirror.h"
 #include "job/transaction.h"
 #include "persist/persist.h"
 #include "rt/world.h"
@@ -339,6 +340,41 @@ static void a_mirror_restarts_its_successor(void **state)
 {
     run_life(restart);
     lose_segments();
+    run_life(has_all_three);
+}
+
+/* From the first disk to the second, and it does not get far. */
+static int mirror(struct life *l)
+{
+    CLEANUP(json_putp) struct json_object *args = json_object_new_object();
+    struct error err = ERROR_INIT;
+
+    CHECK_OK(edge_set_perm(l->e[0], PERM_ALL & ~PERM_RESIZE, PERM_ALL, &err), err);
+    edge_detach(l->e[1]);
+    json_add_string(args, "device", "d0");
+    json_add_string(args, "target", "d1");
+    json_add_string(args, "job-id", "m");
+    json_add_string(args, "sync", "incremental");
+    json_add_string(args, "bitmap", "b");
+    json_add_int(args, "speed", 1);
+    int r = mirror_blockdev(l->js, args, &err);
+    if (r < 0 && getenv("TELL"))
+        fprintf(stderr, "mirror: %s\n", err.text);
+    return r;
+}
+
+static void write_while_mirrored(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    CHECK(mirror(l) == 0);
+    CHECK(write_at(l, 0, AT) == 0 && write_at(l, 0, 2 * AT) == 0);
+}
+
+/* With the bitmap at its start there are two sets, and guests mark the new one. */
+static void what_is_written_while_a_mirror_runs_is_kept(void **state)
+{
+    run_life(write_while_mirrored);
     run_life(has_all_three);
 }
 
@@ -1159,6 +1195,28 @@ static void a_clear_whose_writes_fail_though_they_are_done(void **state)
     }
 }
 
+static void mirror_one(struct life *l)
+{
+    l->left = l->arm;
+    bool started = mirror(l) == 0;
+    say(l->left ? "whole" : started ? "started" : "failed");
+    CHECK(started || !dirty_busy(dirty_find(l->n[0], "b")));
+    CHECK(write_at(l, 0, AT) == 0 && write_at(l, 0, 2 * AT) == 0);
+}
+
+static void a_mirror_whose_start_fails(void **state)
+{
+    for (unsigned n = 1;; n++) {
+        each_file("", true);
+        make_disks();
+        run_life(begin_one);
+        run_life_with((struct life){.body = mirror_one, .fault = FAILS_THOUGH_DONE, .arm = n});
+        run_life(has_all_three);
+        if (was_said("whole"))
+            break;
+    }
+}
+
 static void a_group_whose_writes_fail(void **state)
 {
     every_operation_fails_once(FAILS, false);
@@ -1178,6 +1236,7 @@ static void a_group_on_full_disks(void **state)
 static const struct CMUnitTest tests[] = {
     T(what_was_marked_before_a_disable_is_durable),
     T(a_mirror_restarts_its_successor),
+    T(what_is_written_while_a_mirror_runs_is_kept),
     T(a_recovered_disk_may_be_read_only),
     T(a_resize_is_ours),
     T(a_new_size_is_durable_before_it_is_recorded),
@@ -1199,6 +1258,7 @@ static const struct CMUnitTest tests[] = {
     T(recovery_is_told_as_it_is_now),
     T(a_backup_is_none_before_its_name_is_durable),
     T(a_clear_whose_writes_fail_though_they_are_done),
+    T(a_mirror_whose_start_fails),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),
