@@ -17,6 +17,7 @@
 
 enum { DISKS = 3, KILLED = 77, FDS = 256, AT = 1 << 20 };
 #define DISK_BYTES (4 * MiB)
+#define LARGE_BYTES (64 * MiB)
 
 static char dir[64];
 
@@ -41,6 +42,8 @@ struct life {
     bool unlinking;     /* that has begun */
     bool read_only;
     bool small_regions; /* of 64 KiB */
+    bool no_runtime;    /* there is no place for segments */
+    const char *part;   /* the disks are parts of their files; NULL: all */
     void (*body)(struct life *l);
     struct graph *g;
     struct jobs *js;
@@ -146,16 +149,16 @@ static int live(void *arg)
     copy_register_drivers(l->g);
     dirty_init(l->g);
     persist_init(l->g);
-    persist_set_runtime(l->g, dir);
+    persist_set_runtime(l->g, l->no_runtime ? NULL : dir);
     if (l->small_regions)
         persist_set_limits(l->g, 16, 8, 8);
     l->js = jobs_new(l->g);
     for (unsigned i = 0; i < DISKS; i++) {
         char json[512];
         snprintf(json, sizeof json,
-                 "{'driver':'raw','node-name':'d%u','read-only':%s,"
+                 "{'driver':'raw','node-name':'d%u','read-only':%s,%s"
                  "'file':{'driver':'file','filename':'%s/%u'}}",
-                 i, l->read_only ? "true" : "false", dir, i);
+                 i, l->read_only ? "true" : "false", l->part ? l->part : "", dir, i);
         l->n[i] = open_ok(l->g, json);
         l->e[i] =
             attach(&l->user[i], l->n[i], l->read_only ? PERM_CONSISTENT_READ : PERM_ALL, PERM_ALL);
@@ -457,16 +460,22 @@ static void a_second_clear_while_the_first_is_pending(void **state)
     run_life(has_all_since_the_first_clear);
 }
 
-static void reopen(struct life *l, bool read_only)
+static void reopen_part(struct life *l, bool read_only, const char *part)
 {
     struct error err = ERROR_INIT;
-    char text[300];
+    char text[300], *p;
 
-    snprintf(text, sizeof text,
-             "[{\"driver\":\"raw\",\"node-name\":\"d0\",\"read-only\":%s,\"file\":\"%s\"}]",
-             read_only ? "true" : "false", node_name(node_primary(l->n[0])->node));
+    snprintf(text, sizeof text, "[{'driver':'raw','node-name':'d0','read-only':%s,%s'file':'%s'}]",
+             read_only ? "true" : "false", part, node_name(node_primary(l->n[0])->node));
+    while ((p = strchr(text, '\'')))
+        *p = '"';
     CLEANUP(json_putp) struct json_object *options = json_tokener_parse(text);
     CHECK_OK(graph_reopen(l->g, options, &err), err);
+}
+
+static void reopen(struct life *l, bool read_only)
+{
+    reopen_part(l, read_only, "");
 }
 
 static void reopen_twice(struct life *l)
@@ -513,6 +522,106 @@ static void a_disk_grows_after_a_reopen(void **state)
 {
     run_life(reopen_and_grow);
     run_life(has_first_and_last);
+}
+
+#define FIRST_PART "'offset':0,'size':1048576,"
+#define THIRD_PART "'offset':2097152,'size':1048576,"
+static void move_disk(struct life *l)
+{
+    add(l);
+    reopen_part(l, false, THIRD_PART);
+}
+
+static void move_disk_and_close(struct life *l)
+{
+    move_disk(l);
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+static void is_all_dirty(struct life *l)
+{
+    CHECK(bitmap_count(dirty_bits(bitmap_of(l, 0))) == node_size(l->n[0]));
+}
+
+/* Content that comes by a reopen is announced by no write. */
+static void what_a_reopen_changes_is_durable(void **state)
+{
+    run_life_with((struct life){.body = move_disk, .part = FIRST_PART});
+    lose_segments();
+    run_life_with((struct life){.body = is_all_dirty, .part = THIRD_PART});
+}
+
+static void what_a_reopen_changes_is_closed(void **state)
+{
+    run_life_with((struct life){.body = move_disk_and_close, .part = FIRST_PART});
+    run_life_with((struct life){.body = is_all_dirty, .part = THIRD_PART});
+}
+
+#define ALL_OF_IT "'offset':0,"
+static void grow_by_a_reopen(struct life *l)
+{
+    CHECK(act(l, 1, "add", ",'persistent':true,'granularity':512") == 0);
+    CHECK(write_at(l, 0, 0) == 0);
+    reopen_part(l, false, ALL_OF_IT);
+    CHECK(node_size(l->n[0]) == LARGE_BYTES);
+    CHECK(write_at(l, 0, LARGE_BYTES - 4096) == 0);
+}
+
+static void grow_by_a_reopen_and_close(struct life *l)
+{
+    grow_by_a_reopen(l);
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+static void has_first_and_all_that_grew(struct life *l)
+{
+    CHECK(is_dirty(l, 0, 0));
+    for (uint64_t at = AT; at < LARGE_BYTES; at += 512)
+        CHECK(is_dirty(l, 0, at));
+}
+
+/* The areas and segments are as large as the disk was. */
+static void a_disk_grows_by_a_reopen(void **state)
+{
+    char path[80];
+
+    for (unsigned i = 0; i < 4; i++) {
+        each_file("", true);
+        make_disks();
+        snprintf(path, sizeof path, "%s/0", dir);
+        assert_int_equal(truncate(path, LARGE_BYTES), 0);
+        run_life_with((struct life){.body = i & 1 ? grow_by_a_reopen_and_close : grow_by_a_reopen,
+                                    .part = FIRST_PART,
+                                    .no_runtime = i & 2});
+        run_life(has_first_and_all_that_grew);
+    }
+}
+
+static void grow_what_is_disabled(struct life *l)
+{
+    CHECK(act(l, 1, "add", ",'persistent':true,'granularity':512") == 0);
+    CHECK(write_at(l, 0, 0) == 0);
+    CHECK(act(l, 1, "disable", "") == 0);
+    reopen_part(l, false, ALL_OF_IT);
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+static void a_disk_grows_whose_bitmaps_do_not_record(void **state)
+{
+    char path[80];
+
+    for (unsigned i = 0; i < 2; i++) {
+        each_file("", true);
+        make_disks();
+        snprintf(path, sizeof path, "%s/0", dir);
+        assert_int_equal(truncate(path, LARGE_BYTES), 0);
+        run_life_with(
+            (struct life){.body = grow_what_is_disabled, .part = FIRST_PART, .no_runtime = i});
+        run_life(has_first);
+    }
 }
 
 static void is_inconsistent(struct life *l)
@@ -1243,6 +1352,10 @@ static const struct CMUnitTest tests[] = {
     T(a_second_clear_while_the_first_is_pending),
     T(a_disk_is_reopened),
     T(a_disk_grows_after_a_reopen),
+    T(a_disk_grows_by_a_reopen),
+    T(a_disk_grows_whose_bitmaps_do_not_record),
+    T(what_a_reopen_changes_is_durable),
+    T(what_a_reopen_changes_is_closed),
     T(segments_of_another_session_are_none),
     T(a_clear_and_an_enable_are_cut),
     T(one_that_is_added_again_is_not_the_old_one),
