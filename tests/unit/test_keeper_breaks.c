@@ -167,10 +167,9 @@ static int live(void *arg)
     _exit(KILLED);
 }
 
-static void run_life_with(struct life l)
+static pid_t begin_life(struct life l)
 {
     pid_t child = fork();
-    int status;
 
     if (child == 0) {
         plain_world_init(&l.plain);
@@ -180,10 +179,22 @@ static void run_life_with(struct life l)
         _exit(1);
     }
     assert_true(child > 0);
+    return child;
+}
+
+static void await_end(pid_t child, const struct life *l)
+{
+    int status;
+
     assert_int_equal(waitpid(child, &status, 0), child);
     if (!WIFEXITED(status) || WEXITSTATUS(status) != KILLED)
-        fail_msg("fault %d at operation %u: the life ended with status 0x%x", l.fault, l.arm,
+        fail_msg("fault %d at operation %u: the life ended with status 0x%x", l->fault, l->arm,
                  status);
+}
+
+static void run_life_with(struct life l)
+{
+    await_end(begin_life(l), &l);
 }
 
 static void run_life(void (*body)(struct life *))
@@ -1269,6 +1280,44 @@ static void a_group_fails_after_one_that_was_undone(void **state)
         }
 }
 
+/* Two programs: the second opens the disk read-only while the first writes it. */
+static void await_word(const char *what)
+{
+    for (unsigned i = 0; !was_said(what); i++) {
+        assert_true(i < 10000);
+        usleep(1000);
+    }
+}
+
+static void write_beside_a_reader(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    say("written");
+    await_word("read");
+    CHECK(write_at(l, 0, AT) == 0);
+    say("killed");
+}
+
+static void read_and_become_a_writer(struct life *l)
+{
+    say("read");
+    await_word("killed");
+    reopen(l, false);
+    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
+    CHECK(bm && (dirty_inconsistent(bm) || is_dirty(l, 0, AT)));
+}
+
+static void what_is_read_beside_a_writer_is_not_believed(void **state)
+{
+    const struct life writer = {.body = write_beside_a_reader};
+
+    pid_t first = begin_life(writer);
+    await_word("written");
+    run_life_with((struct life){.body = read_and_become_a_writer, .read_only = true});
+    await_end(first, &writer);
+}
+
 static void begin_one(struct life *l)
 {
     add(l);
@@ -1372,6 +1421,7 @@ static const struct CMUnitTest tests[] = {
     T(a_backup_is_none_before_its_name_is_durable),
     T(a_clear_whose_writes_fail_though_they_are_done),
     T(a_mirror_whose_start_fails),
+    T(what_is_read_beside_a_writer_is_not_believed),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),
