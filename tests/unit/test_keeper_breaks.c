@@ -1375,6 +1375,47 @@ static void a_mirror_whose_start_fails(void **state)
     }
 }
 
+static int act_on(struct life *l, const char *action, const char *name, const char *more)
+{
+    CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
+    struct error err = ERROR_INIT;
+    char text[256], *p;
+
+    for (; *name; name++) {
+        snprintf(text, sizeof text,
+                 "{'type':'block-dirty-bitmap-%s','data':{'node':'d0','name':'%c'%s}}", action,
+                 *name, more);
+        while ((p = strchr(text, '\'')))
+            *p = '"';
+        json_object_array_add(actions, json_tokener_parse(text));
+    }
+    int r = transaction_run(l->g, l->js, actions, NULL, &err);
+    if (r < 0 && getenv("TELL"))
+        fprintf(stderr, "%s: %s\n", action, err.text);
+    return r;
+}
+
+static void clear_two_and_add(struct life *l)
+{
+    CHECK(act_on(l, "add", "bc", ",'persistent':true") == 0);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->left = l->arm;
+    (void)!act_on(l, "clear", "bc", "");
+    say(l->left ? "whole" : "failed");
+    l->left = 0;
+    CHECK(act_on(l, "add", "d", ",'persistent':true") == 0);
+}
+
+/* What a change that has failed has allocated is free again. */
+static void a_bitmap_is_added_after_a_change_that_failed(void **state)
+{
+    for (unsigned n = 1; n == 1 || !was_said("whole"); n++) {
+        each_file("", true);
+        make_disks();
+        run_life_with((struct life){.body = clear_two_and_add, .fault = FULL, .arm = n});
+    }
+}
+
 static void a_group_whose_writes_fail(void **state)
 {
     every_operation_fails_once(FAILS, false);
@@ -1422,6 +1463,7 @@ static const struct CMUnitTest tests[] = {
     T(a_clear_whose_writes_fail_though_they_are_done),
     T(a_mirror_whose_start_fails),
     T(what_is_read_beside_a_writer_is_not_believed),
+    T(a_bitmap_is_added_after_a_change_that_failed),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),
