@@ -267,8 +267,9 @@ struct write_observer {
     /* A flush that a user or a parent asked for has succeeded; must not wait: it is not over for
      * who asked before this returns. May be NULL. */
     void (*flushed)(struct write_observer *o);
-    /* Content has changed without a write (a reopen); after `mark`, no request is under way. */
-    void (*changed)(struct write_observer *o, struct range r); /* may be NULL */
+    /* Content has changed without a write (a reopen); after `mark`, no request is under way; may
+     * wait. May be NULL. */
+    void (*changed)(struct write_observer *o, struct range r);
     TAILQ_ENTRY(write_observer) link;
 };
 void node_observe(struct node *n, struct write_observer *o);

@@ -730,7 +730,6 @@ static int truncate_alone(struct node *n, uint64_t size_bytes, bool exact, struc
     }
     n->truncating = true;
     result = truncate_driver(n, size_bytes, exact, err);
-    n->truncating = false;
     n->write_generation++;
     if (result == 0) {
         if (n->driver->measure_length)
@@ -743,6 +742,7 @@ static int truncate_alone(struct node *n, uint64_t size_bytes, bool exact, struc
     TAILQ_FOREACH (o, &n->observers, link)
         if (o->resized && (result == 0 || o->resizing))
             o->resized(o, from, result == 0 ? to : from);
+    n->truncating = false; /* observers have seen that it was no reopen */
     if (result == 0 && from != to)
         node_resized(n, from);
     return result;

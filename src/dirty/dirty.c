@@ -120,15 +120,61 @@ static void observer_mark(struct write_observer *o, struct range r)
     }
 }
 
+static bool has_marked(const struct dirty_bitmap *bm)
+{
+    return bm->name && bm->kept && dirty_recording(bm);
+}
+
+/* What no write has announced is durable in no place: no hot region says it after a power loss, and
+ * a close would not write it. So it is written now, while nobody is inside. (Not where a request
+ * has called: a resize makes all durable itself.) If it cannot be, nobody may believe the bitmaps.
+ */
+static void observer_changed(struct write_observer *o, struct range r)
+{
+    struct dirty_node *home = container_of(o, struct dirty_node, observer);
+    struct node *n = home->node;
+    struct error err = ERROR_INIT;
+    struct dirty_bitmap *bm;
+    bool any = false;
+
+    TAILQ_FOREACH (bm, &home->list, link)
+        if (has_marked(bm))
+            any = bm->unannounced = true;
+    if (!any || !graph_lock_is_mine(node_graph(n)) || BROKEN(changed_not_durable) ||
+        dirty_commit(&n, 1, &err) == 0)
+        return;
+    log_error("Node '%s': its bitmaps are inconsistent: %s", node_name(n), err.text);
+    TAILQ_FOREACH (bm, &home->list, link)
+        if (has_marked(bm))
+            dirty_set_inconsistent(bm);
+    error_clear(&err);
+    if (dirty_commit(&n, 1, &err) < 0)
+        log_error("Node '%s': %s", node_name(n), err.text);
+}
+
+/* Room for a disk of TO bytes, and then the size; NULL has room. */
+static int make_room(struct dirty_bitmap *bm, struct bitmap *bits, uint64_t to)
+{
+    struct dirty_store *s = dirty_store_of(bm->home->node);
+    int r = 0;
+
+    if (bits && bm->kept && s && s->grow)
+        r = s->grow(s, bm->home->node, bits, to);
+    return bits && r == 0 ? bitmap_resize(bits, to) : r;
+}
+
 /* What grows is zeroes, as in the last backup: unless the bitmap once had it, or the disk has it
  * from somewhere else. */
 static void follow_size(struct dirty_bitmap *bm, uint64_t from, uint64_t to)
 {
-    bool strange = node_grows_by_content(bm->home->node);
-    int r = bitmap_resize(bm->bits, to);
+    const struct node *n = bm->home->node;
+    /* By a reopen: nobody has made room, and the graph is ours. */
+    bool reopened = to > from && !n->truncating && graph_lock_is_mine(node_graph(n));
+    bool strange = node_grows_by_content(n) || reopened;
+    int r = reopened ? make_room(bm, bm->bits, to) : bitmap_resize(bm->bits, to);
 
     if (r == 0 && bm->before)
-        r = bitmap_resize(bm->before, to);
+        r = reopened ? make_room(bm, bm->before, to) : bitmap_resize(bm->before, to);
     if (r < 0) {
         log_warning("no memory for dirty bitmap '%s' of node '%s' at %" PRIu64
                     " bytes: it is inconsistent from now on",
@@ -150,17 +196,6 @@ static void observer_resized(struct write_observer *o, uint64_t from, uint64_t t
 
     TAILQ_FOREACH (bm, &home->list, link)
         follow_size(bm, from, to);
-}
-
-/* Room for a disk of TO bytes, and then the size; NULL has room. */
-static int make_room(struct dirty_bitmap *bm, struct bitmap *bits, uint64_t to)
-{
-    struct dirty_store *s = dirty_store_of(bm->home->node);
-    int r = 0;
-
-    if (bits && bm->kept && s && s->grow)
-        r = s->grow(s, bm->home->node, bits, to);
-    return bits && r == 0 ? bitmap_resize(bits, to) : r;
 }
 
 /* Makes room before the driver grows the disk, while it can still be refused. */
@@ -232,6 +267,7 @@ static struct dirty_node *make_home(struct node *n)
         home = xnew(struct dirty_node);
         home->node = n;
         home->observer.mark = observer_mark;
+        home->observer.changed = observer_changed;
         home->observer.resizing = observer_resizing;
         home->observer.resized = observer_resized;
         TAILQ_INIT(&home->list);

@@ -174,28 +174,23 @@ static int add_nodes(struct mirror *m, const struct plan *p, struct error *err)
     return job_add_node(j, p->source, "source", 0, no_resize, err);
 }
 
-/* Guests wait until it is durable that a successor records: what they write from now on is there
- * alone, and a crash must find it. */
-static int take_bitmap(struct mirror *m, const struct plan *p, struct error *err)
+/* The superblock that names the successor is durable before guests mark it: else what they write
+ * meanwhile is in no place that a crash leaves. */
+static int start_bitmap(struct dirty_bitmap *bm, struct error *err)
 {
-    struct node *n = p->source;
-    struct error again = ERROR_INIT;
-
-    int r = dirty_begin(&n, 1, err);
+    struct node *n = dirty_node(bm);
+    int r = dirty_start(bm, err);
+    if (r < 0 || BROKEN(mirror_start_not_durable))
+        return r;
+    r = dirty_commit(&n, 1, err);
     if (r == 0)
-        r = dirty_start(p->bitmap, err);
-    if (r < 0)
-        return r;
-    if (!BROKEN(mirror_start_not_durable) && (r = dirty_commit(&n, 1, err)) < 0) {
-        dirty_unstart(p->bitmap);
-        /* The start may be durable all the same: this says what holds. */
-        if (dirty_commit(&n, 1, &again) < 0)
-            log_error("%s", again.text);
-        return r;
-    }
-    m->bitmap = p->bitmap;
-    m->bitmap_mode = p->bitmap_mode;
-    return 0;
+        return 0;
+    dirty_unstart(bm);
+    /* What has failed may be durable all the same: this says what holds. */
+    struct error again = ERROR_INIT;
+    if (dirty_commit(&n, 1, &again) < 0)
+        log_error("%s", again.text);
+    return r;
 }
 
 static int add_follow(struct mirror *m, const struct plan *p, struct error *err)
@@ -214,11 +209,13 @@ static int add_follow(struct mirror *m, const struct plan *p, struct error *err)
     follow_set_speed(m->follow, (uint64_t)m->job.speed);
     if (!p->bitmap)
         return 0;
-    r = take_bitmap(m, p, err);
+    r = start_bitmap(p->bitmap, err);
     if (r < 0) {
         follow_free(steal(m->follow));
         return r;
     }
+    m->bitmap = p->bitmap;
+    m->bitmap_mode = p->bitmap_mode;
     bitmap_merge(follow_dirty(m->follow), dirty_bits(m->bitmap));
     return 0;
 }
@@ -273,13 +270,15 @@ static int start(struct jobs *js, struct plan *p, struct error *err)
     struct graph *g = jobs_graph(js);
     struct node *filter = NULL;
     struct mirror *m = NULL;
-    int r = plan_make(p, err);
-    if (r < 0)
-        return r;
 
     graph_quiesce_begin(g, &p->source, 1);
-    r = mirror_top_insert(p->source, json_get_string(p->args, "filter-node-name", NULL), &filter,
-                          err);
+    /* Before the bitmap is looked at: what it finds out may make it inconsistent. */
+    int r = json_has(p->args, "bitmap") ? dirty_begin(&p->source, 1, err) : 0;
+    if (r == 0)
+        r = plan_make(p, err);
+    if (r == 0)
+        r = mirror_top_insert(p->source, json_get_string(p->args, "filter-node-name", NULL),
+                              &filter, err);
     if (r == 0) {
         CLEANUP(node_unrefp) struct node *held = node_ref(filter);
         r = make_job(js, p, filter, &m, err);

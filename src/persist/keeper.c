@@ -435,11 +435,19 @@ int keeper_resizing(struct keeper *k, uint64_t to, struct error *err)
     return r;
 }
 
+/* The disk has become another by a reopen, or with what it stands on: nobody could say it before.
+ * The areas have no room for what has grown, and the superblock is of another disk. */
+static bool is_unforeseen(const struct keeper *k)
+{
+    return k->in_use && k->tide && !k->lost &&
+           tide_super(k->tide)->size_bytes != node_size(k->node) && !BROKEN(unforeseen_size_left);
+}
+
 void keeper_resized(struct keeper *k)
 {
     struct error err = ERROR_INIT;
 
-    if (!k->resizing_bytes)
+    if (!k->resizing_bytes && !is_unforeseen(k))
         return;
     LOCKED(&k->lock);
     /* Until the image's size is durable it may have either. */

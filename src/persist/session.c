@@ -344,7 +344,8 @@ void keeper_set_readonly(struct keeper *k, bool readonly)
             dirty_set_readonly(bm, readonly);
 }
 
-/* Opens the tide file for writing. One that was read has had no lock: is it what was read? */
+/* Opens the tide file for writing. One that was read has had no lock: is it what was read? Not if
+ * somebody had a session then: marks in its segments and its areas change no superblock. */
 static int open_again(struct keeper *k, bool *same, struct error *err)
 {
     struct tide *t;
@@ -357,7 +358,8 @@ static int open_again(struct keeper *k, bool *same, struct error *err)
     if (r < 0)
         return r;
     const struct super *is = tide_super(t);
-    *same = tide_id_equal(&was->uuid, &is->uuid) && was->sequence == is->sequence;
+    *same = tide_id_equal(&was->uuid, &is->uuid) && was->sequence == is->sequence &&
+            (!tide_is_beside_writer(k->tide) || BROKEN(read_beside_writer_believed));
     tide_close(k->tide);
     k->tide = t;
     return 0;

@@ -179,7 +179,10 @@ static int allocate(struct keeper *k, struct change *c, struct tide_bitmap *entr
         r = 0;
     else if (r < 0 && err)
         *err = why;
-    memcpy(of->extent, entry->extent, sizeof of->extent);
+    /* The bitmap has them when the superblock does (learn_extents): if this change fails another
+     * one may be given the same room. */
+    if (BROKEN(extents_of_failed_kept))
+        memcpy(of->extent, entry->extent, sizeof of->extent);
     return r;
 }
 

@@ -53,6 +53,11 @@ bool tide_read_only(const struct tide *t)
     return t->read_only;
 }
 
+bool tide_is_beside_writer(const struct tide *t)
+{
+    return t->beside_writer;
+}
+
 const struct super *tide_super(const struct tide *t)
 {
     return &t->super;
@@ -267,6 +272,10 @@ static int open_and_read(struct tide *t, struct error *err)
     r = read_super(t, &torn, err);
     if (r < 0)
         return r;
+    /* Asked when the superblock is known, and before its sets are read: who comes later writes
+     * another one before anything else. */
+    if (t->read_only && t->super.in_use)
+        t->beside_writer = io_lock_test(t->fd, F_WRLCK, 0, 1) != 0;
     t->end = t->super.extents_end;
     if ((uint64_t)st.st_size < t->end)
         return error_set(err, EBADMSG, "tide file '%s' has %lld bytes, and its areas end at %llu",

@@ -8,7 +8,7 @@ struct tide {
     char *path;
     int fd;
     bool direct; /* O_DIRECT: each operation has the errors of its own */
-    bool read_only;
+    bool read_only, beside_writer;
     bool failed;
     bool writing_ring;
     struct super super; /* the adopted one */

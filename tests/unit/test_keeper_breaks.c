@@ -6,6 +6,7 @@
 
 #include "copy/copy.h"
 #include "dirty/dirty.h"
+#include "job/mirror.h"
 #include "job/transaction.h"
 #include "persist/persist.h"
 #include "rt/world.h"
@@ -16,6 +17,7 @@
 
 enum { DISKS = 3, KILLED = 77, FDS = 256, AT = 1 << 20 };
 #define DISK_BYTES (4 * MiB)
+#define LARGE_BYTES (64 * MiB)
 
 static char dir[64];
 
@@ -40,6 +42,8 @@ struct life {
     bool unlinking;     /* that has begun */
     bool read_only;
     bool small_regions; /* of 64 KiB */
+    bool no_runtime;    /* there is no place for segments */
+    const char *part;   /* the disks are parts of their files; NULL: all */
     void (*body)(struct life *l);
     struct graph *g;
     struct jobs *js;
@@ -145,16 +149,16 @@ static int live(void *arg)
     copy_register_drivers(l->g);
     dirty_init(l->g);
     persist_init(l->g);
-    persist_set_runtime(l->g, dir);
+    persist_set_runtime(l->g, l->no_runtime ? NULL : dir);
     if (l->small_regions)
         persist_set_limits(l->g, 16, 8, 8);
     l->js = jobs_new(l->g);
     for (unsigned i = 0; i < DISKS; i++) {
         char json[512];
         snprintf(json, sizeof json,
-                 "{'driver':'raw','node-name':'d%u','read-only':%s,"
+                 "{'driver':'raw','node-name':'d%u','read-only':%s,%s"
                  "'file':{'driver':'file','filename':'%s/%u'}}",
-                 i, l->read_only ? "true" : "false", dir, i);
+                 i, l->read_only ? "true" : "false", l->part ? l->part : "", dir, i);
         l->n[i] = open_ok(l->g, json);
         l->e[i] =
             attach(&l->user[i], l->n[i], l->read_only ? PERM_CONSISTENT_READ : PERM_ALL, PERM_ALL);
@@ -163,10 +167,9 @@ static int live(void *arg)
     _exit(KILLED);
 }
 
-static void run_life_with(struct life l)
+static pid_t begin_life(struct life l)
 {
     pid_t child = fork();
-    int status;
 
     if (child == 0) {
         plain_world_init(&l.plain);
@@ -176,10 +179,22 @@ static void run_life_with(struct life l)
         _exit(1);
     }
     assert_true(child > 0);
+    return child;
+}
+
+static void await_end(pid_t child, const struct life *l)
+{
+    int status;
+
     assert_int_equal(waitpid(child, &status, 0), child);
     if (!WIFEXITED(status) || WEXITSTATUS(status) != KILLED)
-        fail_msg("fault %d at operation %u: the life ended with status 0x%x", l.fault, l.arm,
+        fail_msg("fault %d at operation %u: the life ended with status 0x%x", l->fault, l->arm,
                  status);
+}
+
+static void run_life_with(struct life l)
+{
+    await_end(begin_life(l), &l);
 }
 
 static void run_life(void (*body)(struct life *))
@@ -342,6 +357,41 @@ static void a_mirror_restarts_its_successor(void **state)
     run_life(has_all_three);
 }
 
+/* From the first disk to the second, and it does not get far. */
+static int mirror(struct life *l)
+{
+    CLEANUP(json_putp) struct json_object *args = json_object_new_object();
+    struct error err = ERROR_INIT;
+
+    CHECK_OK(edge_set_perm(l->e[0], PERM_ALL & ~PERM_RESIZE, PERM_ALL, &err), err);
+    edge_detach(l->e[1]);
+    json_add_string(args, "device", "d0");
+    json_add_string(args, "target", "d1");
+    json_add_string(args, "job-id", "m");
+    json_add_string(args, "sync", "incremental");
+    json_add_string(args, "bitmap", "b");
+    json_add_int(args, "speed", 1);
+    int r = mirror_blockdev(l->js, args, &err);
+    if (r < 0 && getenv("TELL"))
+        fprintf(stderr, "mirror: %s\n", err.text);
+    return r;
+}
+
+static void write_while_mirrored(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    CHECK(mirror(l) == 0);
+    CHECK(write_at(l, 0, AT) == 0 && write_at(l, 0, 2 * AT) == 0);
+}
+
+/* With the bitmap at its start there are two sets, and guests mark the new one. */
+static void what_is_written_while_a_mirror_runs_is_kept(void **state)
+{
+    run_life(write_while_mirrored);
+    run_life(has_all_three);
+}
+
 static void write_and_die(struct life *l)
 {
     add(l);
@@ -421,16 +471,22 @@ static void a_second_clear_while_the_first_is_pending(void **state)
     run_life(has_all_since_the_first_clear);
 }
 
-static void reopen(struct life *l, bool read_only)
+static void reopen_part(struct life *l, bool read_only, const char *part)
 {
     struct error err = ERROR_INIT;
-    char text[300];
+    char text[300], *p;
 
-    snprintf(text, sizeof text,
-             "[{\"driver\":\"raw\",\"node-name\":\"d0\",\"read-only\":%s,\"file\":\"%s\"}]",
-             read_only ? "true" : "false", node_name(node_primary(l->n[0])->node));
+    snprintf(text, sizeof text, "[{'driver':'raw','node-name':'d0','read-only':%s,%s'file':'%s'}]",
+             read_only ? "true" : "false", part, node_name(node_primary(l->n[0])->node));
+    while ((p = strchr(text, '\'')))
+        *p = '"';
     CLEANUP(json_putp) struct json_object *options = json_tokener_parse(text);
     CHECK_OK(graph_reopen(l->g, options, &err), err);
+}
+
+static void reopen(struct life *l, bool read_only)
+{
+    reopen_part(l, read_only, "");
 }
 
 static void reopen_twice(struct life *l)
@@ -477,6 +533,106 @@ static void a_disk_grows_after_a_reopen(void **state)
 {
     run_life(reopen_and_grow);
     run_life(has_first_and_last);
+}
+
+#define FIRST_PART "'offset':0,'size':1048576,"
+#define THIRD_PART "'offset':2097152,'size':1048576,"
+static void move_disk(struct life *l)
+{
+    add(l);
+    reopen_part(l, false, THIRD_PART);
+}
+
+static void move_disk_and_close(struct life *l)
+{
+    move_disk(l);
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+static void is_all_dirty(struct life *l)
+{
+    CHECK(bitmap_count(dirty_bits(bitmap_of(l, 0))) == node_size(l->n[0]));
+}
+
+/* Content that comes by a reopen is announced by no write. */
+static void what_a_reopen_changes_is_durable(void **state)
+{
+    run_life_with((struct life){.body = move_disk, .part = FIRST_PART});
+    lose_segments();
+    run_life_with((struct life){.body = is_all_dirty, .part = THIRD_PART});
+}
+
+static void what_a_reopen_changes_is_closed(void **state)
+{
+    run_life_with((struct life){.body = move_disk_and_close, .part = FIRST_PART});
+    run_life_with((struct life){.body = is_all_dirty, .part = THIRD_PART});
+}
+
+#define ALL_OF_IT "'offset':0,"
+static void grow_by_a_reopen(struct life *l)
+{
+    CHECK(act(l, 1, "add", ",'persistent':true,'granularity':512") == 0);
+    CHECK(write_at(l, 0, 0) == 0);
+    reopen_part(l, false, ALL_OF_IT);
+    CHECK(node_size(l->n[0]) == LARGE_BYTES);
+    CHECK(write_at(l, 0, LARGE_BYTES - 4096) == 0);
+}
+
+static void grow_by_a_reopen_and_close(struct life *l)
+{
+    grow_by_a_reopen(l);
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+static void has_first_and_all_that_grew(struct life *l)
+{
+    CHECK(is_dirty(l, 0, 0));
+    for (uint64_t at = AT; at < LARGE_BYTES; at += 512)
+        CHECK(is_dirty(l, 0, at));
+}
+
+/* The areas and segments are as large as the disk was. */
+static void a_disk_grows_by_a_reopen(void **state)
+{
+    char path[80];
+
+    for (unsigned i = 0; i < 4; i++) {
+        each_file("", true);
+        make_disks();
+        snprintf(path, sizeof path, "%s/0", dir);
+        assert_int_equal(truncate(path, LARGE_BYTES), 0);
+        run_life_with((struct life){.body = i & 1 ? grow_by_a_reopen_and_close : grow_by_a_reopen,
+                                    .part = FIRST_PART,
+                                    .no_runtime = i & 2});
+        run_life(has_first_and_all_that_grew);
+    }
+}
+
+static void grow_what_is_disabled(struct life *l)
+{
+    CHECK(act(l, 1, "add", ",'persistent':true,'granularity':512") == 0);
+    CHECK(write_at(l, 0, 0) == 0);
+    CHECK(act(l, 1, "disable", "") == 0);
+    reopen_part(l, false, ALL_OF_IT);
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+static void a_disk_grows_whose_bitmaps_do_not_record(void **state)
+{
+    char path[80];
+
+    for (unsigned i = 0; i < 2; i++) {
+        each_file("", true);
+        make_disks();
+        snprintf(path, sizeof path, "%s/0", dir);
+        assert_int_equal(truncate(path, LARGE_BYTES), 0);
+        run_life_with(
+            (struct life){.body = grow_what_is_disabled, .part = FIRST_PART, .no_runtime = i});
+        run_life(has_first);
+    }
 }
 
 static void is_inconsistent(struct life *l)
@@ -1124,6 +1280,44 @@ static void a_group_fails_after_one_that_was_undone(void **state)
         }
 }
 
+/* Two programs: the second opens the disk read-only while the first writes it. */
+static void await_word(const char *what)
+{
+    for (unsigned i = 0; !was_said(what); i++) {
+        assert_true(i < 10000);
+        usleep(1000);
+    }
+}
+
+static void write_beside_a_reader(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    say("written");
+    await_word("read");
+    CHECK(write_at(l, 0, AT) == 0);
+    say("killed");
+}
+
+static void read_and_become_a_writer(struct life *l)
+{
+    say("read");
+    await_word("killed");
+    reopen(l, false);
+    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
+    CHECK(bm && (dirty_inconsistent(bm) || is_dirty(l, 0, AT)));
+}
+
+static void what_is_read_beside_a_writer_is_not_believed(void **state)
+{
+    const struct life writer = {.body = write_beside_a_reader};
+
+    pid_t first = begin_life(writer);
+    await_word("written");
+    run_life_with((struct life){.body = read_and_become_a_writer, .read_only = true});
+    await_end(first, &writer);
+}
+
 static void begin_one(struct life *l)
 {
     add(l);
@@ -1159,6 +1353,69 @@ static void a_clear_whose_writes_fail_though_they_are_done(void **state)
     }
 }
 
+static void mirror_one(struct life *l)
+{
+    l->left = l->arm;
+    bool started = mirror(l) == 0;
+    say(l->left ? "whole" : started ? "started" : "failed");
+    CHECK(started || !dirty_busy(dirty_find(l->n[0], "b")));
+    CHECK(write_at(l, 0, AT) == 0 && write_at(l, 0, 2 * AT) == 0);
+}
+
+static void a_mirror_whose_start_fails(void **state)
+{
+    for (unsigned n = 1;; n++) {
+        each_file("", true);
+        make_disks();
+        run_life(begin_one);
+        run_life_with((struct life){.body = mirror_one, .fault = FAILS_THOUGH_DONE, .arm = n});
+        run_life(has_all_three);
+        if (was_said("whole"))
+            break;
+    }
+}
+
+static int act_on(struct life *l, const char *action, const char *name, const char *more)
+{
+    CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
+    struct error err = ERROR_INIT;
+    char text[256], *p;
+
+    for (; *name; name++) {
+        snprintf(text, sizeof text,
+                 "{'type':'block-dirty-bitmap-%s','data':{'node':'d0','name':'%c'%s}}", action,
+                 *name, more);
+        while ((p = strchr(text, '\'')))
+            *p = '"';
+        json_object_array_add(actions, json_tokener_parse(text));
+    }
+    int r = transaction_run(l->g, l->js, actions, NULL, &err);
+    if (r < 0 && getenv("TELL"))
+        fprintf(stderr, "%s: %s\n", action, err.text);
+    return r;
+}
+
+static void clear_two_and_add(struct life *l)
+{
+    CHECK(act_on(l, "add", "bc", ",'persistent':true") == 0);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->left = l->arm;
+    (void)!act_on(l, "clear", "bc", "");
+    say(l->left ? "whole" : "failed");
+    l->left = 0;
+    CHECK(act_on(l, "add", "d", ",'persistent':true") == 0);
+}
+
+/* What a change that has failed has allocated is free again. */
+static void a_bitmap_is_added_after_a_change_that_failed(void **state)
+{
+    for (unsigned n = 1; n == 1 || !was_said("whole"); n++) {
+        each_file("", true);
+        make_disks();
+        run_life_with((struct life){.body = clear_two_and_add, .fault = FULL, .arm = n});
+    }
+}
+
 static void a_group_whose_writes_fail(void **state)
 {
     every_operation_fails_once(FAILS, false);
@@ -1178,12 +1435,17 @@ static void a_group_on_full_disks(void **state)
 static const struct CMUnitTest tests[] = {
     T(what_was_marked_before_a_disable_is_durable),
     T(a_mirror_restarts_its_successor),
+    T(what_is_written_while_a_mirror_runs_is_kept),
     T(a_recovered_disk_may_be_read_only),
     T(a_resize_is_ours),
     T(a_new_size_is_durable_before_it_is_recorded),
     T(a_second_clear_while_the_first_is_pending),
     T(a_disk_is_reopened),
     T(a_disk_grows_after_a_reopen),
+    T(a_disk_grows_by_a_reopen),
+    T(a_disk_grows_whose_bitmaps_do_not_record),
+    T(what_a_reopen_changes_is_durable),
+    T(what_a_reopen_changes_is_closed),
     T(segments_of_another_session_are_none),
     T(a_clear_and_an_enable_are_cut),
     T(one_that_is_added_again_is_not_the_old_one),
@@ -1199,6 +1461,9 @@ static const struct CMUnitTest tests[] = {
     T(recovery_is_told_as_it_is_now),
     T(a_backup_is_none_before_its_name_is_durable),
     T(a_clear_whose_writes_fail_though_they_are_done),
+    T(a_mirror_whose_start_fails),
+    T(what_is_read_beside_a_writer_is_not_believed),
+    T(a_bitmap_is_added_after_a_change_that_failed),
     T(a_group_whose_writes_fail),
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),
