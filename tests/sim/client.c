@@ -27,7 +27,8 @@ struct backup {
     bool always;      /* what a failed one has achieved counts */
     bool clears, cut; /* the bitmap, in the same command; which has not been answered */
     bool mirror;
-    bool holds; /* its instant may have come */
+    bool compares; /* no backup: the bitmap is made anew, with what is kept for a base */
+    bool holds;    /* its instant may have come */
     char job[24], node[24], path[SIM_PATH];
     uint64_t generation; /* of the bitmap, before it */
     uint64_t from; /* of the instant; that itself is known when the command has returned, or the
@@ -437,6 +438,81 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
     history_job_over(c->d);
 }
 
+/* ---- a bitmap that is made anew ---- */
+
+/* What is kept, as somebody restores it: PATH is of no use after the job. */
+static void restore_kept(struct client *c, const char *path)
+{
+    HEAP_OF_THE_MACHINE();
+    struct inode *file;
+    uint8_t *buf = malloc(c->d->size);
+
+    assert(buf);
+    for (uint64_t i = 0; i < c->d->model.n; i++)
+        stamp_fill(buf + i * MODEL_SECTOR, c->kept[i]);
+    if (store_create(&c->h->m.store, path, true, &file) < 0)
+        violation(c->h, "%s is there already", path);
+    (void)!inode_write(file, buf, c->d->size, 0, false, NULL);
+    free(buf);
+}
+
+/* It failed: what is kept is as much its base as before. */
+static void conclude_compare(struct client *c, bool succeeded)
+{
+    if (succeeded) {
+        c->has_chain = !c->d->sync_failed;
+        c->base_from = 0; /* what differs has been written at some time */
+        c->told_bad = false;
+    }
+    end_backup(c);
+}
+
+static void compare(struct client *c, struct life *l)
+{
+    struct error err = ERROR_INIT;
+    struct backup *b = &c->backup;
+    struct node *base = NULL;
+    char json[400];
+
+    if (!history_job_begins(c->d, true))
+        return;
+    *b = (struct backup){.compares = true, .keeps = true};
+    snprintf(b->job, sizeof b->job, "job%u-%u", c->number, ++c->next);
+    snprintf(b->path, sizeof b->path, "/d/base%u-%u", c->number, c->next);
+    restore_kept(c, b->path);
+    snprintf(json, sizeof json,
+             "{'driver':'raw','node-name':'base%u-%u','read-only':true,"
+             "'file':{'driver':'file','filename':'%s'}}",
+             c->number, c->next, b->path);
+    int r = history_open(l, json, &base, &err);
+    if (r == 0) {
+        uint64_t speed = one_in(&c->h->more_dice, 2) ? 256 * KiB : 0;
+        b->generation = generation(c);
+        b->running = true;
+        r = transaction_run_one(
+            l->g, l->js, "x-tidemark-compare",
+            history_json("{'job-id':'%s','device':'%s','target':'base%u-%u','bitmap':'%s',"
+                         "'speed':%llu}",
+                         b->job, c->d->node, c->number, c->next, c->bitmap,
+                         (unsigned long long)speed),
+            &err);
+    }
+    if (r < 0) {
+        if (!c->h->with_faults && !(r == -EBUSY && history_in_doubt(c->d->n)))
+            violation(c->h, "no comparison can be started: %s", err.text);
+        end_backup(c);
+    } else {
+        c->h->jobs++;
+        await_job(c, l);
+        conclude_compare(c, b->succeeded);
+    }
+    if (base)
+        node_unref(base);
+    snprintf(json, sizeof json, "/d/base%u-%u", c->number, c->next);
+    (void)!io_unlink(json);
+    history_job_over(c->d);
+}
+
 static void forget_last(struct client *c)
 {
     char path[SIM_PATH];
@@ -468,7 +544,9 @@ static void run(void *self, struct life *l)
             return;
         if (one_in(&c->h->more_dice, 4))
             persist_save_idle(c->d->n);
-        if (bm && (dirty_inconsistent(bm) || one_in(&c->h->dice, 12)))
+        if (bm && one_in(&c->h->more_dice, dirty_inconsistent(bm) ? 2 : 12))
+            compare(c, l);
+        else if (bm && (dirty_inconsistent(bm) || one_in(&c->h->dice, 12)))
             remove_bitmap(c, l);
         else if (!bm || !c->has_chain)
             back_up(c, l, bm ? "clear" : "add");
@@ -615,7 +693,13 @@ static void opened(void *self, struct life *l)
     struct dirty_bitmap *bm;
     if (c->last_path[0])
         judge_last(c, l);
-    if (b->running && b->told && b->succeeded) {
+    if (b->running && b->compares) {
+        int moved = has_moved(c, b);
+        machine_note(&c->h->m, "%s: a comparison, %d", b->job, moved);
+        if (moved < 0)
+            c->told_bad = false;
+        conclude_compare(c, b->told ? b->succeeded : moved > 0);
+    } else if (b->running && b->told && b->succeeded) {
         struct node *n = NULL;
         int r = open_target(c, l, b->path, &n);
         if (r < 0)

@@ -83,19 +83,19 @@ static void ignore_edge(struct user *u, struct edge *e)
 
 const struct user_ops history_user_ops = {history_user_describe, ignore_edge, ignore_edge};
 
-bool history_job_begins(struct disk *d, bool mirror)
+bool history_job_begins(struct disk *d, bool alone)
 {
-    if (d->mirrored || (mirror && d->jobs))
+    if (d->alone || (alone && d->jobs))
         return false;
     d->jobs++;
-    d->mirrored = mirror;
+    d->alone = alone;
     return true;
 }
 
 void history_job_over(struct disk *d)
 {
     d->jobs--;
-    d->mirrored = false;
+    d->alone = false;
 }
 
 static struct json_object *job_info(struct json_object *all, const char *id)
@@ -808,7 +808,7 @@ static void between(struct history *h, enum life_end end, bool faulty)
         model_cut(&h->disks[i].model);
         h->disks[i].sync_failed = false;
         h->disks[i].jobs = 0;
-        h->disks[i].mirrored = false;
+        h->disks[i].alone = false;
         if (end == END_KILLED && h->disks[i].left <= LEFT_FAILING) /* (or it was not looked at) */
             h->disks[i].left = LEFT_KILLED;
         if (end == END_CLEAN && faulty && h->disks[i].left == LEFT_CLEAN)

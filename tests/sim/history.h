@@ -80,7 +80,7 @@ struct disk {
     struct edge *edge;
     struct user user;
     unsigned jobs; /* of clients */
-    bool mirrored; /* one is a mirror, which can be with no other */
+    bool alone;    /* there is one, which can be with no other: a mirror, a comparison */
 };
 
 struct history {
@@ -204,8 +204,8 @@ bool history_in_doubt(struct node *n);
 void history_open_late(struct life *l);
 /* Sleeps up to so many microseconds of the machine's time. */
 void history_nap(struct life *l, uint64_t max_us);
-/* A job of D begins, a mirror or another; false: not beside what is there. */
-bool history_job_begins(struct disk *d, bool mirror);
+/* A job of D begins; false: not beside what is there. */
+bool history_job_begins(struct disk *d, bool alone);
 void history_job_over(struct disk *d);
 bool history_job_lives(struct life *l, const char *id);
 bool history_job_ready(struct life *l, const char *id);
