@@ -138,7 +138,7 @@ void keeper_session_begun(struct keeper *k)
 
 /* What tells that others have written the image, or that a segment is gone, may itself be gone
  * after the next crash: a file's times go with the power. So before anybody hears that the bitmaps
- * are inconsistent, the tide file says it. */
+ * are inconsistent, the tide file says it; if it cannot, not even on a full tmpfs, it goes. */
 static void keep_verdict(struct keeper *k)
 {
     struct error err = ERROR_INIT;
@@ -152,10 +152,10 @@ static void keep_verdict(struct keeper *k)
     if (!any)
         return;
     LOCKED(&k->lock);
-    if (keeper_change_state(k, &err) < 0)
-        log_warning(
-            "Node '%s': %s: that its bitmaps are inconsistent may be forgotten after a crash",
-            node_name(k->node), err.text);
+    if (!BROKEN(verdict_given_up_on))
+        keeper_begin_use(k);
+    else if (keeper_change_state(k, &err) < 0)
+        log_warning("Node '%s': %s", node_name(k->node), err.text);
 }
 
 int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **ret,

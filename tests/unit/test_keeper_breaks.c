@@ -38,6 +38,7 @@ struct life {
     bool resized;           /* an image, and that is not durable */
     bool ours[FDS];
     bool no_new_tide;   /* there is no room for one */
+    bool no_segments;   /* nor for one of these */
     bool die_in_unlink; /* of a tide file: it takes a while, and then the life ends */
     bool unlinking;     /* that has begun */
     bool read_only;
@@ -114,6 +115,8 @@ static int64_t perform(struct world *w, struct io_op *op)
     }
     if (l->no_new_tide && op->kind == IO_OPEN && (op->flags & O_CREAT) &&
         strstr(op->path, ".tide.new"))
+        return -ENOSPC;
+    if (l->no_segments && op->kind == IO_OPEN && (op->flags & O_CREAT) && strstr(op->path, "/run-"))
         return -ENOSPC;
     if (l->die_in_unlink && op->kind == IO_UNLINK && !strcmp(strrchr(op->path, '.'), ".tide")) {
         l->unlinking = true;
@@ -730,20 +733,25 @@ static void segments_of_another_session_are_none(void **state)
     run_life(has_first_two);
 }
 
-/* What told it, a file's times or the stamp, does not outlive the power: the tide file must. */
+/* What told it, a file's times or the stamp, does not outlive the power: the tide file must. Also
+ * where tmpfs is full. */
 static void that_others_wrote_is_told_once_and_for_all(void **state)
 {
     char path[80];
 
-    run_life(write_and_die);
-    usleep(100000);
-    snprintf(path, sizeof path, "%s/0", dir);
-    int fd = open(path, O_RDWR);
-    assert_true(fd >= 0 && pwrite(fd, path, sizeof path, AT) == sizeof path);
-    close(fd);
-    run_life(is_inconsistent);
-    lose_segments();
-    run_life(is_inconsistent);
+    for (int full = 0; full < 2; full++) {
+        each_file("", true);
+        make_disks();
+        run_life(write_and_die);
+        usleep(100000);
+        snprintf(path, sizeof path, "%s/0", dir);
+        int fd = open(path, O_RDWR);
+        assert_true(fd >= 0 && pwrite(fd, path, sizeof path, AT) == sizeof path);
+        close(fd);
+        run_life_with((struct life){.body = is_inconsistent, .no_segments = full});
+        lose_segments();
+        run_life(is_inconsistent);
+    }
 }
 
 /* The session does not end well, and the next one begins in the same program. */
