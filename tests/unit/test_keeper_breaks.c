@@ -1326,6 +1326,44 @@ static void what_is_read_beside_a_writer_is_not_believed(void **state)
     await_end(first, &writer);
 }
 
+/* An enable of the group cannot flush the last disk, so the bitmaps are inconsistent and record no
+ * more; that this is durable may fail, too. Then the disks are closed. */
+static void enable_in_vain_and_close(struct life *l)
+{
+    CHECK(act(l, DISKS, "add", ",'persistent':true,'disabled':true") == 0);
+    for (unsigned i = 0; i < DISKS; i++)
+        CHECK(write_at(l, i, 0) == 0);
+    l->data_syncs = DISKS;
+    l->left = l->arm;
+    bool failed = act(l, DISKS, "enable", "") < 0;
+    say(l->left ? "whole" : "failed");
+    l->left = 0;
+    for (unsigned i = 0; failed && i < DISKS - 1; i++)
+        CHECK(write_at(l, i, AT) == 0);
+    for (unsigned i = 0; i < DISKS; i++) {
+        edge_detach(l->e[i]);
+        node_unref(l->n[i]);
+    }
+}
+
+static void has_nothing_to_believe(struct life *l)
+{
+    for (unsigned i = 0; i < DISKS - 1; i++) {
+        struct dirty_bitmap *bm = dirty_find(l->n[i], "b");
+        CHECK(!bm || dirty_inconsistent(bm) || !dirty_recording(bm) || is_dirty(l, i, AT));
+    }
+}
+
+static void a_close_after_what_could_not_be_said(void **state)
+{
+    for (unsigned n = 1; n == 1 || !was_said("whole"); n++) {
+        each_file("", true);
+        make_disks();
+        run_life_with((struct life){.body = enable_in_vain_and_close, .fault = FAILS, .arm = n});
+        run_life(has_nothing_to_believe);
+    }
+}
+
 static void begin_one(struct life *l)
 {
     add(l);
@@ -1469,6 +1507,7 @@ static const struct CMUnitTest tests[] = {
     T(recovery_is_told_as_it_is_now),
     T(a_backup_is_none_before_its_name_is_durable),
     T(a_clear_whose_writes_fail_though_they_are_done),
+    T(a_close_after_what_could_not_be_said),
     T(a_mirror_whose_start_fails),
     T(what_is_read_beside_a_writer_is_not_believed),
     T(a_bitmap_is_added_after_a_change_that_failed),
