@@ -39,6 +39,7 @@ struct life {
     bool ours[FDS];
     bool no_new_tide;   /* there is no room for one */
     bool no_segments;   /* nor for one of these */
+    bool slow_syncs;    /* of images */
     bool die_in_unlink; /* of a tide file: it takes a while, and then the life ends */
     bool unlinking;     /* that has begun */
     bool read_only;
@@ -116,6 +117,8 @@ static int64_t perform(struct world *w, struct io_op *op)
     if (l->no_new_tide && op->kind == IO_OPEN && (op->flags & O_CREAT) &&
         strstr(op->path, ".tide.new"))
         return -ENOSPC;
+    if (l->slow_syncs && op->kind == IO_DATASYNC && op->fd < FDS && !l->ours[op->fd])
+        (void)!sleep_until(clock_after_ns(NSEC_PER_SEC / 5));
     if (l->no_segments && op->kind == IO_OPEN && (op->flags & O_CREAT) && strstr(op->path, "/run-"))
         return -ENOSPC;
     if (l->die_in_unlink && op->kind == IO_UNLINK && !strcmp(strrchr(op->path, '.'), ".tide")) {
@@ -636,6 +639,49 @@ static void a_disk_grows_whose_bitmaps_do_not_record(void **state)
             (struct life){.body = grow_what_is_disabled, .part = FIRST_PART, .no_runtime = i});
         run_life(has_first);
     }
+}
+
+static int write_last(void *arg)
+{
+    struct life *l = arg;
+    CHECK(write_at(l, 0, LARGE_BYTES - 4096) == 0);
+    return 0;
+}
+
+/* A file node, which a write beyond its end makes larger, beside others that use up the slots. */
+static void grow_by_a_write(struct life *l)
+{
+    char json[300];
+
+    snprintf(json, sizeof json, "%s/9", dir);
+    int fd = open(json, O_RDWR | O_CREAT, 0600);
+    CHECK(fd >= 0 && ftruncate(fd, DISK_BYTES) == 0);
+    close(fd);
+    snprintf(json, sizeof json, "{'driver':'file','node-name':'f','filename':'%s/9'}", dir);
+    edge_detach(l->e[0]);
+    l->n[0] = open_ok(l->g, json);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+    CLEANUP(json_putp)
+    struct json_object *actions = json_tokener_parse(
+        "[{\"type\":\"block-dirty-bitmap-add\",\"data\":{\"node\":\"f\",\"name\":\"b\","
+        "\"persistent\":true,\"granularity\":512}}]");
+    CHECK(transaction_run(l->g, l->js, actions, NULL, NULL) == 0);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->slow_syncs = true;
+    SCOPE(tasks);
+    scope_spawn(&tasks, write_last, l);
+    for (unsigned i = 0; i < 40; i++)
+        CHECK(write_at(l, 0, i * 65536) == 0);
+    CHECK(scope_join(&tasks) == 0);
+    for (unsigned i = 0; i < 40; i++)
+        CHECK(is_dirty(l, 0, i * 65536));
+    CHECK(is_dirty(l, 0, LARGE_BYTES - 4096));
+}
+
+static void a_write_makes_a_disk_larger(void **state)
+{
+    run_life_with(
+        (struct life){.body = grow_by_a_write, .no_runtime = true, .small_regions = true});
 }
 
 static void is_inconsistent(struct life *l)
@@ -1490,6 +1536,7 @@ static const struct CMUnitTest tests[] = {
     T(a_disk_grows_after_a_reopen),
     T(a_disk_grows_by_a_reopen),
     T(a_disk_grows_whose_bitmaps_do_not_record),
+    T(a_write_makes_a_disk_larger),
     T(what_a_reopen_changes_is_durable),
     T(what_a_reopen_changes_is_closed),
     T(segments_of_another_session_are_none),
