@@ -62,6 +62,18 @@ static void use_runtime(struct keeper *k)
         log_warning("The runtime directory '%s' %s", k->options.runtime, doubt);
 }
 
+/* A device is synced for it, and the page cache tells an error once. So the node flushes first:
+ * then it knows that guests' writes are lost, and takes no more (block/host.c). */
+static int take_witness(struct keeper *k, int fd, struct witness *ret)
+{
+    struct stat st;
+
+    int r = io_fstat(fd, &st);
+    if (r == 0 && S_ISBLK(st.st_mode) && !BROKEN(witness_before_flush))
+        r = node_flush(k->node);
+    return r < 0 ? r : witness_take(fd, ret);
+}
+
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
 {
     struct super *s = &c->next;
@@ -80,7 +92,7 @@ int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
         s->uuid = k->next_uuid;
     }
     s->ring_sequence = k->ring_next ? k->ring_next : 1;
-    if (fd >= 0 && (r = witness_take(fd, &s->witness)) < 0)
+    if (fd >= 0 && (r = take_witness(k, fd, &s->witness)) < 0)
         return error_set_errno(err, -r, "Could not look at the image of node '%s'",
                                node_name(k->node));
     use_runtime(k);

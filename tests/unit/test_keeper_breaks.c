@@ -40,6 +40,7 @@ struct life {
     bool no_new_tide;   /* there is no room for one */
     bool no_segments;   /* nor for one of these */
     bool slow_syncs;    /* of images */
+    bool as_devices;    /* they say that they are */
     bool die_in_unlink; /* of a tide file: it takes a while, and then the life ends */
     bool unlinking;     /* that has begun */
     bool read_only;
@@ -139,6 +140,8 @@ static int64_t perform(struct world *w, struct io_op *op)
     if (op->kind == IO_RENAME && is_ours(op->path))
         CHECK(!l->resized); /* or the new tide file has another size than the image may have */
     int64_t r = l->real->perform(l->real, op);
+    if (l->as_devices && op->kind == IO_FSTAT && op->fd < FDS && !l->ours[op->fd])
+        ((struct stat *)op->ret)->st_mode = S_IFBLK | 0600;
     if (op->fd >= 0 && op->fd < FDS && !l->ours[op->fd])
         l->resized = op->kind == IO_TRUNCATE ||
                      (l->resized && op->kind != IO_DATASYNC && op->kind != IO_SYNC);
@@ -1410,6 +1413,23 @@ static void a_close_after_what_could_not_be_said(void **state)
     }
 }
 
+/* The witness of a device is taken after a sync, and an error of the page cache is told once: not
+ * to the keeper alone. */
+static void add_over_a_loss(struct life *l)
+{
+    CHECK(write_at(l, 0, 0) == 0);
+    l->as_devices = true;
+    l->data_syncs = 1;
+    CHECK(act(l, 1, "add", ",'persistent':true") < 0);
+    CHECK(edge_flush(l->e[0]) < 0);
+    CHECK(act(l, 1, "add", ",'persistent':true") < 0);
+}
+
+static void what_a_device_has_lost_is_told_to_its_guest(void **state)
+{
+    run_life(add_over_a_loss);
+}
+
 static void begin_one(struct life *l)
 {
     add(l);
@@ -1555,6 +1575,7 @@ static const struct CMUnitTest tests[] = {
     T(a_backup_is_none_before_its_name_is_durable),
     T(a_clear_whose_writes_fail_though_they_are_done),
     T(a_close_after_what_could_not_be_said),
+    T(what_a_device_has_lost_is_told_to_its_guest),
     T(a_mirror_whose_start_fails),
     T(what_is_read_beside_a_writer_is_not_believed),
     T(a_bitmap_is_added_after_a_change_that_failed),
