@@ -212,6 +212,22 @@ int dirty_join(struct node *const *nodes, size_t n, struct error *err)
     return s && s->begin ? s->begin(s, nodes, n, err) : 0;
 }
 
+/* What these are not any more. One that cannot say it is no reason for the others to be believed:
+ * then each says it for itself, and a keeper that cannot gives its tide file up. */
+static void say_what_is_not(struct node *const *nodes, size_t n)
+{
+    struct error err = ERROR_INIT;
+    int r = dirty_commit(nodes, n, &err);
+
+    if (r < 0)
+        log_warning("%s", err.text);
+    for (size_t i = 0; r < 0 && n > 1 && i < n && !BROKEN(said_together_or_not); i++) {
+        error_clear(&err);
+        if (dirty_commit(&nodes[i], 1, &err) < 0)
+            log_warning("%s", err.text);
+    }
+}
+
 /* The disk cannot be made durable: nothing that was cleared may stay so, nothing be trusted that
  * has no base. */
 static void unsettle(struct node *const *nodes, size_t n, const struct changes *c)
@@ -231,9 +247,7 @@ static void unsettle(struct node *const *nodes, size_t n, const struct changes *
             bm->unbased = false;
         }
     }
-    struct error again = ERROR_INIT;
-    if (dirty_commit(nodes, n, &again) < 0)
-        log_warning("%s", again.text);
+    say_what_is_not(nodes, n);
 }
 
 /* They have been settled by a later flush that succeeded, and the disk says now that it cannot be
@@ -242,7 +256,6 @@ static void unsettle(struct node *const *nodes, size_t n, const struct changes *
 static void distrust(struct node *const *nodes, size_t n, const struct changes *c)
 {
     struct graph *g = node_graph(nodes[0]);
-    struct error err = ERROR_INIT;
 
     if (!BROKEN(distrusted_beside_guests))
         graph_quiesce_begin(g, nodes, n);
@@ -251,8 +264,7 @@ static void distrust(struct node *const *nodes, size_t n, const struct changes *
             for (size_t k = 0; bm->kept && k < c->n; k++)
                 if (bm->change == c->ids[k])
                     dirty_set_inconsistent(bm);
-    if (dirty_commit(nodes, n, &err) < 0)
-        log_warning("%s", err.text);
+    say_what_is_not(nodes, n);
     if (!BROKEN(distrusted_beside_guests))
         graph_quiesce_end(g, nodes, n);
 }

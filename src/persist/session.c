@@ -62,6 +62,18 @@ static void use_runtime(struct keeper *k)
         log_warning("The runtime directory '%s' %s", k->options.runtime, doubt);
 }
 
+/* A device is synced for it, and the page cache tells an error once. So the node flushes first:
+ * then it knows that guests' writes are lost, and takes no more (block/host.c). */
+static int take_witness(struct keeper *k, int fd, struct witness *ret)
+{
+    struct stat st;
+
+    int r = io_fstat(fd, &st);
+    if (r == 0 && S_ISBLK(st.st_mode) && !BROKEN(witness_before_flush))
+        r = node_flush(k->node);
+    return r < 0 ? r : witness_take(fd, ret);
+}
+
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
 {
     struct super *s = &c->next;
@@ -80,7 +92,7 @@ int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
         s->uuid = k->next_uuid;
     }
     s->ring_sequence = k->ring_next ? k->ring_next : 1;
-    if (fd >= 0 && (r = witness_take(fd, &s->witness)) < 0)
+    if (fd >= 0 && (r = take_witness(k, fd, &s->witness)) < 0)
         return error_set_errno(err, -r, "Could not look at the image of node '%s'",
                                node_name(k->node));
     use_runtime(k);
@@ -138,7 +150,7 @@ void keeper_session_begun(struct keeper *k)
 
 /* What tells that others have written the image, or that a segment is gone, may itself be gone
  * after the next crash: a file's times go with the power. So before anybody hears that the bitmaps
- * are inconsistent, the tide file says it. */
+ * are inconsistent, the tide file says it; if it cannot, not even on a full tmpfs, it goes. */
 static void keep_verdict(struct keeper *k)
 {
     struct error err = ERROR_INIT;
@@ -152,10 +164,10 @@ static void keep_verdict(struct keeper *k)
     if (!any)
         return;
     LOCKED(&k->lock);
-    if (keeper_change_state(k, &err) < 0)
-        log_warning(
-            "Node '%s': %s: that its bitmaps are inconsistent may be forgotten after a crash",
-            node_name(k->node), err.text);
+    if (!BROKEN(verdict_given_up_on))
+        keeper_begin_use(k);
+    else if (keeper_change_state(k, &err) < 0)
+        log_warning("Node '%s': %s", node_name(k->node), err.text);
 }
 
 int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **ret,

@@ -140,14 +140,25 @@ static bool is_being_written(const struct tide *t, uint64_t extent_offset)
     return false;
 }
 
+/* The disk may be larger than the extent has room for, what is written may not. */
+static uint64_t written_end(const struct bitmap *bits, const struct range *ranges, size_t n)
+{
+    uint64_t end = 0;
+
+    for (size_t i = 0; i < n; i++)
+        end = max_u64(end, min_u64(range_end(ranges[i]), bitmap_size(bits)));
+    return end;
+}
+
 int tide_write_area(struct tide *t, uint64_t extent_offset, uint64_t epoch,
                     const struct bitmap *bits, const struct range *ranges, size_t n)
 {
     assert(!t->read_only && epoch && epoch < t->super.next_epoch);
     assert(extent_offset >= TIDE_EXTENTS_OFFSET &&
-           range_fits(extent_offset,
-                      tide_extent_bytes(bitmap_size(bits), log2_u64(bitmap_granularity(bits))),
-                      t->end));
+           range_fits(
+               extent_offset,
+               tide_extent_bytes(written_end(bits, ranges, n), log2_u64(bitmap_granularity(bits))),
+               t->end));
     SHIELD();
     while (is_being_written(t, extent_offset) && !BROKEN(area_writes_race))
         (void)!waitq_wait(&t->area_written);

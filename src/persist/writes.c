@@ -72,11 +72,20 @@ static int write_sets(struct keeper *k, bool recording, const struct range *rang
     return r;
 }
 
+/* A write may have made the disk larger than the areas are; whoever did waits for a new tide file,
+ * with all bits (keeper_resized), and until that is there no bitmap is believed. */
+static uint64_t known_size(const struct keeper *k)
+{
+    const struct super *s = tide_super(k->tide);
+
+    return min_u64(node_size(k->node), max_u64(s->size_bytes, s->resizing_bytes));
+}
+
 static void ranges_of(const struct keeper *k, const uint32_t *regions, size_t n,
                       struct range *ranges)
 {
     const unsigned shift = tide_super(k->tide)->region_bits;
-    const uint64_t size = node_size(k->node);
+    const uint64_t size = BROKEN(unforeseen_size_left) ? node_size(k->node) : known_size(k);
 
     for (size_t i = 0; i < n; i++) {
         uint64_t start = (uint64_t)regions[i] << shift;
@@ -145,6 +154,8 @@ static int sync_marks(struct keeper *k, struct range r)
 {
     LOCKED(&k->area_lock);
 
+    if (k->tide)
+        r = range_intersect(r, range_make(0, known_size(k)));
     int result = k->tide ? write_sets(k, true, &r, 1) : 0;
     if (result == 0)
         result = k->tide ? tide_sync(k->tide) : -EIO;

@@ -825,6 +825,59 @@ static int a_clear_that_failed_does_not_stand(void *arg)
     return 0;
 }
 
+static unsigned said_inconsistent;
+
+/* One of two disks takes nothing any more, and so no group of them. */
+static int store_commit_of_one(struct dirty_store *s, struct node *const *nodes, size_t n,
+                               struct error *err)
+{
+    struct dirty_bitmap *bm = dirty_find(nodes[0], "bm");
+
+    if (!bm || !dirty_inconsistent(bm))
+        return 0;
+    if (n > 1 || !strcmp(node_name(nodes[0]), "disk"))
+        return error_set(err, EIO, "no");
+    said_inconsistent++;
+    return 0;
+}
+
+/* That it fails for the one is no reason to believe the other after a kill. */
+static int a_disk_that_fails_leaves_no_other_believed(void *arg)
+{
+    struct test_store s = {{store_can_add, store_remove, .flush = store_flush_that_fails,
+                            .commit = store_commit_of_one}};
+    WORLD(w, 1 * MiB, 0);
+    struct node *nodes[2] = {w.n};
+    struct bitmap *old[2];
+    CLEANUP(json_putp) struct json_object *o = json_object_new_object();
+    json_add_string(o, "driver", "test-disk");
+    json_add_string(o, "node-name", "other");
+    json_add_uint(o, "size", 1 * MiB);
+
+    dirty_set_store(w.g, &s.store);
+    assert_int_equal(graph_open(w.g, o, &nodes[1], NULL), 0);
+    graph_quiesce_begin(w.g, nodes, 2);
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(dirty_add(nodes[i], "bm", 4096, DIRTY_PERSISTENT, NULL, NULL), 0);
+    assert_int_equal(dirty_commit(nodes, 2, NULL), 0);
+    graph_quiesce_end(w.g, nodes, 2);
+    assert_int_equal(dirty_settle(nodes, 2, NULL), 0);
+    graph_quiesce_begin(w.g, nodes, 2);
+    assert_int_equal(dirty_begin(nodes, 2, NULL), 0);
+    for (int i = 0; i < 2; i++)
+        assert_non_null(old[i] = dirty_clear(dirty_find(nodes[i], "bm")));
+    assert_int_equal(dirty_commit(nodes, 2, NULL), 0);
+    for (int i = 0; i < 2; i++)
+        dirty_forget(dirty_find(nodes[i], "bm"), old[i]);
+    graph_quiesce_end(w.g, nodes, 2);
+    settling = true;
+    said_inconsistent = 0;
+    assert_int_equal(dirty_settle(nodes, 2, NULL), -EIO);
+    assert_int_equal(said_inconsistent, 1);
+    node_unref(nodes[1]);
+    return 0;
+}
+
 static void clear(struct world *w, struct dirty_bitmap *bm)
 {
     struct bitmap *old = dirty_clear(bm);
@@ -942,6 +995,7 @@ IN_LOOP(a_restart_that_failed_does_not_stand)
 IN_LOOP(an_outcome_waits_for_its_turn)
 IN_LOOP(a_clear_waits_for_a_flush_of_its_own)
 IN_LOOP(a_clear_that_failed_does_not_stand)
+IN_LOOP(a_disk_that_fails_leaves_no_other_believed)
 IN_LOOP(a_clear_does_not_hold_over_a_loss)
 IN_LOOP(what_comes_back_is_told_until_it_is_taken)
 IN_LOOP(random_histories_agree_with_a_model)
@@ -964,6 +1018,7 @@ static const struct CMUnitTest tests[] = {
     TEST(an_outcome_waits_for_its_turn),
     TEST(a_clear_waits_for_a_flush_of_its_own),
     TEST(a_clear_that_failed_does_not_stand),
+    TEST(a_disk_that_fails_leaves_no_other_believed),
     TEST(a_clear_does_not_hold_over_a_loss),
     TEST(what_comes_back_is_told_until_it_is_taken),
     TEST(random_histories_agree_with_a_model),

@@ -38,6 +38,9 @@ struct life {
     bool resized;           /* an image, and that is not durable */
     bool ours[FDS];
     bool no_new_tide;   /* there is no room for one */
+    bool no_segments;   /* nor for one of these */
+    bool slow_syncs;    /* of images */
+    bool as_devices;    /* they say that they are */
     bool die_in_unlink; /* of a tide file: it takes a while, and then the life ends */
     bool unlinking;     /* that has begun */
     bool read_only;
@@ -115,6 +118,10 @@ static int64_t perform(struct world *w, struct io_op *op)
     if (l->no_new_tide && op->kind == IO_OPEN && (op->flags & O_CREAT) &&
         strstr(op->path, ".tide.new"))
         return -ENOSPC;
+    if (l->slow_syncs && op->kind == IO_DATASYNC && op->fd < FDS && !l->ours[op->fd])
+        (void)!sleep_until(clock_after_ns(NSEC_PER_SEC / 5));
+    if (l->no_segments && op->kind == IO_OPEN && (op->flags & O_CREAT) && strstr(op->path, "/run-"))
+        return -ENOSPC;
     if (l->die_in_unlink && op->kind == IO_UNLINK && !strcmp(strrchr(op->path, '.'), ".tide")) {
         l->unlinking = true;
         (void)!sleep_until(clock_after_ns(NSEC_PER_SEC / 5));
@@ -133,6 +140,8 @@ static int64_t perform(struct world *w, struct io_op *op)
     if (op->kind == IO_RENAME && is_ours(op->path))
         CHECK(!l->resized); /* or the new tide file has another size than the image may have */
     int64_t r = l->real->perform(l->real, op);
+    if (l->as_devices && op->kind == IO_FSTAT && op->fd < FDS && !l->ours[op->fd])
+        ((struct stat *)op->ret)->st_mode = S_IFBLK | 0600;
     if (op->fd >= 0 && op->fd < FDS && !l->ours[op->fd])
         l->resized = op->kind == IO_TRUNCATE ||
                      (l->resized && op->kind != IO_DATASYNC && op->kind != IO_SYNC);
@@ -635,6 +644,49 @@ static void a_disk_grows_whose_bitmaps_do_not_record(void **state)
     }
 }
 
+static int write_last(void *arg)
+{
+    struct life *l = arg;
+    CHECK(write_at(l, 0, LARGE_BYTES - 4096) == 0);
+    return 0;
+}
+
+/* A file node, which a write beyond its end makes larger, beside others that use up the slots. */
+static void grow_by_a_write(struct life *l)
+{
+    char json[300];
+
+    snprintf(json, sizeof json, "%s/9", dir);
+    int fd = open(json, O_RDWR | O_CREAT, 0600);
+    CHECK(fd >= 0 && ftruncate(fd, DISK_BYTES) == 0);
+    close(fd);
+    snprintf(json, sizeof json, "{'driver':'file','node-name':'f','filename':'%s/9'}", dir);
+    edge_detach(l->e[0]);
+    l->n[0] = open_ok(l->g, json);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+    CLEANUP(json_putp)
+    struct json_object *actions = json_tokener_parse(
+        "[{\"type\":\"block-dirty-bitmap-add\",\"data\":{\"node\":\"f\",\"name\":\"b\","
+        "\"persistent\":true,\"granularity\":512}}]");
+    CHECK(transaction_run(l->g, l->js, actions, NULL, NULL) == 0);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->slow_syncs = true;
+    SCOPE(tasks);
+    scope_spawn(&tasks, write_last, l);
+    for (unsigned i = 0; i < 40; i++)
+        CHECK(write_at(l, 0, i * 65536) == 0);
+    CHECK(scope_join(&tasks) == 0);
+    for (unsigned i = 0; i < 40; i++)
+        CHECK(is_dirty(l, 0, i * 65536));
+    CHECK(is_dirty(l, 0, LARGE_BYTES - 4096));
+}
+
+static void a_write_makes_a_disk_larger(void **state)
+{
+    run_life_with(
+        (struct life){.body = grow_by_a_write, .no_runtime = true, .small_regions = true});
+}
+
 static void is_inconsistent(struct life *l)
 {
     struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
@@ -730,20 +782,25 @@ static void segments_of_another_session_are_none(void **state)
     run_life(has_first_two);
 }
 
-/* What told it, a file's times or the stamp, does not outlive the power: the tide file must. */
+/* What told it, a file's times or the stamp, does not outlive the power: the tide file must. Also
+ * where tmpfs is full. */
 static void that_others_wrote_is_told_once_and_for_all(void **state)
 {
     char path[80];
 
-    run_life(write_and_die);
-    usleep(100000);
-    snprintf(path, sizeof path, "%s/0", dir);
-    int fd = open(path, O_RDWR);
-    assert_true(fd >= 0 && pwrite(fd, path, sizeof path, AT) == sizeof path);
-    close(fd);
-    run_life(is_inconsistent);
-    lose_segments();
-    run_life(is_inconsistent);
+    for (int full = 0; full < 2; full++) {
+        each_file("", true);
+        make_disks();
+        run_life(write_and_die);
+        usleep(100000);
+        snprintf(path, sizeof path, "%s/0", dir);
+        int fd = open(path, O_RDWR);
+        assert_true(fd >= 0 && pwrite(fd, path, sizeof path, AT) == sizeof path);
+        close(fd);
+        run_life_with((struct life){.body = is_inconsistent, .no_segments = full});
+        lose_segments();
+        run_life(is_inconsistent);
+    }
 }
 
 /* The session does not end well, and the next one begins in the same program. */
@@ -1318,6 +1375,61 @@ static void what_is_read_beside_a_writer_is_not_believed(void **state)
     await_end(first, &writer);
 }
 
+/* An enable of the group cannot flush the last disk, so the bitmaps are inconsistent and record no
+ * more; that this is durable may fail, too. Then the disks are closed. */
+static void enable_in_vain_and_close(struct life *l)
+{
+    CHECK(act(l, DISKS, "add", ",'persistent':true,'disabled':true") == 0);
+    for (unsigned i = 0; i < DISKS; i++)
+        CHECK(write_at(l, i, 0) == 0);
+    l->data_syncs = DISKS;
+    l->left = l->arm;
+    bool failed = act(l, DISKS, "enable", "") < 0;
+    say(l->left ? "whole" : "failed");
+    l->left = 0;
+    for (unsigned i = 0; failed && i < DISKS - 1; i++)
+        CHECK(write_at(l, i, AT) == 0);
+    for (unsigned i = 0; i < DISKS; i++) {
+        edge_detach(l->e[i]);
+        node_unref(l->n[i]);
+    }
+}
+
+static void has_nothing_to_believe(struct life *l)
+{
+    for (unsigned i = 0; i < DISKS - 1; i++) {
+        struct dirty_bitmap *bm = dirty_find(l->n[i], "b");
+        CHECK(!bm || dirty_inconsistent(bm) || !dirty_recording(bm) || is_dirty(l, i, AT));
+    }
+}
+
+static void a_close_after_what_could_not_be_said(void **state)
+{
+    for (unsigned n = 1; n == 1 || !was_said("whole"); n++) {
+        each_file("", true);
+        make_disks();
+        run_life_with((struct life){.body = enable_in_vain_and_close, .fault = FAILS, .arm = n});
+        run_life(has_nothing_to_believe);
+    }
+}
+
+/* The witness of a device is taken after a sync, and an error of the page cache is told once: not
+ * to the keeper alone. */
+static void add_over_a_loss(struct life *l)
+{
+    CHECK(write_at(l, 0, 0) == 0);
+    l->as_devices = true;
+    l->data_syncs = 1;
+    CHECK(act(l, 1, "add", ",'persistent':true") < 0);
+    CHECK(edge_flush(l->e[0]) < 0);
+    CHECK(act(l, 1, "add", ",'persistent':true") < 0);
+}
+
+static void what_a_device_has_lost_is_told_to_its_guest(void **state)
+{
+    run_life(add_over_a_loss);
+}
+
 static void begin_one(struct life *l)
 {
     add(l);
@@ -1444,6 +1556,7 @@ static const struct CMUnitTest tests[] = {
     T(a_disk_grows_after_a_reopen),
     T(a_disk_grows_by_a_reopen),
     T(a_disk_grows_whose_bitmaps_do_not_record),
+    T(a_write_makes_a_disk_larger),
     T(what_a_reopen_changes_is_durable),
     T(what_a_reopen_changes_is_closed),
     T(segments_of_another_session_are_none),
@@ -1461,6 +1574,8 @@ static const struct CMUnitTest tests[] = {
     T(recovery_is_told_as_it_is_now),
     T(a_backup_is_none_before_its_name_is_durable),
     T(a_clear_whose_writes_fail_though_they_are_done),
+    T(a_close_after_what_could_not_be_said),
+    T(what_a_device_has_lost_is_told_to_its_guest),
     T(a_mirror_whose_start_fails),
     T(what_is_read_beside_a_writer_is_not_believed),
     T(a_bitmap_is_added_after_a_change_that_failed),
