@@ -440,7 +440,7 @@ int keeper_resizing(struct keeper *k, uint64_t to, struct error *err)
 static bool is_unforeseen(const struct keeper *k)
 {
     return k->in_use && k->tide && !k->lost &&
-           tide_super(k->tide)->size_bytes != node_size(k->node) && !BROKEN(unforeseen_size_left);
+           tide_super(k->tide)->size_bytes != node_size(k->node);
 }
 
 void keeper_resized(struct keeper *k)

@@ -85,7 +85,7 @@ static void ranges_of(const struct keeper *k, const uint32_t *regions, size_t n,
                       struct range *ranges)
 {
     const unsigned shift = tide_super(k->tide)->region_bits;
-    const uint64_t size = BROKEN(unforeseen_size_left) ? node_size(k->node) : known_size(k);
+    const uint64_t size = known_size(k);
 
     for (size_t i = 0; i < n; i++) {
         uint64_t start = (uint64_t)regions[i] << shift;
