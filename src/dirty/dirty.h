@@ -207,6 +207,8 @@ struct dirty_store {
     int (*can_add)(struct dirty_store *s, struct node *n, const char *name,
                    uint64_t granularity_bytes, struct error *err);
     int (*remove)(struct dirty_store *s, struct node *n, const char *name, struct error *err);
+    /* Would it be kept if it could be trusted again? May be NULL. */
+    int (*can_rebuild)(struct dirty_store *s, struct node *n, struct error *err);
     int (*begin)(struct dirty_store *s, struct node *const *nodes, size_t n,
                  struct error *err); /* dirty_begin's */
     /* dirty_commit's and dirty_settle's work: what dirty_get_state says of N nodes' persistent

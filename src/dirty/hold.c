@@ -39,6 +39,9 @@ int dirty_start_rebuild(struct dirty_bitmap *bm, uint64_t base_bytes, struct err
     if (r == 0 && !bm->enabled && !bm->inconsistent)
         r = error_set(err, EINVAL, "Bitmap '%s' is disabled and cannot be rebuilt: enable it first",
                       bm->name);
+    struct dirty_store *s = dirty_store_of(bm->home->node);
+    if (r == 0 && bm->kept && s && s->can_rebuild)
+        r = s->can_rebuild(s, bm->home->node, err);
     if (r == 0)
         r = start(bm, true, err);
     if (r < 0)

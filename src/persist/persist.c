@@ -323,6 +323,13 @@ static int store_remove(struct dirty_store *s, struct node *n, const char *name,
     return pn && pn->image ? image_remove(pn->image, name, err) : 0;
 }
 
+static int store_can_rebuild(struct dirty_store *s, struct node *n, struct error *err)
+{
+    struct persist_node *pn = node_of(n);
+
+    return pn && pn->keeper ? keeper_can_keep(pn->keeper, err) : 0;
+}
+
 /* Images without a tide file. */
 static int use_images_for_change(struct node *const *nodes, size_t n, struct error *err)
 {
@@ -400,6 +407,7 @@ void persist_init(struct graph *g)
     p->store = (struct dirty_store){
         .can_add = store_can_add,
         .remove = store_remove,
+        .can_rebuild = store_can_rebuild,
         .begin = store_begin,
         .commit = store_commit,
         .flush = store_flush,

@@ -443,11 +443,19 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
     return 0;
 }
 
-int keeper_can_add(struct keeper *k, const char *name, uint64_t granularity_bytes,
-                   struct error *err)
+int keeper_can_keep(const struct keeper *k, struct error *err)
 {
     if (k->refusing || (k->lost && !k->options.image))
         return error_set(err, EIO, "The tide file '%s' cannot be written", k->options.path);
+    return 0;
+}
+
+int keeper_can_add(struct keeper *k, const char *name, uint64_t granularity_bytes,
+                   struct error *err)
+{
+    int r = keeper_can_keep(k, err);
+    if (r < 0)
+        return r;
     if (k->node->read_only)
         return error_set(err, EACCES, "Node '%s' is read-only", node_name(k->node));
     if (strlen(name) > TIDE_NAME_MAX)

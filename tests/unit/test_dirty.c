@@ -652,6 +652,30 @@ static int the_store_hears_of_successors(void *arg)
     return 0;
 }
 
+static int store_cannot_rebuild(struct dirty_store *s, struct node *n, struct error *err)
+{
+    return error_set(err, EIO, "nothing is kept any more");
+}
+
+/* It would be good until the program ends, and then be gone. */
+static int what_would_not_be_kept_is_not_rebuilt(void *arg)
+{
+    struct test_store s = {{store_can_add, store_remove, .bits_gone = store_bits_gone,
+                            .can_rebuild = store_cannot_rebuild}};
+    WORLD(w, 1 * MiB, 0);
+
+    dirty_set_store(w.g, &s.store);
+    struct dirty_bitmap *p = add(&w, "p", 4096, DIRTY_PERSISTENT);
+    struct dirty_bitmap *here = add(&w, "here", 4096, 0);
+    dirty_set_inconsistent(p);
+    dirty_set_inconsistent(here);
+    must_fail(dirty_start_rebuild(p, 1 * MiB, &err), "nothing is kept any more");
+    assert_true(!dirty_busy(p));
+    assert_int_equal(dirty_start_rebuild(here, 1 * MiB, NULL), 0);
+    dirty_unstart(here);
+    return 0;
+}
+
 static const struct bitmap *durable_successor;
 
 /* The second one fails, and is on the disk. */
@@ -991,6 +1015,7 @@ IN_LOOP(what_a_failed_shrink_may_have_lost_is_dirty)
 IN_LOOP(an_undone_start_leaves_the_undo_of_a_clear_whole)
 IN_LOOP(the_store_is_asked_and_told)
 IN_LOOP(the_store_hears_of_successors)
+IN_LOOP(what_would_not_be_kept_is_not_rebuilt)
 IN_LOOP(a_restart_that_failed_does_not_stand)
 IN_LOOP(an_outcome_waits_for_its_turn)
 IN_LOOP(a_clear_waits_for_a_flush_of_its_own)
@@ -1014,6 +1039,7 @@ static const struct CMUnitTest tests[] = {
     TEST(an_undone_start_leaves_the_undo_of_a_clear_whole),
     TEST(the_store_is_asked_and_told),
     TEST(the_store_hears_of_successors),
+    TEST(what_would_not_be_kept_is_not_rebuilt),
     TEST(a_restart_that_failed_does_not_stand),
     TEST(an_outcome_waits_for_its_turn),
     TEST(a_clear_waits_for_a_flush_of_its_own),
