@@ -267,7 +267,6 @@ static int mirror_change(struct job *j, struct json_object *options, struct erro
 
 /* ---- the end ---- */
 
-/* May TO be replaced by a copy of N: is their content the same for sure? */
 bool mirror_can_replace(struct node *n, const struct node *to)
 {
     for (;;) {

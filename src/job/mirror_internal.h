@@ -43,5 +43,5 @@ extern const struct job_driver mirror_driver;
 /* A guest's write did not reach the target: CODE is a negative errno. OPAQUE is the mirror. */
 void mirror_guest_write_failed(void *opaque, int code);
 
-/* May TO take N's place: does everybody on the way see the same data? */
+/* May TO be replaced by a copy of N: is their content the same for sure? */
 bool mirror_can_replace(struct node *n, const struct node *to);

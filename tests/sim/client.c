@@ -8,7 +8,10 @@
  * wrote. A backup that was reported is still there when the power has gone.
  *
  * Some increments are made by a mirror from the bitmap: it is asked to end when it is ready,
- * without a pivot, and its instant is somewhere between that and its end. */
+ * without a pivot, and its instant is somewhere between that and its end.
+ *
+ * A bitmap that is inconsistent is removed, or made anew by comparing the disk with what is kept;
+ * now and then one that is good is, too. */
 #include "history.h"
 
 #include "dirty/dirty.h"

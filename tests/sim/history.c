@@ -432,6 +432,7 @@ static void set_size(struct life *l, struct disk *d, uint64_t to)
     struct edge *e;
     bool cut_before = d->cut_in_flight;
     d->cut_in_flight = true; /* if it is cut here */
+    /* A root: beside another kind of parent no mirror begins. */
     int r = edge_attach_user(&u, d->n, "root", PERM_RESIZE, PERM_ALL, &e, &err);
     if (r == 0) {
         r = edge_truncate(e, to, false, &err);
