@@ -213,24 +213,42 @@ static void run_life(void (*body)(struct life *))
 
 /* ---- what lives do ---- */
 
+/* 'single quotes' stand for "double ones". */
+static struct json_object *parse(char *text)
+{
+    for (char *p = text; (p = strchr(p, '\'')); p++)
+        *p = '"';
+    return json_tokener_parse(text);
+}
+
+static void add_bitmap_action(struct json_object *actions, const char *action, unsigned disk,
+                              char name, const char *more)
+{
+    char text[256];
+
+    snprintf(text, sizeof text,
+             "{'type':'block-dirty-bitmap-%s','data':{'node':'d%u','name':'%c'%s}}", action, disk,
+             name, more);
+    json_object_array_add(actions, parse(text));
+}
+
+static int transact(struct life *l, struct json_object *actions, const char *what)
+{
+    struct error err = ERROR_INIT;
+
+    int r = transaction_run(l->g, l->js, actions, NULL, &err);
+    if (r < 0 && getenv("TELL"))
+        fprintf(stderr, "%s: %s\n", what, err.text);
+    return r;
+}
+
 static int act(struct life *l, unsigned disks, const char *action, const char *more)
 {
     CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
-    struct error err = ERROR_INIT;
 
-    for (unsigned i = 0; i < disks; i++) {
-        char text[256], *p;
-        snprintf(text, sizeof text,
-                 "{'type':'block-dirty-bitmap-%s','data':{'node':'d%u','name':'b'%s}}", action, i,
-                 more);
-        while ((p = strchr(text, '\'')))
-            *p = '"';
-        json_object_array_add(actions, json_tokener_parse(text));
-    }
-    int r = transaction_run(l->g, l->js, actions, NULL, &err);
-    if (r < 0 && getenv("TELL"))
-        fprintf(stderr, "%s: %s\n", action, err.text);
-    return r;
+    for (unsigned i = 0; i < disks; i++)
+        add_bitmap_action(actions, action, i, 'b', more);
+    return transact(l, actions, action);
 }
 
 static int write_at(struct life *l, unsigned i, uint64_t at)
@@ -483,13 +501,11 @@ static void a_second_clear_while_the_first_is_pending(void **state)
 static void reopen_part(struct life *l, bool read_only, const char *part)
 {
     struct error err = ERROR_INIT;
-    char text[300], *p;
+    char text[300];
 
     snprintf(text, sizeof text, "[{'driver':'raw','node-name':'d0','read-only':%s,%s'file':'%s'}]",
              read_only ? "true" : "false", part, node_name(node_primary(l->n[0])->node));
-    while ((p = strchr(text, '\'')))
-        *p = '"';
-    CLEANUP(json_putp) struct json_object *options = json_tokener_parse(text);
+    CLEANUP(json_putp) struct json_object *options = parse(text);
     CHECK_OK(graph_reopen(l->g, options, &err), err);
 }
 
@@ -602,16 +618,21 @@ static void has_first_and_all_that_grew(struct life *l)
         CHECK(is_dirty(l, 0, at));
 }
 
-/* The areas and segments are as large as the disk was. */
-static void a_disk_grows_by_a_reopen(void **state)
+static void make_large_disk(void)
 {
     char path[80];
 
+    each_file("", true);
+    make_disks();
+    snprintf(path, sizeof path, "%s/0", dir);
+    assert_int_equal(truncate(path, LARGE_BYTES), 0);
+}
+
+/* The areas and segments are as large as the disk was. */
+static void a_disk_grows_by_a_reopen(void **state)
+{
     for (unsigned i = 0; i < 4; i++) {
-        each_file("", true);
-        make_disks();
-        snprintf(path, sizeof path, "%s/0", dir);
-        assert_int_equal(truncate(path, LARGE_BYTES), 0);
+        make_large_disk();
         run_life_with((struct life){.body = i & 1 ? grow_by_a_reopen_and_close : grow_by_a_reopen,
                                     .part = FIRST_PART,
                                     .no_runtime = i & 2});
@@ -631,13 +652,8 @@ static void grow_what_is_disabled(struct life *l)
 
 static void a_disk_grows_whose_bitmaps_do_not_record(void **state)
 {
-    char path[80];
-
     for (unsigned i = 0; i < 2; i++) {
-        each_file("", true);
-        make_disks();
-        snprintf(path, sizeof path, "%s/0", dir);
-        assert_int_equal(truncate(path, LARGE_BYTES), 0);
+        make_large_disk();
         run_life_with(
             (struct life){.body = grow_what_is_disabled, .part = FIRST_PART, .no_runtime = i});
         run_life(has_first);
@@ -1487,24 +1503,14 @@ static void a_mirror_whose_start_fails(void **state)
     }
 }
 
-static int act_on(struct life *l, const char *action, const char *name, const char *more)
+/* On several bitmaps of the first disk. */
+static int act_on(struct life *l, const char *action, const char *names, const char *more)
 {
     CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
-    struct error err = ERROR_INIT;
-    char text[256], *p;
 
-    for (; *name; name++) {
-        snprintf(text, sizeof text,
-                 "{'type':'block-dirty-bitmap-%s','data':{'node':'d0','name':'%c'%s}}", action,
-                 *name, more);
-        while ((p = strchr(text, '\'')))
-            *p = '"';
-        json_object_array_add(actions, json_tokener_parse(text));
-    }
-    int r = transaction_run(l->g, l->js, actions, NULL, &err);
-    if (r < 0 && getenv("TELL"))
-        fprintf(stderr, "%s: %s\n", action, err.text);
-    return r;
+    for (; *names; names++)
+        add_bitmap_action(actions, action, 0, *names, more);
+    return transact(l, actions, action);
 }
 
 static void clear_two_and_add(struct life *l)
