@@ -176,6 +176,9 @@ int dirty_join(struct node *const *nodes, size_t n, struct error *err) MUST_CHEC
 /* Makes what these nodes' bitmaps are now durable, all or nothing; waits. Quiesced, if what is
  * marked has changed. On error the caller undoes its changes and calls it again. */
 int dirty_commit(struct node *const *nodes, size_t n, struct error *err) MUST_CHECK;
+/* That second call. What has failed may be durable all the same: this says what holds, and if it
+ * fails, too, the log does. */
+void dirty_commit_undone(struct node *const *nodes, size_t n);
 /* The second half of clear, add and enable, which guests need not wait for: when what they
  * wrote before is durable too, the bitmaps of these nodes have their base. On error those that had
  * none are inconsistent, and what was cleared is dirty. */

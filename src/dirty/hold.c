@@ -3,7 +3,6 @@
 #include "dirty/internal.h"
 
 #include "base/broken.h"
-#include "base/log.h"
 
 /* ---- a job's hold on a bitmap ---- */
 
@@ -109,12 +108,9 @@ int dirty_restart(struct dirty_bitmap *bm, struct error *err)
     s->bits = clean;
     r = dirty_commit(&n, 1, err);
     if (r < 0) {
-        struct error again = ERROR_INIT;
-        s->bits = old;
-        /* It may be durable all the same, and what guests mark next would be in a set that nothing
-         * names: this says what holds. */
-        if (!BROKEN(failed_restart_stands) && dirty_commit(&n, 1, &again) < 0)
-            log_error("%s", again.text);
+        s->bits = old; /* where guests mark next: or they would in a set that nothing names */
+        if (!BROKEN(failed_restart_stands))
+            dirty_commit_undone(&n, 1);
     }
     dirty_free_bits(s, r < 0 ? clean : old);
     return r;

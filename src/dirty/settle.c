@@ -179,6 +179,14 @@ int dirty_commit(struct node *const *nodes, size_t n, struct error *err)
     return commit(nodes, n, something_ends(nodes, n), err);
 }
 
+void dirty_commit_undone(struct node *const *nodes, size_t n)
+{
+    struct error err = ERROR_INIT;
+
+    if (dirty_commit(nodes, n, &err) < 0)
+        log_error("%s", err.text);
+}
+
 static bool something_is_pending(struct node *n)
 {
     for (struct dirty_bitmap *bm = dirty_first(n); bm; bm = dirty_next(bm))

@@ -3,7 +3,6 @@
 #include "job/mirror.h"
 
 #include "base/broken.h"
-#include "base/log.h"
 #include "block/driver.h"
 #include "job/mirror_internal.h"
 #include "rt/task.h"
@@ -186,10 +185,7 @@ static int start_bitmap(struct dirty_bitmap *bm, struct error *err)
     if (r == 0)
         return 0;
     dirty_unstart(bm);
-    /* What has failed may be durable all the same: this says what holds. */
-    struct error again = ERROR_INIT;
-    if (dirty_commit(&n, 1, &again) < 0)
-        log_error("%s", again.text);
+    dirty_commit_undone(&n, 1);
     return r;
 }
 

@@ -656,10 +656,8 @@ static int run_locked(struct transaction *t, struct error *err)
             if (a->kind->abort)
                 a->kind->abort(a);
         }
-        /* What has failed may be durable all the same: this says what holds. */
-        struct error again = ERROR_INIT;
-        if (prepared && dirty_commit(t->nodes, t->node_count, &again) < 0)
-            log_error("%s", again.text);
+        if (prepared)
+            dirty_commit_undone(t->nodes, t->node_count);
     } else {
         TAILQ_FOREACH (a, &t->actions, link) {
             if (a->kind->commit)
