@@ -140,4 +140,4 @@ def test_the_demo(tidemarkd):
                           stdin=subprocess.DEVNULL, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     promises = [line for line in done.stdout.splitlines() if line.startswith("ok: ")]
-    assert len(promises) == 7, done.stdout
+    assert len(promises) == 8, done.stdout
