@@ -185,15 +185,21 @@ static int result_of(struct member *ms, size_t n, struct error *err)
     return 0;
 }
 
+/* An image must vouch for its tide file before the group can be decided there. One that has had no
+ * bitmaps is not in use yet, and what a killed program has left beside it is void. */
 static int have_tides(struct member *ms, size_t n, struct error *err)
 {
     int r = 0;
 
-    for (size_t i = 0; r == 0 && i < n; i++)
-        if (!ms[i].keeper->tide)
-            r = keeper_make_tide(ms[i].keeper, err);
-        else if (tide_failed(ms[i].keeper->tide))
-            r = keeper_renew(ms[i].keeper, err);
+    for (size_t i = 0; r == 0 && i < n; i++) {
+        struct keeper *k = ms[i].keeper;
+        if (!k->tide || (!k->in_use && !keeper_is_engaged(k)))
+            r = keeper_make_tide(k, err);
+        else if (tide_failed(k->tide))
+            r = keeper_renew(k, err);
+        if (r == 0 && !BROKEN(group_engages_late))
+            r = keeper_engage(k, err);
+    }
     return r;
 }
 

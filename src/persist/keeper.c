@@ -259,7 +259,12 @@ int keeper_make_tide(struct keeper *k, struct error *err)
 {
     CLEANUP(change_fini) struct change c = {0};
 
-    int r = check_nobodys(k, err);
+    int r = k->tide ? 0 : check_nobodys(k, err);
+    if (k->tide) { /* others may yet ask for its records */
+        super_copy(&c.next, tide_super(k->tide));
+        tide_table_fini(&c.next.table);
+        keeper_carry_groups(k, &c.next);
+    }
     if (r == 0)
         r = keeper_begin_session(k, &c, err);
     if (r < 0)

@@ -147,7 +147,8 @@ int keeper_begin(struct keeper *k, struct error *err) MUST_CHECK;
 bool keeper_has_to_commit(const struct keeper *k);
 bool keeper_has_bitmaps(const struct keeper *k);
 int keeper_build(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
-/* The first tide file of a disk, which says nothing yet; its session has begun. */
+/* A tide file that says nothing yet, the first of a disk or in place of one that its image does not
+ * vouch for; its session has begun. */
 int keeper_make_tide(struct keeper *k, struct error *err) MUST_CHECK;
 int keeper_write_before(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
 /* C's table is durable. */

@@ -41,7 +41,9 @@ struct side {
     uint64_t from;
     struct instant next_instant;
     bool told, succeeded;
-    bool seen, moved; /* after a crash: what has become of it here */
+    bool unknown;     /* an image was closed well meanwhile, and has another generation ... */
+    bool seen, moved; /* ... after a crash: what has become of it here ... */
+    uint64_t found;   /* ... and its generation then: a clean close of an image forgets it */
 };
 
 struct groups {
@@ -142,6 +144,26 @@ static bool differs(struct side *s, enum base base, const uint8_t *copy, uint64_
     return stamp != had;
 }
 
+/* What the disk holds, as its guests would read it; NULL: it cannot be read, by a fault. */
+static uint8_t *content_of(struct groups *c, struct side *s, uint64_t *size)
+{
+    if (!s->d->qcow2)
+        return machine_dump(&c->h->m, s->d->path, size);
+    *size = node_size(s->d->n);
+    uint8_t *disk;
+    {
+        HEAP_OF_THE_MACHINE();
+        disk = xcalloc(1, *size);
+    }
+    if (history_read_all(s->d->edge, *size, disk) == 0)
+        return disk;
+    if (!anything_may_be(c))
+        violation(c->h, "%s cannot be read", s->d->node);
+    HEAP_OF_THE_MACHINE();
+    free(disk);
+    return NULL;
+}
+
 /* Nobody writes. A, or B, is set wherever the disk is not what BASE says. */
 static void judge_bits(struct groups *c, struct side *s, const char *when, enum base base,
                        const struct instant *instant, struct bitmap *a, struct bitmap *b)
@@ -150,11 +172,11 @@ static void judge_bits(struct groups *c, struct side *s, const char *when, enum 
 
     if (base == BASE_NONE || s->d->sync_failed)
         return;
-    uint8_t *disk = machine_dump(&c->h->m, s->d->path, &size);
+    uint8_t *disk = content_of(c, s, &size);
     uint8_t *copy = base == BASE_COPY ? machine_dump(&c->h->m, s->copy, &copy_bytes) : NULL;
     if (base == BASE_COPY && !copy)
         violation(c->h, "the copy %s is lost %s", s->copy, when);
-    for (uint64_t i = 0; i < s->d->model.n && (i + 1) * MODEL_SECTOR <= size; i++) {
+    for (uint64_t i = 0; disk && i < s->d->model.n && (i + 1) * MODEL_SECTOR <= size; i++) {
         if (!differs(s, base, copy, copy_bytes, instant, disk, i) ||
             (a && bitmap_get(a, i * MODEL_SECTOR)) || (b && bitmap_get(b, i * MODEL_SECTOR)))
             continue;
@@ -217,6 +239,14 @@ static void see(struct groups *c, struct side *s)
     if (bm)
         dirty_get_state(bm, &st);
     s->seen = true;
+    s->found = st.generation;
+    /* far from the old one, and before it if somebody has set the clock back */
+    if (bm && s->exists && s->d->qcow2 &&
+        (st.generation < s->generation || st.generation > s->generation + 16)) {
+        s->unknown = true;
+        take_base(s, BASE_NONE, NULL, NULL);
+        return;
+    }
     switch (c->change) {
     case NOTHING:
         return;
@@ -248,6 +278,12 @@ static void see(struct groups *c, struct side *s)
         take_base(s, BASE_NONE, NULL, NULL);
 }
 
+/* Without a tide file an image keeps its bitmaps until a clean end, and no longer. */
+static bool has_no_tide(const struct groups *c, const struct side *s)
+{
+    return s->d->qcow2 && c->h->m.n_full;
+}
+
 /* All sides have been seen. */
 static void judge_change(struct groups *c)
 {
@@ -258,6 +294,8 @@ static void judge_change(struct groups *c)
     if (c->change == INCREMENT && c->always && c->disturbed)
         each = true; /* what members of a group that has failed have achieved is theirs alone */
     for (struct side *s = first_side(c); s; s = next_side(c, s)) {
+        if (s->unknown || has_no_tide(c, s))
+            return;
         one |= s->moved;
         all &= s->moved;
         if (c->change == INCREMENT && s->told && s->succeeded && !s->moved && !anything_may_be(c))
@@ -276,14 +314,11 @@ static void judge_change(struct groups *c)
                   c->bitmap);
     /* a new bitmap has its base when the disks are durable, which is the second group */
     for (struct side *s = first_side(c); s; s = next_side(c, s)) {
-        struct dirty_bitmap *bm = bitmap_of(c, s);
-        struct dirty_state st;
-        if (c->change != ADD || !bm || anything_may_be(c))
+        if (c->change != ADD || !s->moved || anything_may_be(c))
             continue;
-        dirty_get_state(bm, &st);
-        if (!first && st.generation != generation)
+        if (!first && s->found != generation)
             violation(c->h, "half a group: '%s' has its base on some of its disks", c->bitmap);
-        generation = st.generation;
+        generation = s->found;
         first = false;
     }
 }
@@ -307,7 +342,7 @@ static void end_change(struct groups *c)
     HEAP_OF_THE_MACHINE();
     for (struct side *s = first_side(c); s; s = next_side(c, s)) {
         instant_fini(&s->next_instant);
-        s->told = s->succeeded = s->seen = s->moved = false;
+        s->told = s->succeeded = s->seen = s->moved = s->unknown = false;
         s->job[0] = '\0';
     }
     c->change = NOTHING;
@@ -365,9 +400,10 @@ static void look(struct groups *c, const char *when)
                 !c->removed_in_doubt && (bm ? dirty_inconsistent(bm) : c->change != REMOVE))
                 violation(c->h, "%s: '%s' is %s after a kill", s->d->node, c->bitmap,
                           bm ? "inconsistent" : "gone");
-            /* On a full disk a tide file may have to go, which the log says. */
-            if (s->exists && !bm && c->change != REMOVE && !anything_may_be(c) &&
-                !c->removed_in_doubt && !c->h->m.n_full)
+            /* On a full disk a tide file may have to go, which the log says. What is inconsistent,
+             * and an image has not, ends with the session. */
+            if (s->exists && (s->good || !s->d->qcow2) && !bm && c->change != REMOVE &&
+                !anything_may_be(c) && !c->removed_in_doubt && !c->h->m.n_full)
                 violation(c->h, "%s: '%s' is gone", s->d->node, c->bitmap);
             see(c, s);
         }

@@ -876,7 +876,7 @@ static void draw_disk(struct history *h, unsigned number)
         d->size += MiB;
     if (settings.persist) { /* that is about tide files: as many raw ones */
         struct dice *more = &h->more_dice;
-        d->qcow2 = one_in(more, 2) && !settings.groups;
+        d->qcow2 = one_in(more, 2);
         if (!d->qcow2)
             d->size = (16 + dice_below(more, 48)) * 4 * KiB;
         if (one_in(more, 16)) /* bits of more than one sector */
@@ -963,7 +963,7 @@ static bool is_foreign(struct history *h, unsigned number)
     for (unsigned i = 0; i < h->n_disks; i++)
         if (!h->disks[i].qcow2)
             return false;
-    return settings.persist && number > 1 && one_in(&h->more_dice, 3);
+    return settings.persist && !settings.groups && number > 1 && one_in(&h->more_dice, 3);
 }
 
 static void one_life(struct history *h, unsigned number)

@@ -462,6 +462,65 @@ static void a_new_tide_file_of_the_first_image_knows(void **state)
     format = "raw";
 }
 
+static void add_first(struct life *l)
+{
+    CHECK(act(l, "add", "c", 7) == 0);
+}
+
+/* All have a bitmap, or none has. One whose base was not durable yet is inconsistent. */
+static bool all_have(struct life *l, const char *name)
+{
+    struct dirty_bitmap *first = dirty_find(l->n[0], name);
+
+    for (unsigned i = 1; i < DISKS; i++) {
+        struct dirty_bitmap *bm = dirty_find(l->n[i], name);
+        CHECK(!bm == !first && (!bm || dirty_inconsistent(bm) == dirty_inconsistent(first)));
+    }
+    return first;
+}
+
+static void add_another(struct life *l)
+{
+    count(all_have(l, "c") ? "yes" : "no");
+    CHECK(act(l, "add", "d", 7) == 0);
+    for (unsigned i = 0; i < DISKS; i++)
+        write_at(l, i, 3 * WRITE_AT);
+    _exit(KILLED);
+}
+
+static void have_another(struct life *l)
+{
+    CHECK(all_have(l, "d"));
+    for (unsigned i = 0; i < DISKS; i++) {
+        struct dirty_bitmap *bm = dirty_find(l->n[i], "d");
+        CHECK(!dirty_inconsistent(bm) && bitmap_get(dirty_bits(bm), 3 * WRITE_AT));
+    }
+}
+
+/* Images that have had no bitmaps have not said that they are in use. What a killed program has
+ * left is a tide file that no image vouches for. */
+static void the_first_bitmaps_of_images_are_a_groups(void **state)
+{
+    bool killed = true;
+
+    format = "qcow2";
+    make_dir();
+    answers[0] = answers[1] = 0;
+    for (unsigned n = 1; killed; n++) {
+        files(true);
+        make_disks();
+        killed = run_life(add_first, n, false, 0);
+        assert_true(run_life(add_another, 0, false, 0));
+        answers[0] += counted("no");
+        answers[1] += counted("yes");
+        assert_false(run_life(have_another, 0, false, 0));
+    }
+    assert_true(answers[0] > 0 && answers[1] > 0);
+    files(true);
+    rmdir(dir);
+    format = "raw";
+}
+
 /* The same of qcow2 images, whose bitmaps go back into the image at a good end. Not under a
  * sanitizer, where thousands of lives take minutes: there raw disks have shown the code. */
 #if !UNIT_SANITIZED
@@ -490,6 +549,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_segment_in_doubt_is_gone),
     cmocka_unit_test(what_one_disk_has_changed_alone_is_in_no_doubt),
     cmocka_unit_test(a_new_tide_file_of_the_first_image_knows),
+    cmocka_unit_test(the_first_bitmaps_of_images_are_a_groups),
 #if !UNIT_SANITIZED
     cmocka_unit_test(images_both_outcomes_are_kept_apart),
     cmocka_unit_test(images_also_without_segments_in_doubt),
