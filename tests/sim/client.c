@@ -639,7 +639,7 @@ static void ended(void *self, enum life_end end, bool power, bool no_segments)
         c->left = LEFT_POWERLESS;
     else if (c->left == LEFT_CLEAN && end == END_KILLED)
         c->left = LEFT_KILLED;
-    c->clean = end == END_CLEAN;
+    c->clean = end == END_CLEAN && c->d->n; /* else it was away */
     c->no_segments |= no_segments;
     unsigned loss = history_is_loss(c->h, end, power, no_segments);
     c->losses += loss;

@@ -407,6 +407,7 @@ static void look(struct groups *c, const char *when)
                 violation(c->h, "%s: '%s' is gone", s->d->node, c->bitmap);
             see(c, s);
         }
+        s->good &= bm && !dirty_inconsistent(bm);
         if (bm && dirty_busy(bm) && !anything_may_be(c)) /* an end that cannot be kept is none */
             violation(c->h, "%s: '%s' is busy, and no job runs", s->d->node, c->bitmap);
         judge_side(c, s, when);

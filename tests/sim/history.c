@@ -845,7 +845,7 @@ static void between(struct history *h, enum life_end end, bool faulty)
 static void draw_level(struct history *h, struct disk *d)
 {
     struct dice *more = &h->more_dice;
-    d->process = one_in(more, 8) && !settings.groups;
+    d->process = one_in(more, 8);
     const char *level = d->process ? "process" : "power";
     d->slots = h->limits.slots ? h->limits.slots : 4;
     d->region_bytes = h->limits.slots ? UINT64_C(1) << h->limits.region_bits : MiB;
