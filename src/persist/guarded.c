@@ -31,6 +31,18 @@
 
 #include <stdio.h>
 
+/* QEMU leaves the bit when it reopens for writing what it has opened read-only (as the backing
+ * image that it commits into). As long as the boot lasts the stamp tells. */
+static bool is_written_since(struct keeper *k, const struct super *s)
+{
+    const struct segments of = keeper_segments(k, s);
+    uint64_t last_write_ns;
+    int fd = keeper_descriptor(k);
+
+    return s->in_use && fd >= 0 && of.runtime && stamp_find(&of, &last_write_ns) == 0 &&
+           witness_written_since(fd, last_write_ns) && !BROKEN(guard_alone);
+}
+
 enum witness_verdict keeper_ask_guard(struct keeper *k, const struct super *s, char *why,
                                       size_t why_bytes)
 {
@@ -46,6 +58,8 @@ enum witness_verdict keeper_ask_guard(struct keeper *k, const struct super *s, c
         reason = "the image names another tide file";
     else if (!g.set && !BROKEN(guard_bit_ignored))
         reason = "another program has opened the image for writing";
+    else if (is_written_since(k, s))
+        reason = "another program has written the image";
     snprintf(why, why_bytes, "%s", reason ? reason : "");
     if (BROKEN(guard_after_segment) && keeper_has_segments(k, s))
         reason = NULL;
@@ -116,6 +130,7 @@ int keeper_engage(struct keeper *k, struct error *err)
         return -EIO;
     if (!k->in_use && !k->lost)
         keeper_begin_use(k);
+    keeper_stamp_use(k, true);
     vouch(k);
     checkpoint_changed(k); /* what is to be saved when the disk is idle */
     return image_use(k->options.image, err);
@@ -138,6 +153,7 @@ bool keeper_save_idle(struct keeper *k)
     {
         LOCKED(&k->lock);
         r = k->node->read_only ? 0 : image_save(k->options.image, true, &err);
+        keeper_stamp_use(k, image_in_use(k->options.image));
     }
     if (!BROKEN(guard_save_without_gate))
         graph_quiesce_end(g, &k->node, 1);

@@ -69,6 +69,7 @@ struct keeper {
 
     bool collecting;   /* a task is about to free sets */
     bool beating;      /* a task does it for the stamp, as long as writes are in flight */
+    bool stamped;      /* an image is in use, which counts as a write (keeper_stamp_use) */
     bool recording;    /* some bitmap does: writes need hot regions */
     bool takes;        /* they take them: as `recording`, but not less while some are under way */
     uint64_t taken;    /* by so many writes, or waited for */
@@ -197,6 +198,7 @@ struct range *keeper_unwritten(const struct keeper *k, size_t *n);
 int keeper_void_others(struct keeper *k) MUST_CHECK;
 /* From now on the image's times may be of a write of ours. */
 void keeper_stamp_begun(struct keeper *k);
+void keeper_stamp_use(struct keeper *k, bool in_use);
 
 /* ---- checkpoint.c ---- */
 

@@ -135,6 +135,8 @@ void keeper_session_begun(struct keeper *k)
     const struct segments of = keeper_segments(k, s);
     if (of.runtime && stamp_create(&of, &k->stamp, &err) < 0)
         log_warning("Node '%s': %s", node_name(k->node), err.text);
+    k->stamped = false;
+    keeper_stamp_use(k, keeper_is_engaged(k));
     k->next_session = k->next_uuid = (struct tide_id){{0}};
     k->in_use = true;
     k->stale = k->void_tide = false;

@@ -132,6 +132,14 @@ int witness_take(int fd, struct witness *ret)
     return 0;
 }
 
+bool witness_written_since(int fd, uint64_t then_ns)
+{
+    struct statx st;
+
+    return io_fstatx(fd, &st) == 0 && S_ISREG(st.stx_mode) &&
+           time_ns(&st.stx_mtime) > then_ns + SLACK_NS;
+}
+
 /* ---- comparing ---- */
 
 static bool known(const uint8_t id[16])

@@ -317,6 +317,18 @@ void keeper_stamp_begun(struct keeper *k)
     }
 }
 
+/* An image's tables are written also when nobody writes: as long as it is in use, so. */
+void keeper_stamp_use(struct keeper *k, bool in_use)
+{
+    if (!k->options.image || !k->stamp || k->stamped == in_use)
+        return;
+    k->stamped = in_use;
+    if (in_use)
+        keeper_stamp_begun(k);
+    else
+        stamp_write_done(k->stamp);
+}
+
 /* ---- around a write ---- */
 
 static void one_has_given(struct keeper *k)

@@ -241,7 +241,7 @@ static void see(struct groups *c, struct side *s)
     s->seen = true;
     s->found = st.generation;
     /* far from the old one, and before it if somebody has set the clock back */
-    if (bm && s->exists && s->d->qcow2 &&
+    if (bm && s->d->qcow2 &&
         (st.generation < s->generation || st.generation > s->generation + 16)) {
         s->unknown = true;
         take_base(s, BASE_NONE, NULL, NULL);

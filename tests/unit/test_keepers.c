@@ -229,6 +229,36 @@ static void also_when_the_first_cannot_be_asked(void **state)
     kill_at_every_operation(FIRST_ABSENT);
 }
 
+static void begin_and_die(struct life *l)
+{
+    begin(l);
+    _exit(KILLED);
+}
+
+static void all_but_the_first_are_believed(struct life *l)
+{
+    for (unsigned i = 0; i < DISKS; i++)
+        CHECK(dirty_inconsistent(dirty_find(l->n[i], "b")) == (i == 0));
+}
+
+/* As QEMU does when it commits into an image: our bit stays. */
+static void an_image_that_others_write_after_a_kill(void **state)
+{
+    const struct timespec later[] = {{.tv_nsec = UTIME_NOW}, {.tv_sec = time(NULL) + 60}};
+    char path[80];
+
+    format = "qcow2";
+    make_dir();
+    make_disks();
+    assert_true(run_life(begin_and_die, 0, false, 0));
+    snprintf(path, sizeof path, "%s/0", dir);
+    assert_int_equal(utimensat(AT_FDCWD, path, later, 0), 0);
+    assert_false(run_life(all_but_the_first_are_believed, 0, false, 0));
+    files(true);
+    rmdir(dir);
+    format = "raw";
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_resize_forgets_nothing),
     cmocka_unit_test(cut_again_and_again_inside_recovery),
@@ -236,5 +266,6 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(also_without_run_segments),
     cmocka_unit_test(also_when_one_is_opened_alone),
     cmocka_unit_test(also_when_the_first_cannot_be_asked),
+    cmocka_unit_test(an_image_that_others_write_after_a_kill),
 };
 UNIT_MAIN(tests)
