@@ -24,6 +24,7 @@ struct memdisk {
     size_t n_log, log_capacity;
     int fail_write_after; /* > 0: the write with this number from now on fails */
     int fail_flush_after;
+    int fail_more; /* and that many that follow */
     uint64_t writes, write_bytes, reads, flushes;
     struct range hold; /* writes into it wait until it is empty */
     unsigned held;
@@ -143,6 +144,17 @@ static inline int memdisk_read(struct node *n, struct range r, void *buf, unsign
     return 0;
 }
 
+static inline bool memdisk_fails(struct memdisk *d, int *after)
+{
+    if (!*after || --*after)
+        return false;
+    if (d->fail_more) {
+        d->fail_more--;
+        *after = 1;
+    }
+    return true;
+}
+
 static inline int memdisk_change(struct node *n, struct range r, const void *buf)
 {
     struct memdisk *d = memdisk_of(n);
@@ -155,7 +167,7 @@ static inline int memdisk_change(struct node *n, struct range r, const void *buf
         d->held--;
     }
     memdisk_turn(d);
-    if (d->fail_write_after && --d->fail_write_after == 0)
+    if (memdisk_fails(d, &d->fail_write_after))
         return -EIO;
     memdisk_apply(d, &op);
     memdisk_log(d, MEM_WRITE, r.start, r.length, buf);
@@ -194,7 +206,7 @@ static inline int memdisk_flush(struct node *n)
     memdisk_log(d, MEM_FLUSH, 0, 0, NULL);
     d->flushes++;
     memdisk_turn(d);
-    if (d->fail_flush_after && --d->fail_flush_after == 0)
+    if (memdisk_fails(d, &d->fail_flush_after))
         return -EIO;
     memdisk_log(d, MEM_FLUSHED, 0, 0, NULL);
     return 0;

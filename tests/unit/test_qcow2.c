@@ -601,6 +601,64 @@ TEST(a_failed_write_or_flush_leaves_the_image_sound)
     free(seen);
 }
 
+/* After a resize that has failed, somewhere: the size is the old one, and all of the disk can be
+ * written, flushed, and found again, by a program that was killed then. */
+static void resize_that_fails(struct graph *g, uint64_t from, uint64_t to, int write, int flush,
+                              int more)
+{
+    struct memdisk *d = &memdisks[0];
+    struct error err = ERROR_INIT;
+    struct test_user u, after;
+    struct disk_model m = {malloc(from), from};
+
+    memdisk_reset(0);
+    create_ok(g, 0, from, ",'cluster-size':512");
+    struct node *n = open_image(g, 0, "");
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE, PERM_ALL);
+    memset(m.bytes, 0x11, from);
+    CHECK(edge_write(e, range_make(0, from / 4), m.bytes, 0) == 0);
+    CHECK(edge_write(e, range_make(from - 8192, 8192), m.bytes, 0) == 0);
+    CHECK(edge_flush(e) == 0);
+    d->fail_write_after = write;
+    d->fail_flush_after = flush;
+    d->fail_more = more;
+    int r = edge_truncate(e, to, true, &err);
+    d->fail_write_after = d->fail_flush_after = d->fail_more = 0;
+    if (r < 0) {
+        CHECK(node_size(n) == from);
+        memset(m.bytes, 0x22, from);
+        CHECK(edge_write(e, range_make(0, from), m.bytes, 0) == 0);
+        CHECK(edge_flush(e) == 0);
+        CHECK(!disk_damage(d));
+        memdisk_reset(1);
+        memdisk_reserve(&memdisks[1], d->size + 1);
+        memcpy(memdisks[1].bytes, d->bytes, d->size);
+        memdisks[1].size = d->size;
+        struct node *found = open_image(g, 1, "");
+        struct edge *there = attach(&after, found, PERM_CONSISTENT_READ, PERM_ALL);
+        CHECK(node_size(found) == from);
+        compare_all(there, &m);
+        edge_detach(there);
+        node_unref(found);
+    }
+    edge_detach(e);
+    node_unref(n);
+    CHECK(!disk_damage(d));
+    free(m.bytes);
+}
+
+TEST(a_resize_that_fails_loses_no_write_that_follows)
+{
+    add_drivers(g);
+    for (int i = 1; i < 40; i++)
+        for (int more = 0; more < 2; more++) {
+            resize_that_fails(g, 256 * KiB, 8 * MiB, i, 0, more);
+            resize_that_fails(g, 256 * KiB, 8 * MiB, 0, i, more);
+            resize_that_fails(g, 256 * KiB, 64 * KiB, i, 0, more);
+            resize_that_fails(g, 256 * KiB, 64 * KiB, 0, i, more);
+        }
+}
+
 /* ---- the dirty bit ---- */
 
 TEST(an_image_with_wrong_refcounts_and_the_dirty_bit_is_repaired)
@@ -688,6 +746,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(new_images_are_sound_at_every_size),
     cmocka_unit_test(a_cluster_with_a_write_in_flight_is_not_given_away),
     cmocka_unit_test(a_failed_write_or_flush_leaves_the_image_sound),
+    cmocka_unit_test(a_resize_that_fails_loses_no_write_that_follows),
     cmocka_unit_test(an_image_with_wrong_refcounts_and_the_dirty_bit_is_repaired),
     cmocka_unit_test(what_qemu_left_dirty_is_repaired),
 };

@@ -179,6 +179,7 @@ struct qcow2 {
     bool overlap_checks;
     bool signaled_corruption;
     bool bitmaps_unsettled;      /* which bitmap directory the disk's header names is not known */
+    bool header_unsure;          /* see qcow2_take_header_back() */
     bool guard_unsure;           /* the disk's header may have a guard that memory has not */
     bool unusable;               /* see qcow2_unusable() */
     uint64_t losses;             /* graph_losses() when it was opened */
@@ -231,6 +232,9 @@ uint64_t file_size(const struct qcow2 *q);
 int qcow2_writeback(struct qcow2 *q);
 /* The same, and flushed. */
 int qcow2_sync(struct qcow2 *q);
+/* A change of the header has not come to its end, and q->header is again what it was: the disk
+ * may have either. It is written once more; if that fails, then before anything else is. */
+void qcow2_take_header_back(struct qcow2 *q);
 /* Gives back [offset, offset+length) (bytes; whole clusters are touched), after the entry that
  * named it has been changed in memory. */
 void qcow2_free_later(struct qcow2 *q, uint64_t offset, uint64_t length, enum free_type type);

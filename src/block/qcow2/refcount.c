@@ -265,6 +265,7 @@ static int grow_reftable(struct qcow2 *q, uint64_t min_entries)
          * that is in use, so the old one stays ours, and the new one is leaked. */
         q->header.reftable_offset = old_offset;
         q->header.reftable_clusters = (uint32_t)old_clusters;
+        qcow2_take_header_back(q);
         table_free(&bigger);
         return r;
     }

@@ -273,6 +273,29 @@ static void free_taken(struct qcow2 *q, struct freed_list *taken)
     *taken = (struct freed_list){0};
 }
 
+/* ---- the header ---- */
+
+/* What is written from now on is where the header in memory says. */
+static int settle_header(struct qcow2 *q)
+{
+    if (!q->header_unsure)
+        return 0;
+    int r = qcow2_write_header(q);
+    if (r == 0)
+        r = file_flush(q);
+    if (r == 0)
+        q->header_unsure = false;
+    return r;
+}
+
+void qcow2_take_header_back(struct qcow2 *q)
+{
+    if (BROKEN(failed_header_stands) || qcow2_unusable(q))
+        return;
+    q->header_unsure = true;
+    (void)!settle_header(q);
+}
+
 /* ---- a round ---- */
 
 static int wait_for_lone_writes(struct cache *c, uint64_t failed_before)
@@ -358,7 +381,9 @@ int qcow2_writeback(struct qcow2 *q)
     if (q->writebacks_begun != begun && q->writeback_result == 0)
         return 0;
     q->writebacks_begun++;
-    q->writeback_result = one_round(q);
+    q->writeback_result = settle_header(q);
+    if (q->writeback_result == 0)
+        q->writeback_result = one_round(q);
     return q->writeback_result;
 }
 
