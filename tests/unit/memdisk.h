@@ -27,6 +27,7 @@ struct memdisk {
     int fail_more; /* and that many that follow */
     uint64_t writes, write_bytes, reads, flushes;
     struct range hold; /* writes into it wait until it is empty */
+    bool hold_one;     /* the first one does; others overtake it */
     unsigned held;
 };
 
@@ -161,7 +162,8 @@ static inline int memdisk_change(struct node *n, struct range r, const void *buf
     struct mem_op op = {MEM_WRITE, r.start, r.length, (uint8_t *)(uintptr_t)buf};
     d->writes++;
     d->write_bytes += r.length;
-    while (range_overlaps(r, d->hold)) {
+    bool overtakes = d->hold_one && d->held;
+    while (range_overlaps(r, d->hold) && !overtakes) {
         d->held++;
         (void)!task_yield();
         d->held--;

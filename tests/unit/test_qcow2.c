@@ -554,6 +554,64 @@ TEST(a_cluster_with_a_write_in_flight_is_not_given_away)
     check_disk(&memdisks[0], false);
 }
 
+struct one_count {
+    struct qcow2 *q;
+    uint64_t cluster;
+};
+
+static int count_once(void *arg)
+{
+    struct one_count *c = arg;
+    uint16_t count;
+    CHECK(refcount_get(c->q, c->cluster, &count) == 0 && count == 1);
+    return 0;
+}
+
+/* All slices of the cache are dirty, and somebody wants another one: the oldest is written by
+ * itself, which takes its time. What is counted there meanwhile is flushed, and stays so. */
+TEST(refcounts_that_are_written_late_undo_no_later_ones)
+{
+    enum { SLICE = 512, REACH = 128 << 10 }; /* bytes of the file that a slice counts */
+    add_drivers(g);
+    memdisk_reset(0);
+    create_ok(g, 0, 8 * MiB, ",'cluster-size':512");
+    struct test_user u;
+    struct node *n =
+        open_image(g, 0, ",'discard':'unmap','pass-discard-request':false,'refcount-cache-size':1");
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+    struct qcow2 *q = n->state;
+    uint8_t *buf = malloc(4 * MiB);
+    memset(buf, 0x33, 4 * MiB);
+    CHECK(edge_write(e, range_make(0, 4 * MiB), buf, 0) == 0);
+    CHECK(edge_flush(e) == 0);
+    for (uint64_t i = 0; i < q->refcount_cache.n_slots; i++)
+        CHECK(edge_discard(e, range_make(i * REACH, 4096)) == 0);
+    CHECK(edge_flush(e) == 0); /* frees in each */
+    CHECK(q->refcount_cache.n_dirty == q->refcount_cache.n_slots);
+    {
+        SCOPE(scope);
+        struct one_count other = {q, 4 * MiB / 512};
+        struct one_write flush = {.e = e};
+        memdisks[0].hold = range_make(q->reftable.entries[0], SLICE);
+        memdisks[0].hold_one = true;
+        scope_spawn(&scope, count_once, &other);
+        let_run(20);
+        CHECK(memdisks[0].held == 1);
+        CHECK(edge_write(e, range_make(6 * MiB, 512), buf, 0) == 0);
+        CHECK(q->free_hint < REACH / 512); /* it was counted there */
+        scope_spawn(&scope, flush_once, &flush);
+        let_run(200);
+        memdisks[0].hold = range_make(0, 0);
+        CHECK(scope_join(&scope) == 0);
+        CHECK(flush.done);
+    }
+    CHECK(!disk_damage(&memdisks[0]));
+    free(buf);
+    edge_detach(e);
+    node_unref(n);
+    check_disk(&memdisks[0], false);
+}
+
 /* ---- errors below ---- */
 
 TEST(a_failed_write_or_flush_leaves_the_image_sound)
@@ -745,6 +803,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(internal_snapshots_stay_as_they_were),
     cmocka_unit_test(new_images_are_sound_at_every_size),
     cmocka_unit_test(a_cluster_with_a_write_in_flight_is_not_given_away),
+    cmocka_unit_test(refcounts_that_are_written_late_undo_no_later_ones),
     cmocka_unit_test(a_failed_write_or_flush_leaves_the_image_sound),
     cmocka_unit_test(a_resize_that_fails_loses_no_write_that_follows),
     cmocka_unit_test(an_image_with_wrong_refcounts_and_the_dirty_bit_is_repaired),

@@ -77,7 +77,6 @@ struct cache {
     struct waitq changed; /* a slot has been loaded or has become free or clean */
     bool evict_by_write;  /* a dirty slot may be written alone, at any time (refcounts) */
     unsigned alone;       /* such writes under way */
-    uint64_t alone_failed;
     uint32_t n_dirty;
 };
 

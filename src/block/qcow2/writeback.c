@@ -298,21 +298,22 @@ void qcow2_take_header_back(struct qcow2 *q)
 
 /* ---- a round ---- */
 
-static int wait_for_lone_writes(struct cache *c, uint64_t failed_before)
+/* Evictions belong to step 1, and none may arrive after a newer copy of its slice. One that fails
+ * leaves that dirty. */
+static void wait_for_lone_writes(struct cache *c)
 {
-    while (c->alone)
+    while (c->alone && !BROKEN(lone_writes_not_awaited))
         if (waitq_wait(&c->changed) < 0)
             break;
-    return c->alone_failed != failed_before ? -EIO : 0;
 }
 
 static int one_round(struct qcow2 *q)
 {
     struct copies refcounts = {0}, reftable = {0}, l2 = {0}, l1 = {0};
     struct freed_list taken;
-    uint64_t alone_failed = q->refcount_cache.alone_failed;
     int r;
 
+    wait_for_lone_writes(&q->refcount_cache);
     {
         NOSUSPEND(); /* the instant */
         r = copy_cache(&q->refcount_cache, &refcounts);
@@ -329,8 +330,6 @@ static int one_round(struct qcow2 *q)
 
     if (r == 0)
         r = write_copies(q, &refcounts, META_REFBLOCK, DEBUG_refblock_update_part);
-    if (r == 0) /* evictions of before the instant belong to step 1, too */
-        r = wait_for_lone_writes(&q->refcount_cache, alone_failed);
     if (r == 0 && reftable.n) {
         r = BROKEN(reftable_before_its_blocks) ? 0 : file_flush(q);
         if (r == 0)
