@@ -303,6 +303,8 @@ static int open_image(struct qcow2 *q, struct json_object *options, struct error
     drop_untrusted(q, &write_header);
     if (write_header && qcow2_writable(q)) {
         r = qcow2_write_header(q);
+        if (r == 0) /* before anything is written of which those bits would not know */
+            r = file_flush(q);
         if (r < 0)
             return error_set_errno(err, -r, "Could not update qcow2 header");
     }
