@@ -717,6 +717,26 @@ TEST(a_resize_that_fails_loses_no_write_that_follows)
         }
 }
 
+/* An image that was opened read-only says yet that nobody has written it, to whom we do not know.
+ */
+TEST(unknown_autoclear_bits_do_not_outlive_a_reopen_for_writing)
+{
+    add_drivers(g);
+    memdisk_reset(0);
+    create_ok(g, 0, MiB, "");
+    memdisks[0].bytes[88] |= 0x40;
+    struct error err = ERROR_INIT;
+    struct node *n = open_image(g, 0, ",'read-only':true,'node-name':'n'");
+    CHECK(node_set_read_only(n, false, &err) < 0);
+    CHECK_TEXT(err, "qcow2: Image has unknown autoclear bits; they are cleared when it is opened "
+                    "read/write");
+    CHECK(node_read_only(n) && memdisks[0].bytes[88] & 0x40);
+    node_unref(n);
+    n = open_image(g, 0, "");
+    CHECK(!(memdisks[0].bytes[88] & 0x40));
+    node_unref(n);
+}
+
 /* ---- the dirty bit ---- */
 
 TEST(an_image_with_wrong_refcounts_and_the_dirty_bit_is_repaired)
@@ -806,6 +826,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(refcounts_that_are_written_late_undo_no_later_ones),
     cmocka_unit_test(a_failed_write_or_flush_leaves_the_image_sound),
     cmocka_unit_test(a_resize_that_fails_loses_no_write_that_follows),
+    cmocka_unit_test(unknown_autoclear_bits_do_not_outlive_a_reopen_for_writing),
     cmocka_unit_test(an_image_with_wrong_refcounts_and_the_dirty_bit_is_repaired),
     cmocka_unit_test(what_qemu_left_dirty_is_repaired),
 };
