@@ -89,7 +89,7 @@ static inline void memdisk_apply(struct memdisk *d, const struct mem_op *op)
     case MEM_TRUNCATE:
         memdisk_reserve(d, op->length);
         if (op->length < d->size)
-            memset(d->bytes + op->length, 0, d->size - op->length);
+            memset(d->bytes + op->length, 0, min_u64(d->size, d->capacity) - op->length);
         d->size = op->length;
         break;
     case MEM_WRITE:

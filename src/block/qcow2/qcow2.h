@@ -260,6 +260,10 @@ int refcount_alloc_bytes(struct qcow2 *q, uint64_t bytes, uint64_t *offset);
 /* At once: only for what no entry on the disk has ever named. */
 void refcount_unalloc(struct qcow2 *q, uint64_t offset, uint64_t clusters);
 int refcount_get(struct qcow2 *q, uint64_t cluster, uint16_t *ret);
+/* The first cluster of [CLUSTER, END) that has a count; END: none. */
+uint64_t refcount_skip_unknown(const struct qcow2 *q, uint64_t cluster, uint64_t end);
+/* Clusters before this have counts; there are no blocks from here on. */
+uint64_t refcount_end(const struct qcow2 *q);
 /* Adds DELTA to each; below 0 or above the maximum is corruption, and -EIO. */
 int refcount_add(struct qcow2 *q, uint64_t cluster, uint64_t n, int delta);
 int refcount_set(struct qcow2 *q, uint64_t cluster,

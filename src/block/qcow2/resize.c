@@ -132,7 +132,7 @@ static int shrink(struct qcow2 *q, uint64_t from, uint64_t size, struct error *e
     }
 
     /* The end of the file, if nobody uses it. */
-    uint64_t clusters = clusters_of(q, file_size(q)), n = clusters;
+    uint64_t clusters = clusters_of(q, file_size(q)), n = min_u64(clusters, refcount_end(q));
     uint16_t count = 0;
     while (n && refcount_get(q, n - 1, &count) == 0 && !count)
         n--;
