@@ -717,6 +717,47 @@ TEST(a_resize_that_fails_loses_no_write_that_follows)
         }
 }
 
+static int reopen_over(struct graph *g, const char *file, struct error *err)
+{
+    char text[1024];
+    json_text(text, "[{'driver':'qcow2','node-name':'q','file':'%s'}]", file);
+    CLEANUP(json_putp) struct json_object *options = json_tokener_parse(text);
+    return graph_reopen(g, options, err);
+}
+
+/* Tables in memory are those of one file: filters over it come and go, another one does not. */
+TEST(a_reopen_does_not_bring_an_image_another_file)
+{
+    add_drivers(g);
+    for (unsigned i = 0; i < 2; i++) {
+        memdisk_reset(i);
+        create_ok(g, i, MiB, "");
+    }
+    struct error err = ERROR_INIT;
+    struct test_user u;
+    struct node *one = open_ok(g, "{'driver':'memdisk','disk':0,'node-name':'one'}");
+    struct node *filter = open_ok(g, "{'driver':'fakefilter','file':'one','node-name':'filter'}");
+    struct node *other = open_ok(g, "{'driver':'memdisk','disk':1,'node-name':'other'}");
+    struct node *n = open_ok(g, "{'driver':'qcow2','file':'one','node-name':'q'}");
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+    uint8_t buf[4096] = {1};
+    CHECK(edge_write(e, range_make(0, sizeof buf), buf, 0) == 0);
+    CHECK_OK(reopen_over(g, "filter", &err), err);
+    CHECK(edge_write(e, range_make(0, sizeof buf), buf, 0) == 0);
+    CHECK_OK(reopen_over(g, "one", &err), err);
+    uint64_t writes = memdisks[1].writes;
+    int r = reopen_over(g, "other", &err);
+    CHECK(edge_write(e, range_make(512 * KiB, sizeof buf), buf, 0) == 0 && edge_flush(e) == 0);
+    CHECK(memdisks[1].writes == writes);
+    CHECK(r < 0);
+    CHECK_TEXT(err, "Node 'q' cannot have its metadata in another file");
+    edge_detach(e);
+    node_unref(n);
+    node_unref(other);
+    node_unref(filter);
+    node_unref(one);
+}
+
 /* An image that was opened read-only says yet that nobody has written it, to whom we do not know.
  */
 TEST(unknown_autoclear_bits_do_not_outlive_a_reopen_for_writing)
@@ -826,6 +867,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(refcounts_that_are_written_late_undo_no_later_ones),
     cmocka_unit_test(a_failed_write_or_flush_leaves_the_image_sound),
     cmocka_unit_test(a_resize_that_fails_loses_no_write_that_follows),
+    cmocka_unit_test(a_reopen_does_not_bring_an_image_another_file),
     cmocka_unit_test(unknown_autoclear_bits_do_not_outlive_a_reopen_for_writing),
     cmocka_unit_test(an_image_with_wrong_refcounts_and_the_dirty_bit_is_repaired),
     cmocka_unit_test(what_qemu_left_dirty_is_repaired),
