@@ -304,6 +304,11 @@ static int plan_child(struct entry *en, const char *key, struct edge *edge,
         return error_set(err, EINVAL, "Cannot set file child to format node without file child");
     if (!strcmp(key, "file") && !to)
         return error_set(err, EINVAL, "Node '%s' needs a file child", n->name);
+    /* The driver has in memory what the old one says, and would write it to the new one. */
+    if (!strcmp(key, "file") && (edge->role & ROLE_METADATA) && !node_reaches(to, from) &&
+        !node_reaches(from, to))
+        return error_set(err, EINVAL, "Node '%s' cannot have its metadata in another file",
+                         n->name);
     *change = (struct child_change){.wanted = true, .edge = edge, .from = from, .to = to};
     return 0;
 }

@@ -594,7 +594,7 @@ int node_flush(struct node *n)
         if ((e->perm & (PERM_WRITE | PERM_WRITE_UNCHANGED)) || (!e->node->read_only && !n->closing))
             result = edge_flush(e);
     }
-    if (result == 0 && n->flushed_generation < generation)
+    if (result == 0 && !n->cache_no_flush && n->flushed_generation < generation)
         n->flushed_generation = generation;
     return result;
 }

@@ -24,8 +24,10 @@ struct memdisk {
     size_t n_log, log_capacity;
     int fail_write_after; /* > 0: the write with this number from now on fails */
     int fail_flush_after;
+    int fail_more; /* and that many that follow */
     uint64_t writes, write_bytes, reads, flushes;
     struct range hold; /* writes into it wait until it is empty */
+    bool hold_one;     /* the first one does; others overtake it */
     unsigned held;
 };
 
@@ -87,7 +89,7 @@ static inline void memdisk_apply(struct memdisk *d, const struct mem_op *op)
     case MEM_TRUNCATE:
         memdisk_reserve(d, op->length);
         if (op->length < d->size)
-            memset(d->bytes + op->length, 0, d->size - op->length);
+            memset(d->bytes + op->length, 0, min_u64(d->size, d->capacity) - op->length);
         d->size = op->length;
         break;
     case MEM_WRITE:
@@ -143,19 +145,31 @@ static inline int memdisk_read(struct node *n, struct range r, void *buf, unsign
     return 0;
 }
 
+static inline bool memdisk_fails(struct memdisk *d, int *after)
+{
+    if (!*after || --*after)
+        return false;
+    if (d->fail_more) {
+        d->fail_more--;
+        *after = 1;
+    }
+    return true;
+}
+
 static inline int memdisk_change(struct node *n, struct range r, const void *buf)
 {
     struct memdisk *d = memdisk_of(n);
     struct mem_op op = {MEM_WRITE, r.start, r.length, (uint8_t *)(uintptr_t)buf};
     d->writes++;
     d->write_bytes += r.length;
-    while (range_overlaps(r, d->hold)) {
+    bool overtakes = d->hold_one && d->held;
+    while (range_overlaps(r, d->hold) && !overtakes) {
         d->held++;
         (void)!task_yield();
         d->held--;
     }
     memdisk_turn(d);
-    if (d->fail_write_after && --d->fail_write_after == 0)
+    if (memdisk_fails(d, &d->fail_write_after))
         return -EIO;
     memdisk_apply(d, &op);
     memdisk_log(d, MEM_WRITE, r.start, r.length, buf);
@@ -194,7 +208,7 @@ static inline int memdisk_flush(struct node *n)
     memdisk_log(d, MEM_FLUSH, 0, 0, NULL);
     d->flushes++;
     memdisk_turn(d);
-    if (d->fail_flush_after && --d->fail_flush_after == 0)
+    if (memdisk_fails(d, &d->fail_flush_after))
         return -EIO;
     memdisk_log(d, MEM_FLUSHED, 0, 0, NULL);
     return 0;

@@ -500,6 +500,26 @@ TEST(a_flush_with_nothing_written_costs_nothing)
     edge_detach(e);
 }
 
+TEST(what_was_not_to_be_flushed_is_flushed_when_it_is)
+{
+    static const char with[] = "[{\"driver\":\"fake\",\"node-name\":\"disk\",\"size\":65536}]";
+    CLEANUP(node_unrefp)
+    struct node *n =
+        open_ok(g, "{'driver':'fake','node-name':'disk','size':65536,'cache':{'no-flush':true}}");
+    CLEANUP(json_putp) struct json_object *options = json_tokener_parse(with);
+    struct error err = ERROR_INIT;
+    struct test_user u;
+    struct edge *e = attach(&u, n, PERM_WRITE, PERM_ALL);
+    uint8_t buf[512] = {1};
+
+    CHECK(edge_write(e, range_make(0, 512), buf, 0) == 0);
+    CHECK(edge_flush(e) == 0 && fake_of(n)->flushes == 0);
+    CHECK_OK(graph_reopen(g, options, &err), err);
+    CHECK(edge_flush(e) == 0 && fake_of(n)->flushes == 1);
+    CHECK(edge_flush(e) == 0 && fake_of(n)->flushes == 1);
+    edge_detach(e);
+}
+
 TEST(a_size_change_below_reaches_the_top)
 {
     CLEANUP(node_unrefp)
@@ -749,6 +769,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(observers_are_asked_all_before_any_marks_and_all_mark_before_the_data),
     cmocka_unit_test(observers_hear_of_flushes_that_succeed),
     cmocka_unit_test(a_flush_with_nothing_written_costs_nothing),
+    cmocka_unit_test(what_was_not_to_be_flushed_is_flushed_when_it_is),
     cmocka_unit_test(a_flush_reaches_what_was_written_by_one_who_has_gone),
     cmocka_unit_test(a_write_that_waits_for_a_shrink_does_not_grow_the_node),
     cmocka_unit_test(a_size_change_below_reaches_the_top),

@@ -554,6 +554,64 @@ TEST(a_cluster_with_a_write_in_flight_is_not_given_away)
     check_disk(&memdisks[0], false);
 }
 
+struct one_count {
+    struct qcow2 *q;
+    uint64_t cluster;
+};
+
+static int count_once(void *arg)
+{
+    struct one_count *c = arg;
+    uint16_t count;
+    CHECK(refcount_get(c->q, c->cluster, &count) == 0 && count == 1);
+    return 0;
+}
+
+/* All slices of the cache are dirty, and somebody wants another one: the oldest is written by
+ * itself, which takes its time. What is counted there meanwhile is flushed, and stays so. */
+TEST(refcounts_that_are_written_late_undo_no_later_ones)
+{
+    enum { SLICE = 512, REACH = 128 << 10 }; /* bytes of the file that a slice counts */
+    add_drivers(g);
+    memdisk_reset(0);
+    create_ok(g, 0, 8 * MiB, ",'cluster-size':512");
+    struct test_user u;
+    struct node *n =
+        open_image(g, 0, ",'discard':'unmap','pass-discard-request':false,'refcount-cache-size':1");
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+    struct qcow2 *q = n->state;
+    uint8_t *buf = malloc(4 * MiB);
+    memset(buf, 0x33, 4 * MiB);
+    CHECK(edge_write(e, range_make(0, 4 * MiB), buf, 0) == 0);
+    CHECK(edge_flush(e) == 0);
+    for (uint64_t i = 0; i < q->refcount_cache.n_slots; i++)
+        CHECK(edge_discard(e, range_make(i * REACH, 4096)) == 0);
+    CHECK(edge_flush(e) == 0); /* frees in each */
+    CHECK(q->refcount_cache.n_dirty == q->refcount_cache.n_slots);
+    {
+        SCOPE(scope);
+        struct one_count other = {q, 4 * MiB / 512};
+        struct one_write flush = {.e = e};
+        memdisks[0].hold = range_make(q->reftable.entries[0], SLICE);
+        memdisks[0].hold_one = true;
+        scope_spawn(&scope, count_once, &other);
+        let_run(20);
+        CHECK(memdisks[0].held == 1);
+        CHECK(edge_write(e, range_make(6 * MiB, 512), buf, 0) == 0);
+        CHECK(q->free_hint < REACH / 512); /* it was counted there */
+        scope_spawn(&scope, flush_once, &flush);
+        let_run(200);
+        memdisks[0].hold = range_make(0, 0);
+        CHECK(scope_join(&scope) == 0);
+        CHECK(flush.done);
+    }
+    CHECK(!disk_damage(&memdisks[0]));
+    free(buf);
+    edge_detach(e);
+    node_unref(n);
+    check_disk(&memdisks[0], false);
+}
+
 /* ---- errors below ---- */
 
 TEST(a_failed_write_or_flush_leaves_the_image_sound)
@@ -599,6 +657,125 @@ TEST(a_failed_write_or_flush_leaves_the_image_sound)
     }
     free(buf);
     free(seen);
+}
+
+/* After a resize that has failed, somewhere: the size is the old one, and all of the disk can be
+ * written, flushed, and found again, by a program that was killed then. */
+static void resize_that_fails(struct graph *g, uint64_t from, uint64_t to, int write, int flush,
+                              int more)
+{
+    struct memdisk *d = &memdisks[0];
+    struct error err = ERROR_INIT;
+    struct test_user u, after;
+    struct disk_model m = {malloc(from), from};
+
+    memdisk_reset(0);
+    create_ok(g, 0, from, ",'cluster-size':512");
+    struct node *n = open_image(g, 0, "");
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE, PERM_ALL);
+    memset(m.bytes, 0x11, from);
+    CHECK(edge_write(e, range_make(0, from / 4), m.bytes, 0) == 0);
+    CHECK(edge_write(e, range_make(from - 8192, 8192), m.bytes, 0) == 0);
+    CHECK(edge_flush(e) == 0);
+    d->fail_write_after = write;
+    d->fail_flush_after = flush;
+    d->fail_more = more;
+    int r = edge_truncate(e, to, true, &err);
+    d->fail_write_after = d->fail_flush_after = d->fail_more = 0;
+    if (r < 0) {
+        CHECK(node_size(n) == from);
+        memset(m.bytes, 0x22, from);
+        CHECK(edge_write(e, range_make(0, from), m.bytes, 0) == 0);
+        CHECK(edge_flush(e) == 0);
+        CHECK(!disk_damage(d));
+        memdisk_reset(1);
+        memdisk_reserve(&memdisks[1], d->size + 1);
+        memcpy(memdisks[1].bytes, d->bytes, d->size);
+        memdisks[1].size = d->size;
+        struct node *found = open_image(g, 1, "");
+        struct edge *there = attach(&after, found, PERM_CONSISTENT_READ, PERM_ALL);
+        CHECK(node_size(found) == from);
+        compare_all(there, &m);
+        edge_detach(there);
+        node_unref(found);
+    }
+    edge_detach(e);
+    node_unref(n);
+    CHECK(!disk_damage(d));
+    free(m.bytes);
+}
+
+TEST(a_resize_that_fails_loses_no_write_that_follows)
+{
+    add_drivers(g);
+    for (int i = 1; i < 40; i++)
+        for (int more = 0; more < 2; more++) {
+            resize_that_fails(g, 256 * KiB, 8 * MiB, i, 0, more);
+            resize_that_fails(g, 256 * KiB, 8 * MiB, 0, i, more);
+            resize_that_fails(g, 256 * KiB, 64 * KiB, i, 0, more);
+            resize_that_fails(g, 256 * KiB, 64 * KiB, 0, i, more);
+        }
+}
+
+static int reopen_over(struct graph *g, const char *file, struct error *err)
+{
+    char text[1024];
+    json_text(text, "[{'driver':'qcow2','node-name':'q','file':'%s'}]", file);
+    CLEANUP(json_putp) struct json_object *options = json_tokener_parse(text);
+    return graph_reopen(g, options, err);
+}
+
+/* Tables in memory are those of one file: filters over it come and go, another one does not. */
+TEST(a_reopen_does_not_bring_an_image_another_file)
+{
+    add_drivers(g);
+    for (unsigned i = 0; i < 2; i++) {
+        memdisk_reset(i);
+        create_ok(g, i, MiB, "");
+    }
+    struct error err = ERROR_INIT;
+    struct test_user u;
+    struct node *one = open_ok(g, "{'driver':'memdisk','disk':0,'node-name':'one'}");
+    struct node *filter = open_ok(g, "{'driver':'fakefilter','file':'one','node-name':'filter'}");
+    struct node *other = open_ok(g, "{'driver':'memdisk','disk':1,'node-name':'other'}");
+    struct node *n = open_ok(g, "{'driver':'qcow2','file':'one','node-name':'q'}");
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+    uint8_t buf[4096] = {1};
+    CHECK(edge_write(e, range_make(0, sizeof buf), buf, 0) == 0);
+    CHECK_OK(reopen_over(g, "filter", &err), err);
+    CHECK(edge_write(e, range_make(0, sizeof buf), buf, 0) == 0);
+    CHECK_OK(reopen_over(g, "one", &err), err);
+    uint64_t writes = memdisks[1].writes;
+    int r = reopen_over(g, "other", &err);
+    CHECK(edge_write(e, range_make(512 * KiB, sizeof buf), buf, 0) == 0 && edge_flush(e) == 0);
+    CHECK(memdisks[1].writes == writes);
+    CHECK(r < 0);
+    CHECK_TEXT(err, "Node 'q' cannot have its metadata in another file");
+    edge_detach(e);
+    node_unref(n);
+    node_unref(other);
+    node_unref(filter);
+    node_unref(one);
+}
+
+/* An image that was opened read-only says yet that nobody has written it, to whom we do not know.
+ */
+TEST(unknown_autoclear_bits_do_not_outlive_a_reopen_for_writing)
+{
+    add_drivers(g);
+    memdisk_reset(0);
+    create_ok(g, 0, MiB, "");
+    memdisks[0].bytes[88] |= 0x40;
+    struct error err = ERROR_INIT;
+    struct node *n = open_image(g, 0, ",'read-only':true,'node-name':'n'");
+    CHECK(node_set_read_only(n, false, &err) < 0);
+    CHECK_TEXT(err, "qcow2: Image has unknown autoclear bits; they are cleared when it is opened "
+                    "read/write");
+    CHECK(node_read_only(n) && memdisks[0].bytes[88] & 0x40);
+    node_unref(n);
+    n = open_image(g, 0, "");
+    CHECK(!(memdisks[0].bytes[88] & 0x40));
+    node_unref(n);
 }
 
 /* ---- the dirty bit ---- */
@@ -687,7 +864,11 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(internal_snapshots_stay_as_they_were),
     cmocka_unit_test(new_images_are_sound_at_every_size),
     cmocka_unit_test(a_cluster_with_a_write_in_flight_is_not_given_away),
+    cmocka_unit_test(refcounts_that_are_written_late_undo_no_later_ones),
     cmocka_unit_test(a_failed_write_or_flush_leaves_the_image_sound),
+    cmocka_unit_test(a_resize_that_fails_loses_no_write_that_follows),
+    cmocka_unit_test(a_reopen_does_not_bring_an_image_another_file),
+    cmocka_unit_test(unknown_autoclear_bits_do_not_outlive_a_reopen_for_writing),
     cmocka_unit_test(an_image_with_wrong_refcounts_and_the_dirty_bit_is_repaired),
     cmocka_unit_test(what_qemu_left_dirty_is_repaired),
 };

@@ -527,7 +527,40 @@ TEST(a_torn_header_keeps_the_name_of_its_backing_file)
         }
 }
 
+/* Another program's bit says that nobody has written since; a cut may leave any one write alone. */
+TEST(unknown_autoclear_bits_are_gone_before_the_first_write)
+{
+    graph_add_driver(g, &driver_memdisk);
+    for (unsigned i = 0; i < 4; i++)
+        memdisk_reset(i);
+    create_ok(g, 0, MiB, "");
+    struct memdisk *d = &memdisks[0];
+    struct test_user u;
+    uint8_t buf[4096] = {1};
+    for (int life = 0; life < 2; life++) {
+        struct node *n = open_image(g, 0, "");
+        struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+        CHECK(edge_write(e, range_make(0, sizeof buf), buf, 0) == 0);
+        edge_detach(e);
+        node_unref(n);
+        d->bytes[88] |= 0x40;
+        d->record = true;
+    }
+    size_t header = 0, flushed = 0, data = 0;
+    for (size_t i = 0; i < d->n_log; i++) {
+        const struct mem_op *op = &d->log[i];
+        if (op->kind == MEM_WRITE && op->offset == 0)
+            header = i + 1;
+        else if (op->kind == MEM_FLUSHED && header && !flushed)
+            flushed = i + 1;
+        else if (op->kind == MEM_WRITE && op->length == sizeof buf && !data)
+            data = i + 1;
+    }
+    CHECK(header && data && flushed && header < flushed && flushed < data);
+}
+
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(unknown_autoclear_bits_are_gone_before_the_first_write),
     cmocka_unit_test(a_torn_header_keeps_the_name_of_its_backing_file),
     cmocka_unit_test(a_power_cut_leaves_leaks_at_most),
     cmocka_unit_test(a_power_cut_among_parallel_writers_leaves_leaks_at_most),

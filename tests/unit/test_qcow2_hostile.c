@@ -403,7 +403,41 @@ TEST(damaged_metadata_never_crashes)
     }
 }
 
+/* A file that is nothing but a hole, almost: what is asked about each cluster of it takes for ever.
+ */
+static uint64_t enough_bytes(struct node *n)
+{
+    (void)n;
+    return 16 * MiB; /* more than clusters are in use */
+}
+
+TEST(a_huge_hole_behind_the_image_costs_nothing)
+{
+    struct driver sparse = driver_memdisk;
+    sparse.name = sparse.protocol = "sparse";
+    sparse.allocated_bytes = enough_bytes;
+    graph_add_driver(g, &driver_memdisk);
+    graph_add_driver(g, &sparse);
+    make_image(g, 4 * MiB, ",'cluster-size':512");
+    memdisks[0].size = (uint64_t)1 << 42;
+    struct test_user u;
+    struct block_status st;
+    struct error err = ERROR_INIT;
+    struct node *n =
+        open_ok(g, "{'driver':'qcow2','file':{'driver':'sparse','disk':0},'backing':null}");
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE | PERM_RESIZE, PERM_ALL);
+    uint64_t begun_ns = clock_now_ns();
+    CHECK(edge_status_above(e, NULL, true, range_make(0, 512), &st) == 0);
+    CHECK(clock_now_ns() - begun_ns < NSEC_PER_SEC);
+    CHECK_OK(edge_truncate(e, 2 * MiB, true, &err), err);
+    CHECK(clock_now_ns() - begun_ns < 2 * NSEC_PER_SEC);
+    CHECK(memdisks[0].size < 4 * MiB);
+    edge_detach(e);
+    node_unref(n);
+}
+
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(a_huge_hole_behind_the_image_costs_nothing),
     cmocka_unit_test(header_fields_that_cannot_be_are_refused_in_qemus_words),
     cmocka_unit_test(entries_that_cannot_be_are_named),
     cmocka_unit_test(an_image_cut_short_anywhere_is_an_error_or_readable),

@@ -102,10 +102,8 @@ static int write_alone(struct cache *c, struct cache_slot *s)
     r = file_write(c->q, offset, copy, c->slice_bytes);
     c->alone--;
     s->writing--;
-    if (r < 0) {
-        c->alone_failed++;
+    if (r < 0)
         cache_mark_dirty(c, s);
-    }
     waitq_wake_all(&c->changed);
     return r;
 }

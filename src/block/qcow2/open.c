@@ -224,6 +224,11 @@ static void know_metadata(struct qcow2 *q)
         metadata_add(q, q->l1.entries[i] & ENTRY_OFFSET_MASK, META_L2);
 }
 
+static uint64_t known_autoclear(const struct node *n)
+{
+    return QCOW2_AUTOCLEAR_KNOWN | qcow2_guard_known(n);
+}
+
 static void drop_untrusted(struct qcow2 *q, bool *write_header)
 {
     struct qcow2_header *h = &q->header;
@@ -237,7 +242,7 @@ static void drop_untrusted(struct qcow2 *q, bool *write_header)
                         "now considered inconsistent");
         *write_header = true; /* without the extension */
     }
-    const uint64_t known = QCOW2_AUTOCLEAR_KNOWN | qcow2_guard_known(q->node);
+    const uint64_t known = known_autoclear(q->node);
     if (h->autoclear & ~known)
         *write_header = true;
     if (*write_header && qcow2_writable(q))
@@ -303,6 +308,8 @@ static int open_image(struct qcow2 *q, struct json_object *options, struct error
     drop_untrusted(q, &write_header);
     if (write_header && qcow2_writable(q)) {
         r = qcow2_write_header(q);
+        if (r == 0) /* before anything is written of which those bits would not know */
+            r = file_flush(q);
         if (r < 0)
             return error_set_errno(err, -r, "Could not update qcow2 header");
     }
@@ -389,6 +396,10 @@ static int reopen_prepare(struct node *n, struct json_object *options, bool read
             r = error_set(err, EACCES,
                           "qcow2: Image is dirty; it is repaired when it is opened "
                           "read/write");
+        else if (q->header.autoclear & ~known_autoclear(n))
+            r = error_set(err, EACCES,
+                          "qcow2: Image has unknown autoclear bits; they are cleared when it is "
+                          "opened read/write");
     }
     if (r == 0 && read_only && !n->read_only && !qcow2_unusable(q)) {
         r = write_all(q);

@@ -77,7 +77,6 @@ struct cache {
     struct waitq changed; /* a slot has been loaded or has become free or clean */
     bool evict_by_write;  /* a dirty slot may be written alone, at any time (refcounts) */
     unsigned alone;       /* such writes under way */
-    uint64_t alone_failed;
     uint32_t n_dirty;
 };
 
@@ -179,6 +178,7 @@ struct qcow2 {
     bool overlap_checks;
     bool signaled_corruption;
     bool bitmaps_unsettled;      /* which bitmap directory the disk's header names is not known */
+    bool header_unsure;          /* see qcow2_take_header_back() */
     bool guard_unsure;           /* the disk's header may have a guard that memory has not */
     bool unusable;               /* see qcow2_unusable() */
     uint64_t losses;             /* graph_losses() when it was opened */
@@ -231,6 +231,9 @@ uint64_t file_size(const struct qcow2 *q);
 int qcow2_writeback(struct qcow2 *q);
 /* The same, and flushed. */
 int qcow2_sync(struct qcow2 *q);
+/* A change of the header has not come to its end, and q->header is again what it was: the disk
+ * may have either. It is written once more; if that fails, then before anything else is. */
+void qcow2_take_header_back(struct qcow2 *q);
 /* Gives back [offset, offset+length) (bytes; whole clusters are touched), after the entry that
  * named it has been changed in memory. */
 void qcow2_free_later(struct qcow2 *q, uint64_t offset, uint64_t length, enum free_type type);
@@ -257,6 +260,10 @@ int refcount_alloc_bytes(struct qcow2 *q, uint64_t bytes, uint64_t *offset);
 /* At once: only for what no entry on the disk has ever named. */
 void refcount_unalloc(struct qcow2 *q, uint64_t offset, uint64_t clusters);
 int refcount_get(struct qcow2 *q, uint64_t cluster, uint16_t *ret);
+/* The first cluster of [CLUSTER, END) that has a count; END: none. */
+uint64_t refcount_skip_unknown(const struct qcow2 *q, uint64_t cluster, uint64_t end);
+/* Clusters before this have counts; there are no blocks from here on. */
+uint64_t refcount_end(const struct qcow2 *q);
 /* Adds DELTA to each; below 0 or above the maximum is corruption, and -EIO. */
 int refcount_add(struct qcow2 *q, uint64_t cluster, uint64_t n, int delta);
 int refcount_set(struct qcow2 *q, uint64_t cluster,

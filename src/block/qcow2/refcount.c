@@ -85,6 +85,23 @@ static int slice_get(struct qcow2 *q, uint64_t cluster, struct cache_slot **ret)
     return cache_get(&q->refcount_cache, at, ret);
 }
 
+uint64_t refcount_skip_unknown(const struct qcow2 *q, uint64_t cluster, uint64_t end)
+{
+    for (uint64_t i = cluster >> q->refblock_bits; i < q->reftable.n && cluster < end;
+         cluster = ++i << q->refblock_bits)
+        if (q->reftable.entries[i] & REFTABLE_OFFSET_MASK)
+            return cluster;
+    return end;
+}
+
+uint64_t refcount_end(const struct qcow2 *q)
+{
+    uint32_t n = q->reftable.n;
+    while (n && !(q->reftable.entries[n - 1] & REFTABLE_OFFSET_MASK))
+        n--;
+    return (uint64_t)n << q->refblock_bits;
+}
+
 int refcount_get(struct qcow2 *q, uint64_t cluster, uint16_t *ret)
 {
     struct cache_slot *s;
@@ -265,6 +282,7 @@ static int grow_reftable(struct qcow2 *q, uint64_t min_entries)
          * that is in use, so the old one stays ours, and the new one is leaked. */
         q->header.reftable_offset = old_offset;
         q->header.reftable_clusters = (uint32_t)old_clusters;
+        qcow2_take_header_back(q);
         table_free(&bigger);
         return r;
     }
@@ -401,21 +419,12 @@ int refcount_alloc(struct qcow2 *q, uint64_t wanted, uint64_t *offset, uint64_t 
     }
 }
 
-/* Clusters before this have counts; there are no blocks from here on. */
-static uint64_t covered_clusters(const struct qcow2 *q)
-{
-    uint32_t n = q->reftable.n;
-    while (n && !(q->reftable.entries[n - 1] & REFTABLE_OFFSET_MASK))
-        n--;
-    return (uint64_t)n << q->refblock_bits;
-}
-
 int refcount_alloc_bytes(struct qcow2 *q, uint64_t bytes, uint64_t *offset)
 {
     file_event(q, DEBUG_cluster_alloc_bytes);
     LOCKED(&q->alloc_lock);
     uint64_t n = clusters_of(q, bytes), run = 0, cluster;
-    uint64_t end = covered_clusters(q);
+    uint64_t end = refcount_end(q);
 
     for (cluster = q->free_hint; cluster < end && run < n; cluster++) {
         struct cache_slot *s;
@@ -438,7 +447,7 @@ int refcount_alloc_bytes(struct qcow2 *q, uint64_t bytes, uint64_t *offset)
 
     /* Behind everything that is covered: the blocks, then what was asked for. */
     for (;;) {
-        uint64_t base = skip_referenced(q, covered_clusters(q), 1), k = 1;
+        uint64_t base = skip_referenced(q, refcount_end(q), 1), k = 1;
         uint64_t first = base >> q->refblock_bits;
         while (((base + k + n - 1) >> q->refblock_bits) - first + 1 > k)
             k++;

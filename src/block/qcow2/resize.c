@@ -52,6 +52,7 @@ static int grow_l1(struct qcow2 *q, uint64_t n, uint64_t size, struct error *err
             q->header.l1_size = old.l1_size;
             q->header.size_bytes = old.size_bytes;
             offset = 0; /* the disk may have the new one: it is leaked, never given away */
+            qcow2_take_header_back(q);
         }
     }
     if (r < 0) {
@@ -78,6 +79,7 @@ static int write_size(struct qcow2 *q, uint64_t size, struct error *err)
         r = file_flush(q);
     if (r < 0) {
         q->header.size_bytes = old;
+        qcow2_take_header_back(q);
         return error_set_errno(err, -r, "Failed to update the image size");
     }
     return 0;
@@ -101,13 +103,10 @@ static int drop_l2_tables(struct qcow2 *q, uint64_t first)
     return 0;
 }
 
-static int shrink(struct qcow2 *q, uint64_t from, uint64_t size, struct error *err)
+static int cut_off(struct qcow2 *q, uint64_t from, uint64_t size, struct error *err)
 {
-    int r = write_size(q, size, err);
-    if (r < 0)
-        return r;
     uint64_t first = align_up(size, q->cluster_size), end = align_up(from, q->cluster_size);
-    r = qcow2_discard_clusters(q, range_between(first, end), FREE_ALWAYS, true);
+    int r = qcow2_discard_clusters(q, range_between(first, end), FREE_ALWAYS, true);
     if (r < 0)
         return error_set_errno(err, -r, "Failed to discard cropped clusters");
     r = drop_l2_tables(q, l1_needed(q, size));
@@ -117,11 +116,23 @@ static int shrink(struct qcow2 *q, uint64_t from, uint64_t size, struct error *e
     r = qcow2_sync(q);
     if (r == 0)
         r = qcow2_writeback(q);
+    return r < 0 ? error_set_errno(err, -r, "Failed to discard cropped clusters") : 0;
+}
+
+static int shrink(struct qcow2 *q, uint64_t from, uint64_t size, struct error *err)
+{
+    int r = write_size(q, size, err);
     if (r < 0)
-        return error_set_errno(err, -r, "Failed to discard cropped clusters");
+        return r;
+    r = cut_off(q, from, size, err);
+    if (r < 0) { /* the guest still has all of it */
+        q->header.size_bytes = from;
+        qcow2_take_header_back(q);
+        return r;
+    }
 
     /* The end of the file, if nobody uses it. */
-    uint64_t clusters = clusters_of(q, file_size(q)), n = clusters;
+    uint64_t clusters = clusters_of(q, file_size(q)), n = min_u64(clusters, refcount_end(q));
     uint16_t count = 0;
     while (n && refcount_get(q, n - 1, &count) == 0 && !count)
         n--;

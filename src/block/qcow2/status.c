@@ -20,6 +20,9 @@ static bool detect_holes(struct qcow2 *q)
     uint64_t threshold = max_u64(have * 10 / 9, have + 2);
     for (uint64_t i = 0; i < end && used < threshold; i++) {
         uint16_t count;
+        i = refcount_skip_unknown(q, i, end);
+        if (i == end)
+            break;
         if (refcount_get(q, i, &count) < 0)
             return false;
         used += count != 0;

@@ -273,23 +273,47 @@ static void free_taken(struct qcow2 *q, struct freed_list *taken)
     *taken = (struct freed_list){0};
 }
 
+/* ---- the header ---- */
+
+/* What is written from now on is where the header in memory says. */
+static int settle_header(struct qcow2 *q)
+{
+    if (!q->header_unsure)
+        return 0;
+    int r = qcow2_write_header(q);
+    if (r == 0)
+        r = file_flush(q);
+    if (r == 0)
+        q->header_unsure = false;
+    return r;
+}
+
+void qcow2_take_header_back(struct qcow2 *q)
+{
+    if (BROKEN(failed_header_stands) || qcow2_unusable(q))
+        return;
+    q->header_unsure = true;
+    (void)!settle_header(q);
+}
+
 /* ---- a round ---- */
 
-static int wait_for_lone_writes(struct cache *c, uint64_t failed_before)
+/* Evictions belong to step 1, and none may arrive after a newer copy of its slice. One that fails
+ * leaves that dirty. */
+static void wait_for_lone_writes(struct cache *c)
 {
-    while (c->alone)
+    while (c->alone && !BROKEN(lone_writes_not_awaited))
         if (waitq_wait(&c->changed) < 0)
             break;
-    return c->alone_failed != failed_before ? -EIO : 0;
 }
 
 static int one_round(struct qcow2 *q)
 {
     struct copies refcounts = {0}, reftable = {0}, l2 = {0}, l1 = {0};
     struct freed_list taken;
-    uint64_t alone_failed = q->refcount_cache.alone_failed;
     int r;
 
+    wait_for_lone_writes(&q->refcount_cache);
     {
         NOSUSPEND(); /* the instant */
         r = copy_cache(&q->refcount_cache, &refcounts);
@@ -306,8 +330,6 @@ static int one_round(struct qcow2 *q)
 
     if (r == 0)
         r = write_copies(q, &refcounts, META_REFBLOCK, DEBUG_refblock_update_part);
-    if (r == 0) /* evictions of before the instant belong to step 1, too */
-        r = wait_for_lone_writes(&q->refcount_cache, alone_failed);
     if (r == 0 && reftable.n) {
         r = BROKEN(reftable_before_its_blocks) ? 0 : file_flush(q);
         if (r == 0)
@@ -358,7 +380,9 @@ int qcow2_writeback(struct qcow2 *q)
     if (q->writebacks_begun != begun && q->writeback_result == 0)
         return 0;
     q->writebacks_begun++;
-    q->writeback_result = one_round(q);
+    q->writeback_result = settle_header(q);
+    if (q->writeback_result == 0)
+        q->writeback_result = one_round(q);
     return q->writeback_result;
 }
 
