@@ -99,6 +99,7 @@ int copy_new(struct edge *source, struct edge *target, const struct bitmap *what
         bitmap_mark_all(c->remaining);
     rangelock_init(&c->locks);
     crew_init(&c->crew, &crew_ops, c, max_u64(RUN_MAX, c->chunk));
+    node_ref(n); /* an overlay may come between us and it, and part from it: its list has `shown` */
     *ret = c;
     return 0;
 }
@@ -106,7 +107,7 @@ int copy_new(struct edge *source, struct edge *target, const struct bitmap *what
 void copy_free(struct copy *c)
 {
     assert(!c->busy && rangelock_idle(&c->locks));
-    struct node *n = dirty_node(c->shown);
+    CLEANUP(node_unrefp) struct node *n = dirty_node(c->shown);
     graph_quiesce_begin(node_graph(n), &n, 1);
     dirty_release(c->shown);
     graph_quiesce_end(node_graph(n), &n, 1);

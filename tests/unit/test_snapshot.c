@@ -500,6 +500,37 @@ JOB_TEST(beside_a_backup)
     remove_dir();
 }
 
+/* The overlay takes the filter of a backup with it and then lets go of the disk. What the backup
+ * goes by, its own set and the user's bitmap, is the disk's. */
+JOB_TEST(a_disk_stays_while_a_backup_has_its_bitmaps)
+{
+    struct error err = ERROR_INIT;
+    make_dir();
+    struct node *n = raw_disk(g, "s"), *t = disk(g, "t", SIZE, 0), *o = bare_overlay(g, "o", SIZE);
+    memset(mem_of(base_file)->bytes, 0x11, SIZE);
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b'}"));
+    command_ok(g, "blockdev-backup",
+               parse("{'device':'s','target':'t','job-id':'j','sync':'full','speed':65536,"
+                     "'bitmap':'b','bitmap-mode':'always'}"));
+    run_ok(g, parse("[" SNAPSHOT("s", "o") "]"));
+    CLEANUP(json_putp)
+    struct json_object *list =
+        parse("[{'driver':'qcow2','node-name':'o','backing':null,'file':{'driver':'file',"
+              "'filename':'%s/o.qcow2'}}]",
+              dir);
+    int r = graph_reopen(g, list, &err);
+    CHECK_OK(r, err);
+    close_raw_disk(n);
+    CHECK(graph_find(g, "s") == n);
+    CHECK(jobs_set_speed(js, "j", 0, &err) == 0);
+    wait_for("j", "null");
+    CHECK(strstr(events, "j:COMPLETED j:"));
+    CHECK(!graph_find(g, "s"));
+    node_unref(o);
+    node_unref(t);
+    remove_dir();
+}
+
 /* A request's stack is as deep as the graph. */
 JOB_TEST(the_graph_does_not_become_too_deep)
 {
@@ -798,6 +829,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(undoing_leaves_who_was_there_before),
     cmocka_unit_test(what_is_refused_changes_nothing),
     cmocka_unit_test(beside_a_backup),
+    cmocka_unit_test(a_disk_stays_while_a_backup_has_its_bitmaps),
     cmocka_unit_test(chains_at_random),
     cmocka_unit_test(the_graph_does_not_become_too_deep),
     cmocka_unit_test(a_request_can_go_down_the_deepest_chain),
