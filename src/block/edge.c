@@ -311,14 +311,13 @@ struct node_append {
     struct edges moved;
 };
 
-/* The filter of a backup over N, which has the disk as it was and cannot have another size. */
-static const struct node *filter_that_keeps(const struct node *n)
+const struct node *filter_that_keeps(const struct node *n)
 {
     const struct edge *e;
     const struct node *found = NULL;
 
     TAILQ_FOREACH (e, &n->parents, in_parents) {
-        if (found || !e->parent || !(e->role & ROLE_FILTERED))
+        if (found || !e->parent || !(e->role & ROLE_PRIMARY))
             continue;
         found = e->parent->driver->child_stays ? e->parent : filter_that_keeps(e->parent);
     }
