@@ -106,8 +106,8 @@ int generic_options_parse(struct json_object *options, const struct node *parent
                           struct generic_options *ret, struct error *err);
 
 /* ---- edge.c ---- */
-/* The filter of a backup, on N itself or on what has it for its file: it has the disk as it was, which
- * cannot have another size or become another. NULL: none. */
+/* The filter of a backup, on N itself or on what has it for its file: it has the disk as it was,
+ * which cannot have another size or become another. NULL: none. */
 const struct node *filter_that_keeps(const struct node *n);
 
 /* ---- filename.c ---- */

@@ -551,7 +551,7 @@ static void reopen_fails(struct graph *g, const char *text, struct json_object *
         fail_msg("'%s' instead of '%s'", err.text, text);
 }
 
-/* Not by a reopen either, of the same size or of another, right below the filter or further down. */
+/* Not by a reopen either, of this size or of another, right below the filter or further down. */
 JOB_TEST(a_disk_does_not_become_another_while_its_old_state_is_kept)
 {
     static const char text[] = "Node 'f' keeps the disk as it was, which cannot become another";
