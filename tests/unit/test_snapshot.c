@@ -500,6 +500,26 @@ JOB_TEST(beside_a_backup)
     remove_dir();
 }
 
+/* What is on top is the disk as it was at the instant, not the overlay that comes in the same step,
+ * which has nothing yet. */
+JOB_TEST(a_backup_of_what_is_on_top_below_a_new_overlay)
+{
+    make_dir();
+    struct node *n = raw_disk(g, "s"), *t = disk(g, "t", SIZE, 0), *o = bare_overlay(g, "o", SIZE);
+    memset(mem_of(base_file)->bytes, 0x11, SIZE);
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b'}"));
+    run_ok(g,
+           parse("[{'type':'blockdev-backup','data':{'device':'s','target':'t','job-id':'j',"
+                 "'sync':'top','bitmap':'b','bitmap-mode':'on-success'}}," SNAPSHOT("s", "o") "]"));
+    wait_for("j", "null");
+    CHECK(strstr(events, "j:COMPLETED j:"));
+    CHECK(memcmp(mem_of(base_file)->bytes, mem_of(t)->bytes, SIZE) == 0);
+    node_unref(o);
+    node_unref(t);
+    close_raw_disk(n);
+    remove_dir();
+}
+
 /* The overlay takes the filter of a backup with it and then lets go of the disk. What the backup
  * goes by, its own set and the user's bitmap, is the disk's. */
 JOB_TEST(a_disk_stays_while_a_backup_has_its_bitmaps)
@@ -829,6 +849,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(undoing_leaves_who_was_there_before),
     cmocka_unit_test(what_is_refused_changes_nothing),
     cmocka_unit_test(beside_a_backup),
+    cmocka_unit_test(a_backup_of_what_is_on_top_below_a_new_overlay),
     cmocka_unit_test(a_disk_stays_while_a_backup_has_its_bitmaps),
     cmocka_unit_test(chains_at_random),
     cmocka_unit_test(the_graph_does_not_become_too_deep),
