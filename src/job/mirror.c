@@ -99,7 +99,7 @@ static int begin(struct mirror *m)
             if (!zeroed)
                 continue;
         }
-        struct node *base = m->sync == SYNC_TOP ? node_skip_filters(m->source) : NULL;
+        struct node *base = m->sync == SYNC_TOP ? m->top : NULL;
         bool skip_zeroes = m->sync == SYNC_FULL && m->target_is_zero;
         r = follow_mark_allocated(m->follow, base, skip_zeroes);
         if (r != -EINTR)
@@ -485,6 +485,7 @@ static void mirror_clean(struct job *j)
     }
     node_unref(steal(m->source));
     node_unref(steal(m->target));
+    node_unref(steal(m->top));
     node_unref(steal(m->backing));
 }
 

@@ -520,6 +520,46 @@ JOB_TEST(a_backup_of_what_is_on_top_below_a_new_overlay)
     remove_dir();
 }
 
+/* The same of a mirror, whose source is a filter: it is interrupted while it looks what is on top,
+ * and then the overlay comes below that. */
+JOB_TEST(a_mirror_of_what_is_on_top_below_a_new_overlay)
+{
+    struct event hold;
+    struct error err = ERROR_INIT;
+    event_init(&hold);
+    make_dir();
+    struct node *b = disk(g, "b", SIZE, 0), *t = disk(g, "t", SIZE, 0);
+    struct node *n =
+        open_json(g, parse("{'driver':'mem','node-name':'s','size':%d,'backing':'b'}", SIZE));
+    struct node *over = open_json(g, parse("{'driver':'blkdebug','node-name':'over','image':'s'}"));
+    struct node *o = bare_overlay(g, "o", SIZE);
+    memset(mem_of(n)->bytes, 0x11, 65536);
+    memset(mem_of(n)->bytes + SIZE / 2, 0x22, 65536);
+    mem_of(n)->hold_status = &hold;
+    CLEANUP(json_putp)
+    struct json_object *args = parse("{'device':'over','target':'t','job-id':'j','sync':'top'}");
+    int r = mirror_blockdev(js, args, &err);
+    CHECK_OK(r, err);
+    while (!mem_of(n)->holding)
+        turns(1);
+    verb_ok("j", JOB_VERB_PAUSE);
+    event_set(&hold);
+    mem_of(n)->hold_status = NULL;
+    wait_for("j", "paused");
+    run_ok(g, parse("[" SNAPSHOT("s", "o") "]"));
+    verb_ok("j", JOB_VERB_RESUME);
+    wait_for("j", "READY");
+    CHECK(memcmp(mem_of(n)->bytes, mem_of(t)->bytes, SIZE) == 0);
+    verb_ok("j", JOB_VERB_CANCEL);
+    wait_for("j", "null");
+    node_unref(over);
+    node_unref(o);
+    node_unref(n);
+    node_unref(t);
+    node_unref(b);
+    remove_dir();
+}
+
 /* The overlay takes the filter of a backup with it and then lets go of the disk. What the backup
  * goes by, its own set and the user's bitmap, is the disk's. */
 JOB_TEST(a_disk_stays_while_a_backup_has_its_bitmaps)
@@ -850,6 +890,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(what_is_refused_changes_nothing),
     cmocka_unit_test(beside_a_backup),
     cmocka_unit_test(a_backup_of_what_is_on_top_below_a_new_overlay),
+    cmocka_unit_test(a_mirror_of_what_is_on_top_below_a_new_overlay),
     cmocka_unit_test(a_disk_stays_while_a_backup_has_its_bitmaps),
     cmocka_unit_test(chains_at_random),
     cmocka_unit_test(the_graph_does_not_become_too_deep),
