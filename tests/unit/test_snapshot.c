@@ -881,6 +881,46 @@ JOB_TEST(only_what_a_transaction_has_made_is_removed)
     remove_dir();
 }
 
+static int can_add(struct dirty_store *st, struct node *n, const char *name,
+                   uint64_t granularity_bytes, struct error *err)
+{
+    return 0;
+}
+
+/* The disk cannot be made durable, but that is found out when the backup is over. */
+static int flush_fails(struct dirty_store *st, struct node *n)
+{
+    wait_for("j", "null");
+    return -EIO;
+}
+
+/* A transaction fails in its last step, when one of its backups is complete, and the bitmap of that
+ * one has moved on: what the bitmap has no more is in the file. */
+JOB_TEST(a_complete_backup_is_not_removed)
+{
+    struct error err = ERROR_INIT;
+    struct test_user u;
+    struct dirty_store store = {.can_add = can_add, .flush = flush_fails};
+    make_dir();
+    struct node *n = raw_disk(g, "s");
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b'}"));
+    struct edge *e = attach(&u, n, PERM_WRITE, PERM_ALL);
+    CHECK(edge_write_zeroes(e, range_make(0, 65536), 0) == 0);
+    dirty_set_store(g, &store);
+    CHECK(run(g, &err,
+              parse("[{'type':'block-dirty-bitmap-add','data':{'node':'s','name':'p','persistent':"
+                    "true}},{'type':'drive-backup','data':{'device':'s','target':'%s/new','sync':"
+                    "'incremental','bitmap':'b','format':'qcow2','job-id':'j'}}]",
+                    dir),
+              NULL) < 0);
+    CHECK(strstr(events, "j:COMPLETED j:") && bitmap_count(dirty_bits(dirty_find(n, "b"))) == 0);
+    CHECK(there("new"));
+    dirty_set_store(g, NULL);
+    edge_detach(e);
+    close_raw_disk(n);
+    remove_dir();
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(guests_go_on_above_a_growing_chain),
     cmocka_unit_test(a_bitmap_of_the_overlay_begins_at_the_instant),
@@ -896,6 +936,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(the_graph_does_not_become_too_deep),
     cmocka_unit_test(a_request_can_go_down_the_deepest_chain),
     cmocka_unit_test(only_what_a_transaction_has_made_is_removed),
+    cmocka_unit_test(a_complete_backup_is_not_removed),
 };
 
 UNIT_MAIN(tests)
