@@ -306,8 +306,7 @@ int copy_drop_unallocated(struct copy *c, uint64_t offset, uint64_t *next)
         top = node_skip_filters(c->source->node);
     while (end < c->size) {
         length = 0;
-        int r =
-            edge_allocated_above(c->source, top, true, range_make(end, c->size - end), &length);
+        int r = edge_allocated_above(c->source, top, true, range_make(end, c->size - end), &length);
         if (r < 0)
             return r;
         if (length == 0)
