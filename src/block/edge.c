@@ -295,8 +295,14 @@ int node_remove_filter(struct node *filter, struct error *err)
     if (e->frozen)
         return error_set(err, EPERM, "Cannot change '%s' link to '%s'", e->name, e->node->name);
     /* What the filter needs of its child must not stand in the way of those who come back:
-     * it keeps its edge, but has nobody any more who would need anything. */
-    return move_quiesced(filter, e->node, true, err);
+     * it keeps its edge, but has nobody any more who would need anything. A bitmap of its own goes
+     * with it, and has seen all writes. */
+    bool watched = filter->watched;
+    filter->watched = false;
+    int r = move_quiesced(filter, e->node, true, err);
+    if (r < 0)
+        filter->watched = watched;
+    return r;
 }
 
 int node_replace(struct node *from, struct node *to, struct error *err)
@@ -311,14 +317,13 @@ struct node_append {
     struct edges moved;
 };
 
-/* The filter of a backup over N, which has the disk as it was and cannot have another size. */
-static const struct node *filter_that_keeps(const struct node *n)
+const struct node *filter_that_keeps(const struct node *n)
 {
     const struct edge *e;
     const struct node *found = NULL;
 
     TAILQ_FOREACH (e, &n->parents, in_parents) {
-        if (found || !e->parent || !(e->role & ROLE_FILTERED))
+        if (found || !e->parent || !(e->role & ROLE_PRIMARY))
             continue;
         found = e->parent->driver->child_stays ? e->parent : filter_that_keeps(e->parent);
     }

@@ -105,6 +105,11 @@ const char *path_of(const struct driver *d, const char *filename);
 int generic_options_parse(struct json_object *options, const struct node *parent, unsigned role,
                           struct generic_options *ret, struct error *err);
 
+/* ---- edge.c ---- */
+/* The filter of a backup, on N itself or on what has it for its file: it has the disk as it was,
+ * which cannot have another size or become another. NULL: none. */
+const struct node *filter_that_keeps(const struct node *n);
+
 /* ---- filename.c ---- */
 bool path_has_protocol(const char *path);
 char *path_combine(const char *base, const char *name); /* NAME beside the file BASE */

@@ -313,10 +313,19 @@ static int plan_child(struct entry *en, const char *key, struct edge *edge,
     return 0;
 }
 
+/* Is the file another one, and not the old one with a filter more or less? */
+static bool is_other_file(const struct entry *en)
+{
+    const struct child_change *c = &en->file;
+
+    return c->wanted && !node_reaches(c->to, c->from) && !node_reaches(c->from, c->to);
+}
+
 static int prepare(struct entry *en, struct error *err)
 {
     struct node *n = en->n;
     const char *backing = NULL, *format = NULL;
+    const struct node *keeper;
     int r;
 
     if (en->generic.detect_zeroes == DETECT_ZEROES_UNMAP && !en->generic.discard_unmap)
@@ -345,6 +354,9 @@ static int prepare(struct entry *en, struct error *err)
     r = plan_child(en, "backing", n->backing, &en->backing, err);
     if (r == 0)
         r = plan_child(en, "file", n->file, &en->file, err);
+    if (r == 0 && is_other_file(en) && (keeper = filter_that_keeps(n)))
+        r = error_set(err, EBUSY, "Node '%s' keeps the disk as it was, which cannot become another",
+                      keeper->name);
     return r < 0 ? r : check_unchanged(en, err);
 }
 
@@ -497,14 +509,6 @@ static void remember_options(struct entry *en)
     en->n->options = steal(en->options);
     TAILQ_FOREACH (e, &en->n->children, in_children)
         json_add_string(en->n->options, e->name, e->node->name);
-}
-
-/* Is the file another one, and not the old one with a filter more or less? */
-static bool is_other_file(const struct entry *en)
-{
-    const struct child_change *c = &en->file;
-
-    return c->done && !node_reaches(c->to, c->from) && !node_reaches(c->from, c->to);
 }
 
 /* Content that comes by a reopen was announced by no write: it counts as written. */

@@ -36,6 +36,7 @@ static const struct crew_ops crew_ops;
 
 struct copy {
     struct edge *source, *target; /* lent */
+    struct node *top;             /* the source without its filters, as it was; a reference */
     uint64_t size, chunk;
     unsigned write_flags;
     struct dirty_bitmap *shown; /* `remaining` as queries see it */
@@ -99,6 +100,8 @@ int copy_new(struct edge *source, struct edge *target, const struct bitmap *what
         bitmap_mark_all(c->remaining);
     rangelock_init(&c->locks);
     crew_init(&c->crew, &crew_ops, c, max_u64(RUN_MAX, c->chunk));
+    c->top = node_ref(node_skip_filters(n));
+    node_ref(n); /* an overlay may come between us and it, and part from it: its list has `shown` */
     *ret = c;
     return 0;
 }
@@ -106,10 +109,11 @@ int copy_new(struct edge *source, struct edge *target, const struct bitmap *what
 void copy_free(struct copy *c)
 {
     assert(!c->busy && rangelock_idle(&c->locks));
-    struct node *n = dirty_node(c->shown);
+    CLEANUP(node_unrefp) struct node *n = dirty_node(c->shown);
     graph_quiesce_begin(node_graph(n), &n, 1);
     dirty_release(c->shown);
     graph_quiesce_end(node_graph(n), &n, 1);
+    node_unref(c->top);
     bitmap_free(c->saved);
     crew_fini(&c->crew);
     free(c);
@@ -295,9 +299,11 @@ void copy_set_speed(struct copy *c, uint64_t speed)
 
 int copy_drop_unallocated(struct copy *c, uint64_t offset, uint64_t *next)
 {
-    struct node *top = node_skip_filters(c->source->node);
+    struct node *top = c->top;
     uint64_t end = offset, length;
 
+    if (BROKEN(top_is_the_overlay))
+        top = node_skip_filters(c->source->node);
     while (end < c->size) {
         length = 0;
         int r = edge_allocated_above(c->source, top, true, range_make(end, c->size - end), &length);

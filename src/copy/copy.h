@@ -60,8 +60,9 @@ void copy_resume(struct copy *c);
  * their way. */
 int copy_hold(struct copy *c, struct range r) MUST_CHECK;
 
-/* Takes chunks that the source itself (not its backing chain) does not have out of the set,
- * from OFFSET; *NEXT is where to go on, *NEXT == size at the end. For sync=top. */
+/* Takes chunks that the source itself (not its backing chain) did not have out of the set (an
+ * overlay may have come above it since), from OFFSET; *NEXT is where to go on, *NEXT == size at the
+ * end. For sync=top. */
 int copy_drop_unallocated(struct copy *c, uint64_t offset, uint64_t *next) MUST_CHECK;
 /* The same for a known range, rounded inwards: nobody wants it any more. */
 void copy_drop(struct copy *c, struct range r);

@@ -142,7 +142,7 @@ static bool next_piece(void *opaque, uint64_t from, struct piece *ret)
     struct diff *d = opaque;
     struct range run;
 
-    if (!bitmap_next(d->remaining, from, STATUS_AHEAD, &run))
+    if (diff_resized(d) || !bitmap_next(d->remaining, from, STATUS_AHEAD, &run))
         return false;
     *ret = (struct piece){.zero = true};
     if (!is_dirty_anyway(d, &run)) {
@@ -246,6 +246,8 @@ static int compare_piece(void *opaque, const struct piece *p, bool *disk_failed)
     struct range run = p->range;
     int r = 0;
 
+    if (diff_resized(d))
+        return -EINVAL;
     /* A guest may have written to all of it since the piece was cut. */
     if (p->tag && !(is_dirty_anyway(d, &run) && run.length == p->range.length))
         r = compare_data(d, p, disk_failed);
@@ -262,7 +264,13 @@ static const struct crew_ops crew_ops = {.next = next_piece, .copy = compare_pie
 
 int diff_run(struct diff *d, bool *disk_failed)
 {
-    return crew_pass(&d->crew, WORKERS, disk_failed);
+    int r = crew_pass(&d->crew, WORKERS, disk_failed);
+    return r == 0 && bitmap_count(d->remaining) ? -EINVAL : r;
+}
+
+bool diff_resized(const struct diff *d)
+{
+    return node_size(d->disk.edge->node) != d->disk.size;
 }
 
 uint64_t diff_failed_at(const struct diff *d)

@@ -29,7 +29,9 @@ void diff_progress(const struct diff *d, uint64_t *done, uint64_t *total);
  * *DISK_FAILED telling which side. One at a time; again after a failure is a retry. */
 int diff_run(struct diff *d, bool *disk_failed) MUST_CHECK;
 uint64_t diff_failed_at(const struct diff *d); /* in bytes, after a failure */
-void diff_interrupt(struct diff *d);           /* until diff_resume; does not wait */
+/* The disk is not as large as it was: nothing is compared then, and diff_run fails. */
+bool diff_resized(const struct diff *d);
+void diff_interrupt(struct diff *d); /* until diff_resume; does not wait */
 void diff_resume(struct diff *d);
 /* Bytes of the disk that are compared a second, 0: no limit; at once. */
 void diff_set_speed(struct diff *d, uint64_t speed);

@@ -50,6 +50,8 @@ static int compare_run(struct job *j, struct error *err)
             continue;
         if (r == 0 || j->force_cancel)
             return 0;
+        if (diff_resized(c->diff))
+            return error_set(err, EINVAL, "Node '%s' has got another size", node_name(c->disk));
         if (!job_go_on_after(j, disk_failed ? c->on_source_error : c->on_target_error, true, -r))
             return error_set_errno(err, -r, "Could not read node '%s' at offset %llu",
                                    node_name(disk_failed ? c->disk : c->target),

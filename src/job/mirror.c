@@ -99,7 +99,7 @@ static int begin(struct mirror *m)
             if (!zeroed)
                 continue;
         }
-        struct node *base = m->sync == SYNC_TOP ? node_skip_filters(m->source) : NULL;
+        struct node *base = m->sync == SYNC_TOP ? m->top : NULL;
         bool skip_zeroes = m->sync == SYNC_FULL && m->target_is_zero;
         r = follow_mark_allocated(m->follow, base, skip_zeroes);
         if (r != -EINTR)
@@ -190,10 +190,11 @@ static void mirror_interrupt(struct job *j)
         follow_interrupt(m->follow);
 }
 
+/* Not once all is taken apart: then it may be the guests' disk. */
 static void mirror_give_up(struct job *j)
 {
     struct mirror *m = mirror_of(j);
-    if (m->target && !m->given_up)
+    if (m->filter && !m->given_up)
         m->given_up = node_cancel_begin(m->target);
 }
 
@@ -356,6 +357,7 @@ static int take_apart(struct mirror *m, bool success)
     m->main = m->to = NULL;
     job_drop_nodes(&m->job);
     mirror_top_remove(steal(m->filter));
+    node_cancel_end(steal(m->given_up));
     return r;
 }
 
@@ -481,9 +483,9 @@ static void mirror_clean(struct job *j)
         free(m->replace_blocker.reason);
         node_unref(steal(m->to_replace));
     }
-    node_cancel_end(steal(m->given_up));
     node_unref(steal(m->source));
     node_unref(steal(m->target));
+    node_unref(steal(m->top));
     node_unref(steal(m->backing));
 }
 

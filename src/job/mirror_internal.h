@@ -13,6 +13,7 @@ enum backing_mode { BACKING_AS_IT_IS, BACKING_OPENED, BACKING_GIVEN };
 struct mirror {
     struct job job;
     struct node *source, *target; /* references */
+    struct node *top;             /* the source without its filters, as it was; a reference */
     struct node *filter;          /* ours; NULL once it is out */
     struct follow *follow;        /* NULL once it is out */
     struct edge *main, *to;       /* the job's, to the filter and to the target */

@@ -247,6 +247,7 @@ static int make_job(struct jobs *js, const struct plan *p, struct node *filter, 
     }
     m->source = node_ref(p->source);
     m->target = node_ref(p->target);
+    m->top = node_ref(node_skip_filters(p->source));
     m->losses = graph_losses(node_graph(m->source));
     m->sync = p->sync;
     m->zero_target = p->zero_target;

@@ -18,8 +18,9 @@
  * its content: that happens at prepare, as with QEMU.
  *
  * When all is committed and the bitmaps then cannot get their base (dirty_settle), who asked gets
- * an error, too: the jobs are cancelled, their new targets go, and so do the bitmaps that were
- * added. A snapshot stays, because guests have written to the overlay meanwhile. */
+ * an error, too: the jobs are cancelled, their new targets go (not that of one that is complete by
+ * then), and so do the bitmaps that were added. A snapshot stays, because guests have written to
+ * the overlay meanwhile. */
 #include "job/transaction.h"
 
 #include "base/broken.h"
@@ -671,14 +672,16 @@ static int run_locked(struct transaction *t, struct error *err)
     return r;
 }
 
-/* The bitmaps have not got the base that the jobs count on. */
+/* The bitmaps have not got the base that the jobs count on. One may be complete all the same: what
+ * its bitmap has lost is in its file. */
 static void end_jobs(struct transaction *t)
 {
     struct action *a;
     TAILQ_FOREACH (a, &t->actions, link) {
         if (a->job) {
             job_cancel_and_wait(a->job);
-            remove_made(a);
+            if (a->job->result < 0 || BROKEN(complete_backup_removed))
+                remove_made(a);
         }
     }
 }

@@ -2,6 +2,8 @@
  * of one node that stack and end together. The table of outcomes is in test_outcomes.c. */
 #include "jobutil.h"
 
+#include "job/mirror.h"
+
 enum { SIZE = 4 * 1024 * 1024 };
 
 static struct node *s, *t;
@@ -505,6 +507,32 @@ JOB_TEST(two_jobs_of_one_node_end_close_together)
     close_disks();
 }
 
+/* Its filter is a node like others, and somebody may keep a bitmap there: that goes with it. */
+JOB_TEST(a_bitmap_of_the_filter_goes_with_it)
+{
+    for (int mirror = 0; mirror < 2; mirror++) {
+        struct guest gu;
+        struct error err = ERROR_INIT;
+        two_disks(g, SIZE, 0);
+        guest_on(&gu, s, 1);
+        CLEANUP(json_putp)
+        struct json_object *args = parse("{'device':'s','target':'t','job-id':'j','sync':'full',"
+                                         "'filter-node-name':'f','auto-finalize':false}");
+        int r = mirror ? mirror_blockdev(js, args, &err)
+                       : transaction_run_one(g, js, "blockdev-backup", args, &err);
+        CHECK_OK(r, err);
+        command_ok(g, "block-dirty-bitmap-add", parse("{'node':'f','name':'b'}"));
+        write_at(gu.edge, 0, 512, 0x31);
+        CHECK(bitmap_get(dirty_bits(dirty_find(gu.edge->node, "b")), 0));
+        verb_ok("j", JOB_VERB_CANCEL);
+        wait_for("j", "null");
+        CHECK(!graph_find(g, "f") && gu.edge->node == s);
+        edge_detach(gu.edge);
+        close_disks();
+        events[0] = '\0';
+    }
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_backup_is_the_disk_at_its_instant),
     cmocka_unit_test(what_guests_save_while_a_failed_job_flushes_remains),
@@ -516,6 +544,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_guests_write_that_could_not_be_saved_is_not_in_the_backup),
     cmocka_unit_test(two_backups_of_one_node_have_their_own_instants),
     cmocka_unit_test(two_jobs_of_one_node_end_close_together),
+    cmocka_unit_test(a_bitmap_of_the_filter_goes_with_it),
 };
 
 UNIT_MAIN(tests)

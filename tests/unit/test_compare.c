@@ -203,6 +203,59 @@ JOB_TEST(a_base_beyond_the_end)
     close_disks();
 }
 
+static void reopen_raw(struct graph *g, uint64_t size)
+{
+    struct error err = ERROR_INIT;
+    CLEANUP(json_putp)
+    struct json_object *list = parse("[{'driver':'raw','node-name':'r','file':'s','size':%llu}]",
+                                     (unsigned long long)size);
+    int r = graph_reopen(g, list, &err);
+    CHECK_OK(r, err);
+}
+
+/* A reopen gives the disk another size while it is compared, or while the job is paused. That ends
+ * it; if the size is what it was again before the job has seen it, what was away is dirty. */
+JOB_TEST(a_disk_of_another_size)
+{
+    static const uint64_t sizes[] = {SIZE / 2, SIZE + UNIT / 2};
+    for (unsigned how = 0; how < 6; how++) {
+        struct error err = ERROR_INIT;
+        s = disk(g, "s", 2 * SIZE, 0);
+        t = disk(g, "t", SIZE, 0);
+        memset(mem_of(s)->bytes, 1, 2 * SIZE);
+        memset(mem_of(t)->bytes, 1, SIZE);
+        CLEANUP(json_putp)
+        struct json_object *o =
+            parse("{'driver':'raw','node-name':'r','file':'s','size':%d}", SIZE);
+        struct node *n = NULL;
+        int r = graph_open(g, o, &n, &err);
+        CHECK_OK(r, err);
+        struct dirty_bitmap *bm = add(g, "r", "b", UNIT);
+        bool back = how >= 4;
+        command_ok(g, "x-tidemark-compare",
+                   parse("{'device':'r','target':'t','job-id':'j','bitmap':'b','speed':%llu}",
+                         (unsigned long long)MiB));
+        if (how / 2) {
+            verb_ok("j", JOB_VERB_PAUSE);
+            wait_for("j", "paused");
+        } else {
+            turns(20);
+        }
+        reopen_raw(g, sizes[how % 2]);
+        if (back)
+            reopen_raw(g, SIZE);
+        CHECK(jobs_set_speed(js, "j", 0, &err) == 0);
+        if (how / 2)
+            verb_ok("j", JOB_VERB_RESUME);
+        wait_for("j", "null");
+        CHECK(!strstr(events, "COMPLETED(Node 'r' has got another size)") == back);
+        CHECK(!dirty_busy(bm) && !dirty_inconsistent(bm));
+        CHECK(!back || bitmap_count(dirty_bits(bm)) == (how % 2 ? 0 : SIZE / 2));
+        node_unref(n);
+        close_disks();
+    }
+}
+
 /* ---- failures ---- */
 
 JOB_TEST(what_cannot_be_read)
@@ -498,6 +551,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(the_bitmap_is_what_differs_and_what_was_written),
     cmocka_unit_test(nothing_is_read_in_vain),
     cmocka_unit_test(a_base_beyond_the_end),
+    cmocka_unit_test(a_disk_of_another_size),
     cmocka_unit_test(what_cannot_be_read),
     cmocka_unit_test(it_can_be_cancelled_whenever),
     cmocka_unit_test(both_disks_are_durable_before_the_bitmap_is_trusted),

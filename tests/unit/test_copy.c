@@ -541,6 +541,36 @@ JOB_TEST(a_disk_is_not_resized_while_its_old_state_is_kept)
     edge_detach(e);
 }
 
+static void reopen_fails(struct graph *g, const char *text, struct json_object *node)
+{
+    struct error err = ERROR_INIT;
+    CLEANUP(json_putp) struct json_object *list = json_object_new_array();
+    json_object_array_add(list, node);
+    CHECK(graph_reopen(g, list, &err) == -EBUSY);
+    if (strcmp(err.text, text) != 0)
+        fail_msg("'%s' instead of '%s'", err.text, text);
+}
+
+/* Not by a reopen either, of this size or of another, right below the filter or further down. */
+JOB_TEST(a_disk_does_not_become_another_while_its_old_state_is_kept)
+{
+    static const char text[] = "Node 'f' keeps the disk as it was, which cannot become another";
+    CLEANUP(node_unrefp) struct node *s = disk(g, "s", MiB, 0), *t = disk(g, "t", MiB, 0);
+    CLEANUP(node_unrefp) struct node *like = disk(g, "like", MiB, 0);
+    CLEANUP(node_unrefp) struct node *large = disk(g, "large", 2 * MiB, 0);
+    CLEANUP(node_unrefp)
+    struct node *low = open_json(g, parse("{'driver':'raw','node-name':'low','file':'s'}"));
+    CLEANUP(node_unrefp)
+    struct node *top = open_json(g, parse("{'driver':'raw','node-name':'top','file':'low'}"));
+    CLEANUP(node_unrefp)
+    struct node *f = open_json(g, parse("{'driver':'copy-before-write','node-name':'f',"
+                                        "'file':'top','target':'t'}"));
+    reopen_fails(g, text, parse("{'driver':'raw','node-name':'top','file':'like'}"));
+    reopen_fails(g, text, parse("{'driver':'raw','node-name':'top','file':'large'}"));
+    reopen_fails(g, text, parse("{'driver':'raw','node-name':'low','file':'large'}"));
+    CHECK(node_size(f) == MiB && bitmap_size(copy_remaining(cbw_copy(f))) == MiB);
+}
+
 JOB_TEST(a_bitmap_says_what_is_in_the_snapshot)
 {
     CLEANUP(node_unrefp) struct node *s = disk(g, "s", MiB, 0), *t = disk(g, "t", MiB, 0);
@@ -663,6 +693,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(a_filter_does_not_go_while_somebody_reads_the_old_state_through_it),
     cmocka_unit_test(what_was_not_saved_and_is_overwritten_cannot_be_read),
     cmocka_unit_test(a_disk_is_not_resized_while_its_old_state_is_kept),
+    cmocka_unit_test(a_disk_does_not_become_another_while_its_old_state_is_kept),
     cmocka_unit_test(a_bitmap_says_what_is_in_the_snapshot),
     cmocka_unit_test(break_snapshot_spares_the_guest),
     cmocka_unit_test(a_guest_waits_no_longer_than_the_timeout),

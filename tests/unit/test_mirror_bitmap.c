@@ -247,6 +247,61 @@ JOB_TEST(a_pivot_that_fails_keeps_the_bitmap)
     }
 }
 
+static int finalize(void *arg)
+{
+    verb_ok("j", JOB_VERB_FINALIZE);
+    return 0;
+}
+
+/* Guests are at the target already, and its bitmap waits for somebody who changes the graph. Who
+ * loses patience now gives up no target: it is the guests' disk. */
+static int change_graph(void *arg)
+{
+    struct graph *g = arg;
+    GRAPH_LOCKED(g);
+    CHECK(!strstr(events, "concluded") && dirty_busy(dirty_find(s, "b")));
+    CHECK(!TAILQ_EMPTY(&t->parents));
+    jobs_give_up(js);
+    CHECK(t->cancelled == 0);
+    return 0;
+}
+
+/* Who has lost patience before that has not given up the guests' disk either. */
+JOB_TEST(a_target_is_not_given_up_once_guests_are_there)
+{
+    for (int before = 0; before < 2; before++) {
+        struct guest gu;
+        struct event hold;
+        event_init(&hold);
+        two_disks(g, SIZE, 0);
+        bitmap_on_s(g, 65536);
+        guest_on(&gu, s, 1);
+        mirror_ok(parse("{'device':'s','target':'t','job-id':'j','sync':'incremental',"
+                        "'bitmap':'b','auto-finalize':false}"));
+        wait_for("j", "READY");
+        verb_ok("j", JOB_VERB_COMPLETE);
+        wait_for("j", "PENDING");
+        write_at(gu.edge, 0, 512, 0x33);
+        mem_of(t)->hold_flush = &hold;
+        SCOPE(tasks);
+        scope_spawn(&tasks, finalize, NULL);
+        while (!mem_of(t)->holding)
+            turns(1);
+        if (before)
+            jobs_give_up(js);
+        CHECK(t->cancelled == (unsigned)before);
+        scope_spawn(&tasks, change_graph, g);
+        turns(1);
+        event_set(&hold);
+        CHECK(scope_join(&tasks) == 0);
+        wait_for("j", "null");
+        CHECK(gu.edge->node == t && t->cancelled == 0);
+        mem_of(t)->hold_flush = NULL;
+        edge_detach(gu.edge);
+        close_disks();
+    }
+}
+
 /* A bitmap of the filter above what is replaced stays with the filter, and so with the guest: after
  * the pivot it names what is written to the new disk, which brings the old one up to that again. */
 JOB_TEST(a_bitmap_above_what_is_replaced)
@@ -341,6 +396,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(the_bitmaps_granularity_is_the_jobs),
     cmocka_unit_test(the_bitmap_follows_its_table),
     cmocka_unit_test(a_pivot_that_fails_keeps_the_bitmap),
+    cmocka_unit_test(a_target_is_not_given_up_once_guests_are_there),
     cmocka_unit_test(a_bitmap_above_what_is_replaced),
     cmocka_unit_test(an_image_of_changes_has_whole_clusters),
 };

@@ -500,6 +500,97 @@ JOB_TEST(beside_a_backup)
     remove_dir();
 }
 
+/* What is on top is the disk as it was at the instant, not the overlay that comes in the same step,
+ * which has nothing yet. */
+JOB_TEST(a_backup_of_what_is_on_top_below_a_new_overlay)
+{
+    make_dir();
+    struct node *n = raw_disk(g, "s"), *t = disk(g, "t", SIZE, 0), *o = bare_overlay(g, "o", SIZE);
+    memset(mem_of(base_file)->bytes, 0x11, SIZE);
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b'}"));
+    run_ok(g,
+           parse("[{'type':'blockdev-backup','data':{'device':'s','target':'t','job-id':'j',"
+                 "'sync':'top','bitmap':'b','bitmap-mode':'on-success'}}," SNAPSHOT("s", "o") "]"));
+    wait_for("j", "null");
+    CHECK(strstr(events, "j:COMPLETED j:"));
+    CHECK(memcmp(mem_of(base_file)->bytes, mem_of(t)->bytes, SIZE) == 0);
+    node_unref(o);
+    node_unref(t);
+    close_raw_disk(n);
+    remove_dir();
+}
+
+/* The same of a mirror, whose source is a filter: it is interrupted while it looks what is on top,
+ * and then the overlay comes below that. */
+JOB_TEST(a_mirror_of_what_is_on_top_below_a_new_overlay)
+{
+    struct event hold;
+    struct error err = ERROR_INIT;
+    event_init(&hold);
+    make_dir();
+    struct node *b = disk(g, "b", SIZE, 0), *t = disk(g, "t", SIZE, 0);
+    struct node *n =
+        open_json(g, parse("{'driver':'mem','node-name':'s','size':%d,'backing':'b'}", SIZE));
+    struct node *over = open_json(g, parse("{'driver':'blkdebug','node-name':'over','image':'s'}"));
+    struct node *o = bare_overlay(g, "o", SIZE);
+    memset(mem_of(n)->bytes, 0x11, 65536);
+    memset(mem_of(n)->bytes + SIZE / 2, 0x22, 65536);
+    mem_of(n)->hold_status = &hold;
+    CLEANUP(json_putp)
+    struct json_object *args = parse("{'device':'over','target':'t','job-id':'j','sync':'top'}");
+    int r = mirror_blockdev(js, args, &err);
+    CHECK_OK(r, err);
+    while (!mem_of(n)->holding)
+        turns(1);
+    verb_ok("j", JOB_VERB_PAUSE);
+    event_set(&hold);
+    mem_of(n)->hold_status = NULL;
+    wait_for("j", "paused");
+    run_ok(g, parse("[" SNAPSHOT("s", "o") "]"));
+    verb_ok("j", JOB_VERB_RESUME);
+    wait_for("j", "READY");
+    CHECK(memcmp(mem_of(n)->bytes, mem_of(t)->bytes, SIZE) == 0);
+    verb_ok("j", JOB_VERB_CANCEL);
+    wait_for("j", "null");
+    node_unref(over);
+    node_unref(o);
+    node_unref(n);
+    node_unref(t);
+    node_unref(b);
+    remove_dir();
+}
+
+/* The overlay takes the filter of a backup with it and then lets go of the disk. What the backup
+ * goes by, its own set and the user's bitmap, is the disk's. */
+JOB_TEST(a_disk_stays_while_a_backup_has_its_bitmaps)
+{
+    struct error err = ERROR_INIT;
+    make_dir();
+    struct node *n = raw_disk(g, "s"), *t = disk(g, "t", SIZE, 0), *o = bare_overlay(g, "o", SIZE);
+    memset(mem_of(base_file)->bytes, 0x11, SIZE);
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b'}"));
+    command_ok(g, "blockdev-backup",
+               parse("{'device':'s','target':'t','job-id':'j','sync':'full','speed':65536,"
+                     "'bitmap':'b','bitmap-mode':'always'}"));
+    run_ok(g, parse("[" SNAPSHOT("s", "o") "]"));
+    CLEANUP(json_putp)
+    struct json_object *list =
+        parse("[{'driver':'qcow2','node-name':'o','backing':null,'file':{'driver':'file',"
+              "'filename':'%s/o.qcow2'}}]",
+              dir);
+    int r = graph_reopen(g, list, &err);
+    CHECK_OK(r, err);
+    close_raw_disk(n);
+    CHECK(graph_find(g, "s") == n);
+    CHECK(jobs_set_speed(js, "j", 0, &err) == 0);
+    wait_for("j", "null");
+    CHECK(strstr(events, "j:COMPLETED j:"));
+    CHECK(!graph_find(g, "s"));
+    node_unref(o);
+    node_unref(t);
+    remove_dir();
+}
+
 /* A request's stack is as deep as the graph. */
 JOB_TEST(the_graph_does_not_become_too_deep)
 {
@@ -790,6 +881,46 @@ JOB_TEST(only_what_a_transaction_has_made_is_removed)
     remove_dir();
 }
 
+static int can_add(struct dirty_store *st, struct node *n, const char *name,
+                   uint64_t granularity_bytes, struct error *err)
+{
+    return 0;
+}
+
+/* The disk cannot be made durable, but that is found out when the backup is over. */
+static int flush_fails(struct dirty_store *st, struct node *n)
+{
+    wait_for("j", "null");
+    return -EIO;
+}
+
+/* A transaction fails in its last step, when one of its backups is complete, and the bitmap of that
+ * one has moved on: what the bitmap has no more is in the file. */
+JOB_TEST(a_complete_backup_is_not_removed)
+{
+    struct error err = ERROR_INIT;
+    struct test_user u;
+    struct dirty_store store = {.can_add = can_add, .flush = flush_fails};
+    make_dir();
+    struct node *n = raw_disk(g, "s");
+    command_ok(g, "block-dirty-bitmap-add", parse("{'node':'s','name':'b'}"));
+    struct edge *e = attach(&u, n, PERM_WRITE, PERM_ALL);
+    CHECK(edge_write_zeroes(e, range_make(0, 65536), 0) == 0);
+    dirty_set_store(g, &store);
+    CHECK(run(g, &err,
+              parse("[{'type':'block-dirty-bitmap-add','data':{'node':'s','name':'p','persistent':"
+                    "true}},{'type':'drive-backup','data':{'device':'s','target':'%s/new','sync':"
+                    "'incremental','bitmap':'b','format':'qcow2','job-id':'j'}}]",
+                    dir),
+              NULL) < 0);
+    CHECK(strstr(events, "j:COMPLETED j:") && bitmap_count(dirty_bits(dirty_find(n, "b"))) == 0);
+    CHECK(there("new"));
+    dirty_set_store(g, NULL);
+    edge_detach(e);
+    close_raw_disk(n);
+    remove_dir();
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(guests_go_on_above_a_growing_chain),
     cmocka_unit_test(a_bitmap_of_the_overlay_begins_at_the_instant),
@@ -798,10 +929,14 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(undoing_leaves_who_was_there_before),
     cmocka_unit_test(what_is_refused_changes_nothing),
     cmocka_unit_test(beside_a_backup),
+    cmocka_unit_test(a_backup_of_what_is_on_top_below_a_new_overlay),
+    cmocka_unit_test(a_mirror_of_what_is_on_top_below_a_new_overlay),
+    cmocka_unit_test(a_disk_stays_while_a_backup_has_its_bitmaps),
     cmocka_unit_test(chains_at_random),
     cmocka_unit_test(the_graph_does_not_become_too_deep),
     cmocka_unit_test(a_request_can_go_down_the_deepest_chain),
     cmocka_unit_test(only_what_a_transaction_has_made_is_removed),
+    cmocka_unit_test(a_complete_backup_is_not_removed),
 };
 
 UNIT_MAIN(tests)
