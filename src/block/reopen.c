@@ -304,11 +304,6 @@ static int plan_child(struct entry *en, const char *key, struct edge *edge,
         return error_set(err, EINVAL, "Cannot set file child to format node without file child");
     if (!strcmp(key, "file") && !to)
         return error_set(err, EINVAL, "Node '%s' needs a file child", n->name);
-    /* The driver has in memory what the old one says, and would write it to the new one. */
-    if (!strcmp(key, "file") && (edge->role & ROLE_METADATA) && !node_reaches(to, from) &&
-        !node_reaches(from, to))
-        return error_set(err, EINVAL, "Node '%s' cannot have its metadata in another file",
-                         n->name);
     *change = (struct child_change){.wanted = true, .edge = edge, .from = from, .to = to};
     return 0;
 }
@@ -321,11 +316,25 @@ static bool is_other_file(const struct entry *en)
     return c->wanted && !node_reaches(c->to, c->from) && !node_reaches(c->from, c->to);
 }
 
+static int check_other_file(const struct entry *en, struct error *err)
+{
+    const struct node *n = en->n, *keeper = filter_that_keeps(n);
+
+    /* The driver has in memory what the old one says, and would write it to the new one. */
+    if (n->file->role & ROLE_METADATA)
+        return error_set(err, EINVAL, "Node '%s' cannot have its metadata in another file",
+                         n->name);
+    if (keeper)
+        return error_set(err, EBUSY,
+                         "Node '%s' keeps the disk as it was, which cannot become another",
+                         keeper->name);
+    return 0;
+}
+
 static int prepare(struct entry *en, struct error *err)
 {
     struct node *n = en->n;
     const char *backing = NULL, *format = NULL;
-    const struct node *keeper;
     int r;
 
     if (en->generic.detect_zeroes == DETECT_ZEROES_UNMAP && !en->generic.discard_unmap)
@@ -354,9 +363,8 @@ static int prepare(struct entry *en, struct error *err)
     r = plan_child(en, "backing", n->backing, &en->backing, err);
     if (r == 0)
         r = plan_child(en, "file", n->file, &en->file, err);
-    if (r == 0 && is_other_file(en) && (keeper = filter_that_keeps(n)))
-        r = error_set(err, EBUSY, "Node '%s' keeps the disk as it was, which cannot become another",
-                      keeper->name);
+    if (r == 0 && is_other_file(en))
+        r = check_other_file(en, err);
     return r < 0 ? r : check_unchanged(en, err);
 }
 
