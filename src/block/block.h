@@ -154,10 +154,10 @@ int node_append(struct node *overlay, struct node *n, struct node_append **ret,
 void node_append_keep(struct node_append *a);
 void node_append_undo(struct node_append *a); /* those that have moved, and only those, come back */
 
-/* Closes the gates of these nodes and waits until no request is inside; nests. Takes parents before
- * children whatever the order given, so that a request inside a parent can still finish
- * in its child. The quiescer sends no request to them meanwhile. Shielded; holds graph_lock
- * from begin to end. */
+/* Closes the gates of these nodes, and of those that lie between two of them, and waits until no
+ * request is inside; nests. Takes parents before children whatever the order given, so that a
+ * request inside a parent can still finish in its child. The quiescer sends no request to them
+ * meanwhile. Shielded; holds graph_lock from begin to end, which names the same nodes. */
 void graph_quiesce_begin(struct graph *g, struct node *const *nodes, size_t n);
 void graph_quiesce_end(struct graph *g, struct node *const *nodes, size_t n);
 

@@ -55,6 +55,7 @@ struct graph *graph_new(void)
     struct graph *g = xnew(struct graph);
 
     TAILQ_INIT(&g->nodes);
+    LIST_INIT(&g->quieted);
     TAILQ_INIT(&g->hooks);
     mutex_init(&g->lock);
     graph_add_driver(g, &driver_file);

@@ -22,9 +22,10 @@ struct graph {
     TAILQ_HEAD(hook_list, graph_hook) hooks;
     struct node_data *data; /* graph_get_data */
     struct mutex lock;
-    unsigned lock_depth; /* of its owner */
-    uint64_t names_made; /* for "#block..." */
-    uint64_t losses;     /* so many times a node has lost something: graph_losses */
+    unsigned lock_depth;        /* of its owner */
+    LIST_HEAD(, quiet) quieted; /* graph_quiesce_begin, and not ended yet */
+    uint64_t names_made;        /* for "#block..." */
+    uint64_t losses;            /* so many times a node has lost something: graph_losses */
     unsigned open_depth;
     struct opening *opening; /* the images whose backing images are being opened */
     unsigned visit;          /* number of the last walk, see node.visited */

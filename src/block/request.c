@@ -67,17 +67,66 @@ static bool has_parent_in(struct node *n, struct node *const *nodes, size_t coun
     return false;
 }
 
+/* What one graph_quiesce_begin has closed: the nodes that it was given, and those between them. */
+struct quiet {
+    LIST_ENTRY(quiet) link;
+    size_t given, count;
+    struct node *nodes[]; /* of those between: references */
+};
+
+static bool is_between(struct node *n, struct node *const *nodes, size_t count)
+{
+    bool below = false, above = false;
+
+    for (size_t i = 0; i < count; i++) {
+        if (nodes[i] == n)
+            return false;
+        below |= node_reaches(nodes[i], n);
+        above |= node_reaches(n, nodes[i]);
+    }
+    return below && above;
+}
+
+/* A request inside such a node would wait at the gate below it, with what somebody who has come
+ * through the node above (the quiescer's own flush) then waits for. */
+static struct quiet *quiet_new(struct graph *g, struct node *const *nodes, size_t count)
+{
+    struct node *n;
+    size_t all = count;
+
+    TAILQ_FOREACH (n, &g->nodes, in_graph)
+        all += is_between(n, nodes, count);
+    struct quiet *q = xcalloc(1, sizeof *q + all * sizeof *q->nodes);
+    for (q->given = count; q->count < count; q->count++)
+        q->nodes[q->count] = nodes[q->count];
+    TAILQ_FOREACH (n, &g->nodes, in_graph)
+        if (is_between(n, nodes, count) && !BROKEN(quiesced_with_gaps))
+            q->nodes[q->count++] = node_ref(n);
+    LIST_INSERT_HEAD(&g->quieted, q, link);
+    return q;
+}
+
+static bool was_given(const struct quiet *q, struct node *const *nodes, size_t count)
+{
+    size_t i = 0;
+
+    while (i < count && i < q->given && q->nodes[i] == nodes[i])
+        i++;
+    return i == count && i == q->given;
+}
+
 void graph_quiesce_begin(struct graph *g, struct node *const *nodes, size_t count)
 {
     SHIELD();
-    bool *closed = xcalloc(count + 1, sizeof *closed);
 
     graph_lock(g);
-    for (size_t done = 0; done < count;) {
-        for (size_t i = 0; i < count; i++) {
-            if (closed[i] || has_parent_in(nodes[i], nodes, count, closed))
+    struct quiet *q = quiet_new(g, nodes, count);
+    bool *closed = xcalloc(q->count + 1, sizeof *closed);
+    for (size_t done = 0; done < q->count;) {
+        for (size_t i = 0; i < q->count; i++) {
+            if (closed[i] || has_parent_in(q->nodes[i], q->nodes, q->count, closed))
                 continue;
-            quiesce_one(nodes[i]);
+            quiesce_one(q->nodes[i]);
             closed[i] = true;
             done++;
         }
@@ -87,11 +136,22 @@ void graph_quiesce_begin(struct graph *g, struct node *const *nodes, size_t coun
 
 void graph_quiesce_end(struct graph *g, struct node *const *nodes, size_t count)
 {
-    for (size_t i = count; i--;) {
-        assert(nodes[i]->gate);
-        if (!--nodes[i]->gate)
-            waitq_wake_all(&nodes[i]->at_gate);
+    struct quiet *q;
+
+    LIST_FOREACH (q, &g->quieted, link)
+        if (was_given(q, nodes, count))
+            break;
+    assert(q);
+    LIST_REMOVE(q, link);
+    for (size_t i = q->count; i--;) {
+        struct node *n = q->nodes[i];
+        assert(n->gate);
+        if (!--n->gate)
+            waitq_wake_all(&n->at_gate);
+        if (i >= q->given)
+            node_unref(n);
     }
+    free(q);
     graph_unlock(g);
 }
 
