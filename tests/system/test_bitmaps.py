@@ -12,8 +12,8 @@ import time
 
 import pytest
 from tidemark_testlib import (QMPError, QSD, Daemon, check_image, connect, create_image, nbd_uri,
-                              qemu_img, qemu_io)
-from tidemark_testlib.images import image_info, run_tool
+                              qemu_img, qemu_io, wait_until)
+from tidemark_testlib.images import image_info
 
 KiB, MiB, TiB = 1 << 10, 1 << 20, 1 << 40
 
@@ -83,13 +83,8 @@ class Session:
             self.nbd = None
 
     def kill(self):
-        """The kernel may need a moment to end what was under way, and to let go of the locks."""
-        self.daemon.kill()
+        self.daemon.kill(self.image)
         self.nbd = None
-        deadline = time.monotonic() + 10
-        while "lock" in run_tool("qemu-img", "info", self.image, check=False).stderr.decode():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
 
     def info(self):
         nodes = self.qmp.execute("query-named-block-nodes")
@@ -389,7 +384,7 @@ except nbd.Error:
     pass
 """])
     try:
-        time.sleep(0.5)
+        wait_until(lambda: s.info()["a"]["count"] > 8 * 65536)
         s.close()
         s.daemon.stop()
     finally:
