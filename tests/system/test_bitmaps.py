@@ -58,7 +58,9 @@ class Session:
         self.image = image
         blockdev = {"driver": "qcow2", "node-name": "a", "read-only": read_only,
                     "file": {"driver": "file", "filename": str(image), "node-name": "af"}}
-        argv = ["--blockdev", json.dumps(blockdev)]
+        # Else it saves them when it has been idle, and QEMU keeps them then.
+        self.persist = {} if binary == QSD else {"x-tidemark-persist": {"checkpoint-idle": 0}}
+        argv = ["--blockdev", json.dumps({**blockdev, **self.persist})]
         if not read_only:
             sock = tmp / f"nbd{time.monotonic_ns()}.sock"
             argv += ["--nbd-server", f"addr.type=unix,addr.path={sock}", "--export",
@@ -434,7 +436,7 @@ def test_reopen(tmp, program):
         s.close()
         s.qmp.execute("block-export-del", id="e")
         s.qmp.wait_event("BLOCK_EXPORT_DELETED", id="e")
-        node = {"driver": "qcow2", "node-name": "a", "file": "af"}
+        node = {"driver": "qcow2", "node-name": "a", "file": "af", **s.persist}
         s.qmp.execute("blockdev-reopen", options=[{**node, "read-only": True}])
         assert s.flags() == {"a": ["auto"]}
         assert s.info()["a"]["count"] == 65536

@@ -42,7 +42,7 @@ import threading
 import time
 
 from .daemon import QSD, Daemon
-from .images import run_tool
+from .images import run_tool, wait_for_locks
 from .loopdev import LoopDevice
 from .nbd import connect, extents, nbd_uri
 from .qmp import QMPError
@@ -313,6 +313,8 @@ class History:
         self.last_events = []    # of its end
         self.recovery_kills = 0
         self.share_foreign = foreign    # of the crashes, a foreign writer follows
+        # QEMU keeps the bitmaps of a qcow2 image that has been idle for so many milliseconds: never.
+        self.idle = 0 if foreign else None
         self.was_foreign = False        # in this life
         self.dirty = set()       # granules of `tide` when the load began
         self.base = (0.0, 0.0)   # and its base is an instant between these
@@ -361,9 +363,11 @@ class History:
     def send_open(self):
         disk = {"driver": self.fmt, "node-name": "disk", "discard": "unmap",
                 "file": {"driver": "file", "filename": self.place.path("disk")}}
+        if self.idle is not None:
+            disk["x-tidemark-persist"] = {"checkpoint-idle": self.idle}
         if self.device:
             disk["file"] = {"driver": "host_device", "filename": self.device}
-            disk["x-tidemark-persist"] = {"state-directory": self.place.path("state")}
+            disk.setdefault("x-tidemark-persist", {})["state-directory"] = self.place.path("state")
         export = {"type": "nbd", "id": "disk", "node-name": "disk", "name": "disk", "writable": True}
         return [self.qmp.send("blockdev-add", disk), self.qmp.send("block-export-add", export)]
 
@@ -684,6 +688,7 @@ class History:
     def foreign_writer(self):
         """QEMU has the crashed image open for writing, and mostly writes."""
         path, at = self.place.path("disk"), self.rng.randrange(self.size // GRANULE) * GRANULE
+        wait_for_locks(path)
         kind = self.rng.choice(("qemu-io", "qemu-io", "qsd", "qsd", "open"))
         if self.fmt != "qcow2":
             # Its file has only times to tell of it: not within the slack for requests in flight.
