@@ -193,6 +193,7 @@ class HostPlace:
     kill look like a loss of power to recovery (with the page cache intact)."""
 
     power = False    # is a crash a real loss of power?
+    slow = False     # was the last end so slow that a write may have come long after the last beat?
     patience = 30.0
 
     def __init__(self, tmp, binary=None):
@@ -225,11 +226,13 @@ class HostPlace:
 
     def cut(self):
         """The end, from any thread."""
+        self.cut_at = time.monotonic()
         self.daemon.process.send_signal(signal.SIGKILL)
 
     def after_cut(self, lose):
         """LOSE: and the run segments are gone."""
-        status = self.daemon.process.wait(30)
+        status = self.daemon.process.wait(60)
+        self.slow = time.monotonic() - self.cut_at > 0.8
         self.daemon.kill()
         must(status == -9, f"the daemon ended with status {status}: {self.daemon.stderr}")
         if lose:
@@ -596,6 +599,7 @@ class History:
         self.found.states[state] = self.found.states.get(state, 0) + 1
         self.found.most_added = max(self.found.most_added, added)
         must(state in self.possible, f"recovery says {info}, not {sorted(self.possible)}")
+        self.was_foreign |= state == "none"
         must(bool(info.get("reason")) == (state not in ("clean", "new")), f"recovery says {info}")
         if state == "superset":
             n = sum(b["recording"] for b in node.get("dirty-bitmaps", []))
@@ -853,6 +857,8 @@ class History:
         else:
             self.superset = self.crash_during(self.operation, 1.5 if self.place.power else 0.4)
             self.possible = {"superset" if self.superset else "exact"}
+            if self.place.slow and self.fmt != "qcow2" and not self.device:
+                self.possible.add("none")
         self.load.end()
         if not self.place.power and self.possible != {"clean"}:
             self.read_by_qemu()
