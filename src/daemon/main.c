@@ -111,6 +111,7 @@ static int run(void *arg)
 
     make_everything(d, s->options.daemonize);
     scope_spawn(&signals, wait_for_signal, d);
+    (void)task_yield(); /* who hears that we are ready may send one at once */
     int r = start(s, &exit, &err);
     if (r < 0) {
         log_line(LOG_LEVEL_INFO, "%s", err.text);

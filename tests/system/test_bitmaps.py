@@ -12,8 +12,8 @@ import time
 
 import pytest
 from tidemark_testlib import (QMPError, QSD, Daemon, check_image, connect, create_image, nbd_uri,
-                              qemu_img, qemu_io)
-from tidemark_testlib.images import image_info, run_tool
+                              qemu_img, qemu_io, wait_until)
+from tidemark_testlib.images import image_info
 
 KiB, MiB, TiB = 1 << 10, 1 << 20, 1 << 40
 
@@ -58,7 +58,9 @@ class Session:
         self.image = image
         blockdev = {"driver": "qcow2", "node-name": "a", "read-only": read_only,
                     "file": {"driver": "file", "filename": str(image), "node-name": "af"}}
-        argv = ["--blockdev", json.dumps(blockdev)]
+        # Else it saves them when it has been idle, and QEMU keeps them then.
+        self.persist = {} if binary == QSD else {"x-tidemark-persist": {"checkpoint-idle": 0}}
+        argv = ["--blockdev", json.dumps({**blockdev, **self.persist})]
         if not read_only:
             sock = tmp / f"nbd{time.monotonic_ns()}.sock"
             argv += ["--nbd-server", f"addr.type=unix,addr.path={sock}", "--export",
@@ -83,13 +85,8 @@ class Session:
             self.nbd = None
 
     def kill(self):
-        """The kernel may need a moment to end what was under way, and to let go of the locks."""
-        self.daemon.kill()
+        self.daemon.kill(self.image)
         self.nbd = None
-        deadline = time.monotonic() + 10
-        while "lock" in run_tool("qemu-img", "info", self.image, check=False).stderr.decode():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
 
     def info(self):
         nodes = self.qmp.execute("query-named-block-nodes")
@@ -389,7 +386,7 @@ except nbd.Error:
     pass
 """])
     try:
-        time.sleep(0.5)
+        wait_until(lambda: s.info()["a"]["count"] > 8 * 65536)
         s.close()
         s.daemon.stop()
     finally:
@@ -439,7 +436,7 @@ def test_reopen(tmp, program):
         s.close()
         s.qmp.execute("block-export-del", id="e")
         s.qmp.wait_event("BLOCK_EXPORT_DELETED", id="e")
-        node = {"driver": "qcow2", "node-name": "a", "file": "af"}
+        node = {"driver": "qcow2", "node-name": "a", "file": "af", **s.persist}
         s.qmp.execute("blockdev-reopen", options=[{**node, "read-only": True}])
         assert s.flags() == {"a": ["auto"]}
         assert s.info()["a"]["count"] == 65536

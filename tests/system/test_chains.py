@@ -203,7 +203,8 @@ def test_backups_on_copies_of_bitmaps(tidemarkd, tmp):
         s.end()
     for path, want in wants.items():
         assert content(path) == want, path
-        assert 0 < sum(e["length"] for e in map_image(path) if e["depth"] == 0) < SIZE
+        own = sum(e["length"] for e in map_image(path) if e["depth"] == 0)
+        assert 0 < own and (own < SIZE or path.name != "since3.qcow2")     # until that all may have changed
         sound(path)
     for path in (s.images["a"], *bases):
         sound(path)

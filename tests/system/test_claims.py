@@ -2,11 +2,11 @@
 
 import json
 import struct
-import time
 
 import pytest
 from tidemark_testlib import (
     Daemon, QMPError, QSD, Exited, compare, connect, create_image, check_image, nbd_uri, qemu_img, qemu_io, sha256_of,
+    wait_until,
 )
 
 MIB = 1 << 20
@@ -121,10 +121,9 @@ def test_a_failed_mirror_from_a_bitmap_is_resumed(daemon, tmp):
                  "bitmap": "b", "bitmap_mode": "always"}
     d.qmp.execute("block-dirty-bitmap-add", node="disk", name="b")
     guest.pwrite(b"x" * (4 * MIB), 0)
-    d.qmp.execute("blockdev-mirror", speed=MIB, **arguments)
-    d.qmp.wait_job("m", "running")
+    d.qmp.execute("blockdev-mirror", speed=1, buf_size=MIB, **arguments)
+    wait_until(lambda: d.qmp.job("m")["current-progress"] >= MIB)     # the first piece, and no more
     guest.pwrite(b"y" * 4096, 6 * MIB)
-    time.sleep(0.5)
     d.qmp.execute("job-cancel", id="m")
     d.qmp.wait_job("m", "null")
     left = d.qmp.bitmaps("disk")["b"]["count"]

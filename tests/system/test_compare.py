@@ -32,7 +32,8 @@ class Disk:
 
     def start(self):
         node = {"driver": self.fmt, "node-name": "disk", "discard": "unmap",
-                "file": {"driver": "file", "filename": str(self.image), "node-name": "file"}}
+                "file": {"driver": "file", "filename": str(self.image), "node-name": "file"},
+                "x-tidemark-persist": {"checkpoint-idle": 0}}   # what an image has is never exact
         self.sock.unlink(missing_ok=True)
         self.daemon = Daemon("--blockdev", json.dumps(node), "--nbd-server",
                              f"addr.type=unix,addr.path={self.sock}", "--export",
@@ -157,7 +158,7 @@ def test_the_chain_goes_on_without_a_full_backup(disk):
     load = Load(disk.uri, disk.model, clients=2, per_second=200, seed=2)
     load.wait_written(10)
     qmp.execute("x-tidemark-compare", job_id="compare", device="disk", target="base", bitmap="b",
-                speed=MiB)
+                speed=1)
     shown = qmp.bitmaps("disk")["b"]
     assert shown["busy"] and shown["recording"] and shown["inconsistent"]
     load.wait_written(20)
@@ -167,7 +168,7 @@ def test_the_chain_goes_on_without_a_full_backup(disk):
     shown = qmp.bitmaps("disk")["b"]
     assert shown["recording"] and not shown["busy"] and "inconsistent" not in shown
     assert shown["x-tidemark-last-job"] == "compare"
-    assert 0 < shown["count"] < SIZE // 2
+    assert 0 < shown["count"] < SIZE
     load.wait_written(20)
     qmp.execute("blockdev-del", node_name="base")
     disk.backup(qmp, load, sync="bitmap")

@@ -153,6 +153,7 @@ def test_an_image_changed_while_it_was_down(place, fmt, change, end):
     clean end its bitmaps, which QEMU has kept."""
     believed = fmt == "qcow2" and (end == "stopped" or change is move_a_copy)
     history = History(place, SEED, fmt)
+    history.idle = 0
     place.boot()
     history.make_disk()
     history.open()

@@ -7,7 +7,7 @@ import time
 import nbd
 import pytest
 from tidemark_testlib import (
-    QMPError, check_image, connect, create_image, nbd_uri, qemu_img, qemu_io,
+    QMPError, check_image, connect, create_image, nbd_uri, qemu_img, qemu_io, wait_until,
 )
 
 MiB = 1 << 20
@@ -58,10 +58,10 @@ class Backup:
 
     def wait_io_status(self, status):
         """The stopped job shows it once it has paused."""
-        deadline = time.monotonic() + 10
-        while (job := self.qmp.execute("query-block-jobs")[0])["io-status"] != status or not job["paused"]:
-            assert time.monotonic() < deadline, job
-            time.sleep(0.01)
+        def shown():
+            job = self.qmp.execute("query-block-jobs")[0]
+            return job["io-status"] == status and job["paused"]
+        wait_until(shown)
 
     def bitmap(self, name="b"):
         return self.qmp.bitmaps("disk")[name]
@@ -97,13 +97,15 @@ def test_ignored_for_ever(daemon, tmp, command):
     """A disk that always fails, at once, and a user who ignores that: the monitor is not flooded (a client
     that does not read for a while is not cut off), and the job can be cancelled."""
     b = Backup(daemon, tmp, source=[{"event": "none", "iotype": "read", "immediately": True}])
+    began = time.monotonic()
     b.qmp.execute(command, **{"job-id": "j", "device": "disk", "target": "t", "sync": "full", "auto-dismiss": False,
                               "on-source-error": "ignore"})
+    b.qmp.wait_event("BLOCK_JOB_ERROR")
     time.sleep(1)
     b.qmp.execute("job-cancel", id="j")
     b.qmp.wait_job("j", "concluded")
     errors = [e for e in b.qmp.history if e["event"] == "BLOCK_JOB_ERROR"]
-    assert 1 <= len(errors) < 100
+    assert len(errors) < 100 * (time.monotonic() - began)
     assert errors[0]["data"] == {"device": "j", "operation": "read", "action": "ignore"}
 
 
@@ -221,21 +223,27 @@ def test_delay(daemon, tmp):
 
 
 def test_guest_keeps_to_the_limit(daemon, tmp):
-    """256 KiB a second for writes: 512 KiB take some two seconds, reads are not held up."""
+    """256 KiB a second for writes: 512 KiB take some two seconds. Reads are not held up, not even where
+    the next write would have to wait for hours."""
     create_image(tmp / "a.raw", "raw", SIZE)
     d = daemon("--object", "throttle-group,id=g,limits.bps-write=262144",
                "--blockdev", f"throttle,node-name=a,throttle-group=g,file.driver=file,file.filename={tmp}/a.raw",
+               "--object", "throttle-group,id=g1,limits.bps-write=1",
+               "--blockdev", f"throttle,node-name=b,throttle-group=g1,file.driver=null-co,file.size={SIZE}",
                "--nbd-server", f"addr.type=unix,addr.path={tmp}/nbd.sock",
-               "--export", "nbd,id=e,node-name=a,name=a,writable=on")
+               "--export", "nbd,id=e,node-name=a,name=a,writable=on",
+               "--export", "nbd,id=f,node-name=b,name=b,writable=on")
     h = connect(nbd_uri(tmp / "nbd.sock", "a"))
     began = time.monotonic()
     for at in range(0, MiB // 2, 65536):
         h.pwrite(b"w" * 65536, at)
-    took = time.monotonic() - began
-    assert 1.2 < took < 5, took
-    began = time.monotonic()
-    h.pread(4 * MiB, 0)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began > 1.2
+    slow = connect(nbd_uri(tmp / "nbd.sock", "b"))
+    slow.pwrite(b"w" * 65536, 0)
+    read = slow.aio_pread(nbd.Buffer(4 * MiB), 0)
+    while not slow.aio_command_completed(read):
+        assert slow.poll(60000) > 0
+    slow.shutdown()
     with pytest.raises(QMPError, match="object 'g' is in use, can not be deleted"):
         d.qmp.execute("object-del", id="g")
     h.shutdown()
@@ -281,9 +289,7 @@ def test_the_end_does_not_wait_for_limits(daemon, tmp):
     h.pwrite(b"1" * 4096, 0)
     writer.start()
     time.sleep(0.3)
-    began = time.monotonic()
     d.stop()
-    assert time.monotonic() - began < 10
     writer.join()
 
 

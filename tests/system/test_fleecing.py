@@ -132,7 +132,7 @@ def test_push_from_a_fleecing_image_as_qmpbackup_does(tidemarkd, tmp):
             if name == "full":
                 q.execute("block-dirty-bitmap-add", node="disk", name="b")
                 q.execute("blockdev-backup", job_id="j", device="snap", target=name, sync="full",
-                          speed=MiB)
+                          speed=1)
             else:
                 q.transaction(
                     ("block-dirty-bitmap-add", {"node": "snap", "name": "copy", "disabled": True}),
@@ -141,7 +141,7 @@ def test_push_from_a_fleecing_image_as_qmpbackup_does(tidemarkd, tmp):
                     ("block-dirty-bitmap-clear", {"node": "disk", "name": "b"}),
                     ("blockdev-backup", {"job-id": "j", "device": "snap", "target": name,
                                          "sync": "bitmap", "bitmap": "copy",
-                                         "bitmap-mode": "never", "speed": MiB}))
+                                         "bitmap-mode": "never", "speed": 1}))
             disk.write(20)
             q.execute("block-job-set-speed", device="j", speed=0)
             done = q.wait_event("BLOCK_JOB_COMPLETED", device="j")["data"]

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 
-from tidemark_testlib import QMP, create_image, qemu_img
+from tidemark_testlib import QMP, create_image, qemu_img, wait_until
 
 MIB = 1 << 20
 
@@ -155,10 +155,7 @@ def test_a_client_that_goes_does_not_stop_its_command(daemon, tmp):
                   b'{"driver":"null-co","node-name":"n%d"}}' % i)
         lines(s, 2)
         s.close()
-    deadline = time.monotonic() + 20
-    while len(d.qmp.execute("query-named-block-nodes")) < 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: len(d.qmp.execute("query-named-block-nodes")) >= 20)
 
 
 def test_signals_end_it_clean(daemon, tmp):

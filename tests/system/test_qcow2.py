@@ -90,9 +90,9 @@ def test_a_kill_leaves_leaks_at_most(tmp, cluster, version):
             w.stamp = life * 1000000
             w.start()
         time.sleep(0.4 + 0.2 * life)
-        daemon.kill()
+        daemon.kill(image)
         for w in writers:
-            w.join(20)
+            w.join(60)
         checked = subprocess.run(["qemu-img", "check", "-f", "qcow2", str(image)],
                                  capture_output=True, text=True, check=False)
         assert checked.returncode in (0, 3), checked.stdout + checked.stderr
@@ -182,7 +182,7 @@ def test_much_metadata_is_flushed_while_the_file_is_quiesced(daemon, tmp, how):
     if how == "reopen":
         options = [{"driver": "file", "node-name": "af", "filename": str(image)},
                    {"driver": "qcow2", "node-name": "a", "file": "af", "discard": "unmap"}]
-        d.qmp.execute("blockdev-reopen", options=options, timeout=20)
+        d.qmp.execute("blockdev-reopen", options=options, timeout=60)
     else:
         d.qmp.transaction(
             ("block-dirty-bitmap-add", {"node": "af", "name": "x"}),

@@ -32,7 +32,7 @@ def serve(tidemarkd, tmp):
                 return process, uris, line[5:].strip()
             name, uri = re.fullmatch(r"(.*): (nbd\+unix:.*)\n", line).groups()
             uris[name] = uri
-        process.wait(10)
+        process.wait(60)
         return process, uris, None
 
     yield start
@@ -63,7 +63,7 @@ def test_images_are_served_under_their_names(serve, tmp):
     assert exports == {"vm": "vm", "other-vm": "other-vm", "vm-2": "vm-2"}
     qmp.execute("block-dirty-bitmap-add", node="vm", name="b", persistent=True)
     qmp.execute("quit")
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert process.stderr.read() == ""
     assert not os.path.exists(qmp_path) and not os.listdir(os.path.dirname(qmp_path))
     for image, fmt in (("vm.qcow2", "qcow2"), ("other vm.raw", "raw"), ("sub/vm.qcow2", "qcow2")):
@@ -80,7 +80,7 @@ def test_a_signal_ends_it_clean(serve, tmp, sig):
     h = connect(uris["vm.qcow2"])
     h.pwrite(b"x" * 4096, MiB)
     process.send_signal(sig)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     # The bitmap was saved, exact and not in use: opened again, it says what was written.
     process, uris, qmp_path = serve("vm.qcow2")
     bitmap, = QMP(qmp_path).execute("query-named-block-nodes", flat=True)[0]["dirty-bitmaps"]

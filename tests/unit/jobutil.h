@@ -236,7 +236,7 @@ static inline void wait_for(const char *id, const char *what)
     char text[128];
     snprintf(text, sizeof text, "%s:%s", id, what);
     for (unsigned i = 0; !strstr(events, text); i++) {
-        CHECK(i < 2000);
+        CHECK(i < 20000);
         CHECK(sleep_until(clock_after_ns(i < 200 ? 0 : 5000000)) == 0);
     }
 }

@@ -279,7 +279,6 @@ JOB_TEST(a_slow_job_holds_up_no_guest_and_hears_at_once)
     scope_spawn(&tasks, run_copy, c);
     turns(50);
     CHECK(copy_progress(c).done == MiB && copy_progress(c).total == 8 * MiB);
-    uint64_t before = clock_now_ns();
     struct one_write w = {gu.edge, range_make(7 * MiB, 65536)};
     write_once(&w);
     CHECK(w.result == 0 && copy_progress(c).done == MiB + 65536);
@@ -290,8 +289,7 @@ JOB_TEST(a_slow_job_holds_up_no_guest_and_hears_at_once)
     turns(50);
     CHECK(copy_progress(c).done == MiB + 65536);
     copy_set_speed(c, 0);
-    CHECK(scope_join(&tasks) == 0);
-    CHECK(clock_now_ns() - before < NSEC_PER_SEC);
+    CHECK(scope_join(&tasks) == 0); /* (a byte a second would take days) */
     CHECK(copy_progress(c).done == 8 * MiB);
     take_out(g, f);
     edge_detach(gu.edge);

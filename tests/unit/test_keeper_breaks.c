@@ -1023,7 +1023,15 @@ static void a_kill_with_writes_in_flight_and_then_another_writer(void **state)
 
 static void a_kill_in_a_long_write(void **state)
 {
-    run_life_with((struct life){.body = die_in_a_write, .arm = 17});
+    /* Again where it was later than that, and the last beat may be too old. */
+    uint64_t ran_ns = UINT64_MAX;
+    for (int tries = 0; tries < 10 && ran_ns > 5 * NSEC_PER_SEC / 2; tries++) {
+        each_file("", true);
+        make_disks();
+        uint64_t begin = clock_now_ns();
+        run_life_with((struct life){.body = die_in_a_write, .arm = 17});
+        ran_ns = clock_now_ns() - begin;
+    }
     run_life(has_both_and_the_same_witness);
 }
 
@@ -1357,7 +1365,7 @@ static void a_group_fails_after_one_that_was_undone(void **state)
 static void await_word(const char *what)
 {
     for (unsigned i = 0; !was_said(what); i++) {
-        assert_true(i < 10000);
+        assert_true(i < 60000);
         usleep(1000);
     }
 }

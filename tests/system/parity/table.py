@@ -27,15 +27,15 @@ import subprocess
 import tempfile
 
 from tidemark_testlib import (
-    QMP, Daemon, Exited, LoopDevice, SmallFileSystem, Timeout, connect, create_image, nbd_uri, qemu_img, qemu_io,
-    temp_dir,
+    QMP, QSD, Daemon, Exited, LoopDevice, SmallFileSystem, Timeout, connect, create_image, nbd_uri, qemu_img, qemu_io,
+    temp_dir, wait_until,
 )
 from tidemark_testlib.nbd import extents
 
 from . import normal
 
 HERE = pathlib.Path(__file__).resolve().parent
-PATIENCE = 10.0      # seconds for an answer or an event,
+PATIENCE = 60.0      # seconds for an answer or an event,
 IMPATIENCE = 0.5     # and after the first that did not come, so that a poor daemon fails quickly
 
 
@@ -107,12 +107,15 @@ class image(Setup):
 
 class disk(image):
     """An image, opened as a node of its name, by the driver of its format over `file`.
-    more: options of the node, file_more: of the file node; file_node: its name."""
+    more: options of the node, file_more: of the file node; file_node: its name.
+    idle: tidemarkd saves its bitmaps when nobody has written for two seconds, so that they are not in
+    use then. Otherwise never, as QEMU does; but blockdev-reopen would have to say so, too."""
 
-    def __init__(self, name, fmt="qcow2", size="4M", more="", file_more="", file_node=None, **kwargs):
+    def __init__(self, name, fmt="qcow2", size="4M", more="", file_more="", file_node=None, idle=False,
+                 **kwargs):
         super().__init__(name, fmt, size, **kwargs)
         self.more, self.file_more = more, file_more
-        self.file_node = file_node
+        self.file_node, self.idle = file_node, idle
 
     def argv(self):
         options = [f"driver={self.fmt}", f"node-name={self.name}", "file.driver=file",
@@ -121,7 +124,8 @@ class disk(image):
             options.append(f"file.node-name={self.file_node}")
         if self.file_more:
             options += [f"file.{option}" for option in self.file_more.split(",")]
-        return ["--blockdev", ",".join(options + ([self.more] if self.more else []))]
+        never = "" if self.idle or self.fmt != "qcow2" else "$NEVER_IDLE"
+        return ["--blockdev", ",".join(options + ([self.more] if self.more else [])) + never]
 
 
 class null(Setup):
@@ -344,6 +348,8 @@ class Recorder:
         if isinstance(value, str):
             if "$PORT" in value:
                 value = value.replace("$PORT", str(self.port))
+            never = "" if self.binary == QSD else ",x-tidemark-persist.checkpoint-idle=0"
+            value = value.replace("$NEVER_IDLE", never)
             return value.replace("$DIR", str(self.where))
         if isinstance(value, list):
             return [self._subst(v) for v in value]
@@ -614,22 +620,25 @@ class Recorder:
         self("block-export-del", id=f"exp-{node}")
         self.wait("BLOCK_EXPORT_DELETED", id=f"exp-{node}")
 
-    def run(self, *argv, stdin=b"", output=False):
+    def run(self, *argv, stdin=b"", output=False, stays=False):
         """The program with these options alone: how it ends and what it says on stderr.
-        One that still runs after two seconds is ended and recorded as running."""
+        STAYS: it is to serve, and is ended when it does."""
         if self.dry:
             return self._record("run", list(argv), None)
         # stdout and stderr of a daemon that forks would stay open: files, not pipes.
-        out, err = self.where / "run.out", self.where / "run.err"
+        out, err, pid = self.where / "run.out", self.where / "run.err", self.where / "run.pid"
+        serve = ["--pidfile", pid] if stays else []
         with open(out, "wb") as o, open(err, "wb") as e:
-            child = subprocess.Popen([self.binary, *self._subst(list(argv))], stdin=subprocess.PIPE,
+            child = subprocess.Popen([self.binary, *self._subst(list(argv)), *serve], stdin=subprocess.PIPE,
                                      stdout=o, stderr=e, cwd=self.where)
+            if stays:
+                wait_until(lambda: pid.exists() or child.poll() is not None)
             try:
-                child.communicate(stdin, timeout=2)
+                child.communicate(stdin, timeout=0.5 if stays else PATIENCE)
                 result = {"exit": child.returncode}
             except subprocess.TimeoutExpired:
                 child.terminate()
-                result = {"exit": "running", "then": child.wait(5)}
+                result = {"exit": "running", "then": child.wait(PATIENCE)}
         result["stderr"] = err.read_text(errors="replace")
         if output:
             result["stdout"] = out.read_text(errors="replace")
@@ -705,7 +714,7 @@ class Recorder:
             result = {"failed": normal.text(text, self.where)}
         if "monitor" in result and self.daemon:
             try:        # closed because it died? Then it does so in a moment.
-                self.daemon.process.wait(2)
+                self.daemon.process.wait(30)
             except subprocess.TimeoutExpired:
                 pass
         if self.daemon and self.daemon.process.poll() is not None:

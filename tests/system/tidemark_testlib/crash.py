@@ -42,7 +42,7 @@ import threading
 import time
 
 from .daemon import QSD, Daemon
-from .images import run_tool
+from .images import run_tool, wait_for_locks
 from .loopdev import LoopDevice
 from .nbd import connect, extents, nbd_uri
 from .qmp import QMPError
@@ -193,6 +193,7 @@ class HostPlace:
     kill look like a loss of power to recovery (with the page cache intact)."""
 
     power = False    # is a crash a real loss of power?
+    slow = False     # was the last end so slow that a write may have come long after the last beat?
     patience = 30.0
 
     def __init__(self, tmp, binary=None):
@@ -225,11 +226,13 @@ class HostPlace:
 
     def cut(self):
         """The end, from any thread."""
+        self.cut_at = time.monotonic()
         self.daemon.process.send_signal(signal.SIGKILL)
 
     def after_cut(self, lose):
         """LOSE: and the run segments are gone."""
-        status = self.daemon.process.wait(30)
+        status = self.daemon.process.wait(60)
+        self.slow = time.monotonic() - self.cut_at > 0.8
         self.daemon.kill()
         must(status == -9, f"the daemon ended with status {status}: {self.daemon.stderr}")
         if lose:
@@ -313,6 +316,8 @@ class History:
         self.last_events = []    # of its end
         self.recovery_kills = 0
         self.share_foreign = foreign    # of the crashes, a foreign writer follows
+        # QEMU keeps the bitmaps of a qcow2 image that has been idle for so many milliseconds: never.
+        self.idle = 0 if foreign else None
         self.was_foreign = False        # in this life
         self.dirty = set()       # granules of `tide` when the load began
         self.base = (0.0, 0.0)   # and its base is an instant between these
@@ -361,9 +366,11 @@ class History:
     def send_open(self):
         disk = {"driver": self.fmt, "node-name": "disk", "discard": "unmap",
                 "file": {"driver": "file", "filename": self.place.path("disk")}}
+        if self.idle is not None:
+            disk["x-tidemark-persist"] = {"checkpoint-idle": self.idle}
         if self.device:
             disk["file"] = {"driver": "host_device", "filename": self.device}
-            disk["x-tidemark-persist"] = {"state-directory": self.place.path("state")}
+            disk.setdefault("x-tidemark-persist", {})["state-directory"] = self.place.path("state")
         export = {"type": "nbd", "id": "disk", "node-name": "disk", "name": "disk", "writable": True}
         return [self.qmp.send("blockdev-add", disk), self.qmp.send("block-export-add", export)]
 
@@ -592,6 +599,7 @@ class History:
         self.found.states[state] = self.found.states.get(state, 0) + 1
         self.found.most_added = max(self.found.most_added, added)
         must(state in self.possible, f"recovery says {info}, not {sorted(self.possible)}")
+        self.was_foreign |= state == "none"
         must(bool(info.get("reason")) == (state not in ("clean", "new")), f"recovery says {info}")
         if state == "superset":
             n = sum(b["recording"] for b in node.get("dirty-bitmaps", []))
@@ -684,6 +692,7 @@ class History:
     def foreign_writer(self):
         """QEMU has the crashed image open for writing, and mostly writes."""
         path, at = self.place.path("disk"), self.rng.randrange(self.size // GRANULE) * GRANULE
+        wait_for_locks(path)
         kind = self.rng.choice(("qemu-io", "qemu-io", "qsd", "qsd", "open"))
         if self.fmt != "qcow2":
             # Its file has only times to tell of it: not within the slack for requests in flight.
@@ -848,6 +857,8 @@ class History:
         else:
             self.superset = self.crash_during(self.operation, 1.5 if self.place.power else 0.4)
             self.possible = {"superset" if self.superset else "exact"}
+            if self.place.slow and self.fmt != "qcow2" and not self.device:
+                self.possible.add("none")
         self.load.end()
         if not self.place.power and self.possible != {"clean"}:
             self.read_by_qemu()

@@ -15,7 +15,8 @@ import subprocess
 import tempfile
 import time
 
-from .qmp import QMP, Timeout
+from .images import wait_for_locks
+from .qmp import QMP, TIMEOUT, QMPError, Timeout
 
 QSD = "/usr/bin/qemu-storage-daemon"
 SOURCE_ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -112,7 +113,8 @@ class Daemon:
     def _wait_for_qsd(self):
         """qemu-storage-daemon 7.2 moves a monitor's socket to a thread of its own while its loop
         starts. Who connects at that moment is read by two threads at once, and what they read is
-        mixed up ("exeucte"), so nobody connects before its pidfile is there, and a little later."""
+        mixed up ("exeucte"), so nobody connects before its pidfile is there, and a little later. Where
+        it has stalled between the two, new_monitor() connects once more."""
         deadline = time.monotonic() + self.timeout
         while self.pidfile and not self.pidfile.exists() and time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -128,7 +130,8 @@ class Daemon:
             if self.process.poll() is not None:
                 raise Exited(self.argv, self.process.returncode, self.stderr)
             try:
-                qmp = QMP(self.socket, **kwargs)
+                qmp = QMP(self.socket, timeout=self.timeout / 3 if self.pidfile else TIMEOUT, **kwargs)
+                qmp.timeout = TIMEOUT
                 self._monitors.append(qmp)
                 return qmp
             except (FileNotFoundError, ConnectionRefusedError):
@@ -138,10 +141,13 @@ class Daemon:
             except EOFError:
                 # It ended while options were worked on: say how.
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(5)
+                    self.process.wait(self.timeout)
                 if self.process.poll() is not None:
                     raise Exited(self.argv, self.process.returncode, self.stderr) from None
                 raise
+            except (QMPError, Timeout):
+                if not self.pidfile or time.monotonic() > deadline:
+                    raise
 
     # -- what it said
 
@@ -192,12 +198,13 @@ class Daemon:
             if mark in text:
                 raise DaemonError(f"{self.binary} said:\n{text}")
 
-    def kill(self):
-        """SIGKILL: nothing is saved, nothing is checked."""
+    def kill(self, *images):
+        """SIGKILL: nothing is saved, nothing is checked. After it QEMU's programs may have IMAGES."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
         self._close_monitors()
+        wait_for_locks(*images)
 
     def _close_monitors(self):
         for qmp in self._monitors:

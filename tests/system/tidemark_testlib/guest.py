@@ -165,6 +165,7 @@ def free_port():
 
 class GuestPlace:
     power = True
+    slow = False     # (a loss of power is no end)
     patience = 90.0
 
     def __init__(self, tmp, fs, drive, seed, binary=None):

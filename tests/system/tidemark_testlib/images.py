@@ -4,6 +4,8 @@ import hashlib
 import json
 import subprocess
 
+from .timing import wait_until
+
 
 class ToolError(Exception):
     """A witness said no: .status, .stdout, .stderr."""
@@ -45,6 +47,13 @@ def qemu_io(image, *commands, fmt=None, check=True, image_opts=None, force_share
     if check and (done.returncode != 0 or "failed" in text):
         raise ToolError(argv, done)
     return text
+
+
+def wait_for_locks(*images):
+    """Until nobody has them open for writing. After a kill the kernel may need a moment to end what
+    was under way, and to let go of the locks."""
+    for image in images:
+        wait_until(lambda: b'" lock' not in run_tool("qemu-img", "info", image, check=False).stderr)
 
 
 def create_image(path, fmt="qcow2", size="64M", **options):

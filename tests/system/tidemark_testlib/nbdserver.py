@@ -57,7 +57,7 @@ class FakeServer:
                 sock.shutdown(socket.SHUT_RDWR)
         self.connections = []
 
-    def wait_for(self, command, count=1, timeout=20.0):
+    def wait_for(self, command, count=1, timeout=60.0):
         deadline = time.monotonic() + timeout
         while sum(entry[0] == command for entry in self.log) < count:
             assert time.monotonic() < deadline, f"{count} of command {command}: {self.log}"

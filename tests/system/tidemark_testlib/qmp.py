@@ -45,8 +45,19 @@ class QMP:
         self.eof = False
         self.greeting = None
         if negotiate:
-            self.read_greeting()
-            self.execute("qmp_capabilities", **({"enable": ["oob"]} if oob else {}))
+            try:
+                self.negotiate(oob)
+            except BaseException:
+                self.close()
+                raise
+
+    def negotiate(self, oob=False):
+        """The first answer counts, whatever its id: a command that was not understood has none."""
+        self.read_greeting()
+        self.send("qmp_capabilities", {"enable": ["oob"]} if oob else None)
+        answer = self.next_answer()
+        if "error" in answer:
+            raise QMPError("qmp_capabilities", answer["error"])
 
     def read_greeting(self):
         self.greeting = self._wait(

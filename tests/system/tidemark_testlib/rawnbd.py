@@ -20,7 +20,7 @@ READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
 class RawNBD:
     """A connection; greet() and go() take it to the transmission phase."""
 
-    def __init__(self, path=None, address=None, timeout=20.0):
+    def __init__(self, path=None, address=None, timeout=60.0):
         if path is not None:
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self.sock.settimeout(timeout)

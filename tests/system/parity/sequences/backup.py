@@ -182,7 +182,7 @@ def backup_compress(t):
     """compress: to qcow2; a raw target has no compression."""
     t("blockdev-backup", {**GO, "target": "f", "compress": True})
     t("blockdev-backup", {**GO, "compress": True})
-    t.wait_job("j", "null")
+    t.wait_job("j", "null", patience=10)     # one of us has no such job
 
 
 @sequence(disk("base", data="write -P 1 0 1M"),

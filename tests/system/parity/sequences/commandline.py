@@ -1,6 +1,8 @@
 """The command line of qemu-storage-daemon: good and bad options, exit statuses and texts."""
 
-from ..table import disk, image, sequence
+from tidemark_testlib import wait_until
+
+from ..table import PATIENCE, disk, image, sequence
 
 MON = ("--chardev", "socket,id=m,path=$DIR/m.sock,server=on,wait=off", "--monitor", "m")
 
@@ -10,8 +12,9 @@ def options_unknown(t):
     """Options that are not there, arguments that are missing, words that are no option."""
     for argv in (["--nosuch"], ["-z"], ["--blockdev"], ["--chardev"], ["--monitor"], ["--object"],
                  ["--export"], ["--nbd-server"], ["--pidfile"], ["--daemonize=yes"], ["--help=x"],
-                 ["--block"], ["--nosuch=1"], ["-"], ["--b", "null-co,node-name=n"]):
+                 ["--block"], ["--nosuch=1"], ["-"]):
         t.run(*argv)
+    t.run("--b", "null-co,node-name=n", stays=True)
 
 
 @sequence(image("x"), image("r", "raw"), start=False)
@@ -85,8 +88,9 @@ def chardev_errors(t):
 def monitor_errors(t):
     """--monitor: names, modes."""
     for text in ("", "nosuch", "chardev=nosuch", "mode=control", "m,mode=nosuch", "m,pretty=x", "m,nosuch=1",
-                 "m,mode=readline", "m,id="):
+                 "m,mode=readline"):
         t.run("--chardev", "socket,id=m,path=$DIR/m.sock,server=on,wait=off", "--monitor", text)
+    t.run(*MON[:-1], "m,id=", stays=True)
     t.run(*MON, "--monitor", "m")
 
 
@@ -175,15 +179,9 @@ def daemonize(t):
     def end(where):
         import os
         import signal
-        import time
         pid = int((where / "pid").read_text())
         os.kill(pid, signal.SIGTERM)
-        for _ in range(100):
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                break
-            time.sleep(0.05)
+        wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
         return [(where / "m.sock").exists(), (where / "pid").exists()]
     t.tool("end", end)
 
@@ -225,7 +223,6 @@ def chardev_forms(t):
     """A monitor on each kind of chardev: unix and inet servers and clients, an inherited fd, stdio."""
     import socket
     import subprocess
-    import time
 
     def run(binary, chardev, **kwargs):
         return subprocess.Popen([binary, "--chardev", chardev, "--monitor", "c"],
@@ -234,18 +231,18 @@ def chardev_forms(t):
     def over(sock, child):
         with sock, sock.makefile("rb") as reader, sock.makefile("wb") as writer:
             said = talk(reader, writer)
-            return [said, child.wait(10)]
+            return [said, child.wait(PATIENCE)]
 
     def connect(family, address):
-        for _ in range(300):
+        def connected():
             sock = socket.socket(family)
             try:
                 sock.connect(address)
                 return sock
             except OSError:
                 sock.close()
-                time.sleep(0.01)
-        raise TimeoutError(str(address))
+                return None
+        return wait_until(connected, pace=0.01)
 
     def unix_server(options):
         def work(binary, where):
@@ -290,7 +287,7 @@ def chardev_forms(t):
     def stdio(binary, where):
         child = run(binary, "stdio,id=c", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         with child.stdin, child.stdout:
-            return [talk(child.stdout, child.stdin), child.wait(10)]
+            return [talk(child.stdout, child.stdin), child.wait(PATIENCE)]
     t.program("stdio", stdio)
 
 
@@ -305,7 +302,7 @@ def monitor_text(t):
             done = subprocess.run(
                 [binary, "--chardev", "stdio,id=c", "--monitor", f"c,{options}"], check=False,
                 input='{"execute": "qmp_capabilities"}{"execute": "nosuch", "id": "\u00e4\u007f/\\""}'
-                      '{"execute": "quit"}'.encode(), capture_output=True, timeout=10)
+                      '{"execute": "quit"}'.encode(), capture_output=True, timeout=PATIENCE)
             lines = done.stdout.split(b"\n")[1:]       # without the greeting
             return [[line.decode("ascii")[-1:], json.loads(line) if line else None,
                      b"\\u00E4\\u007F/" in line] for line in lines]
@@ -317,7 +314,7 @@ def monitor_text(t):
         done = subprocess.run(
             [binary, "--chardev", "stdio,id=c", "--monitor", "c,pretty=on"], check=False,
             input=b'{"execute": "qmp_capabilities"}{"execute": "quit"}', capture_output=True,
-            timeout=10)
+            timeout=PATIENCE)
         return [b"\r\n" in done.stdout, b"\n    \"QMP\": {\r\n" in done.stdout
                 or b"\n    \"QMP\": {\n" in done.stdout]
     t.program("pretty-on", pretty)

@@ -97,7 +97,7 @@ def create_qcow2_later(t):
                       ("c3", {"extended-l2": True}), ("c4", {"encrypt": {"format": "nosuch"}})):
         t(CREATE, job_id=job, options={**go, **more})
         if job != "c4":
-            t.wait_job(job, patience=1)     # one of us has no such job
+            t.wait_job(job)
 
 
 @sequence(image("f", "raw", size="0"),

@@ -130,4 +130,4 @@ def device_is_locked(t):
     t("block-export-add", type="nbd", id="e", node_name="a", writable=True)
     t("blockdev-add", driver="qcow2", node_name="q", file="b")
     t.run("--blockdev", "driver=raw,node-name=r,file.driver=host_device,file.filename=$DIR/a.dev",
-          "--blockdev", "driver=raw,node-name=s,file=r")
+          "--blockdev", "driver=raw,node-name=s,file=r", stays=True)

@@ -401,7 +401,7 @@ def mirror_at_the_end(t):
     t.finish()
 
 
-@sequence(disk("a", data=DATA, more="read-only=on"), disk("t"),
+@sequence(disk("a", data=DATA, more="read-only=on"), disk("t", idle=True),
           disk("b", fmt="raw", more="read-only=on"), disk("u", fmt="raw", file_node="u-file"))
 def mirror_of_a_read_only_disk(t):
     """What takes the place of a read-only disk becomes read-only, and its file with it."""

@@ -459,7 +459,7 @@ def snapshot_below_a_format(t):
     t.read("a", 0, 131072)
 
 
-@sequence(disk("a", data=DATA), image("o"), image("q"), nbd_server("a"))
+@sequence(disk("a", data=DATA, idle=True), image("o"), image("q"), nbd_server("a"))
 def snapshot_reopened(t):
     """What a snapshot has put there can be changed and taken apart by blockdev-reopen."""
     overlay(t, "o")
