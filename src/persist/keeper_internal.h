@@ -160,6 +160,8 @@ void keeper_look(struct keeper *k); /* which bitmaps record */
 
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
 void keeper_describe(struct keeper *k, struct super *s);
+/* And not of one with another driver, or of another part of the image? */
+bool keeper_is_of_node(const struct keeper *k, const struct super *s);
 void keeper_session_begun(struct keeper *k);
 /* The segments of the tide file that says S, and that no set has, go: what a killed program has
  * left. */

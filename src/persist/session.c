@@ -8,6 +8,7 @@
 #include "rt/clock.h"
 #include "rt/io.h"
 
+#include <inttypes.h>
 #include <stdio.h>
 
 /* ---- sessions ---- */
@@ -18,10 +19,27 @@ static void id_make(struct tide_id *id)
     id->bytes[0] |= 1; /* never none */
 }
 
+/* Of which node over the image bitmaps are: of its driver, and a part of a file is another disk
+ * than the next part. */
+static void describe_node(const struct node *n, char text[SUPER_DRIVER_BYTES])
+{
+    uint64_t offset = raw_offset(n);
+
+    snprintf(text, SUPER_DRIVER_BYTES, offset ? "%s@%" PRIu64 : "%s", node_driver_name(n), offset);
+}
+
+bool keeper_is_of_node(const struct keeper *k, const struct super *s)
+{
+    char text[SUPER_DRIVER_BYTES];
+
+    describe_node(k->node, text);
+    return !strcmp(s->driver, text);
+}
+
 void keeper_describe(struct keeper *k, struct super *s)
 {
     s->level = k->options.level;
-    snprintf(s->driver, sizeof s->driver, "%s", node_driver_name(k->node));
+    describe_node(k->node, s->driver);
     s->size_bytes = node_size(k->node);
     s->resizing_bytes = k->resizing_bytes ? k->resizing_bytes : s->size_bytes;
     s->region_bits = k->options.region_bits;
