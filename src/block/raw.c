@@ -208,8 +208,8 @@ static void raw_reopen_commit(struct node *n, void *plan)
 
     *s = *to;
     free(to);
-    if (moved && n->size_bytes)
-        node_content_changed(n, range_make(0, n->size_bytes));
+    if (moved)
+        node_content_replaced(n);
 }
 
 static void raw_reopen_abort(struct node *n, void *plan)

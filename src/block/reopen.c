@@ -511,8 +511,10 @@ static void follow_content(struct node *n, uint64_t from, bool other)
     TAILQ_FOREACH (o, &n->observers, link)
         if (from != to && o->resized)
             o->resized(o, from, to);
-    if (other || to > from)
-        node_content_changed(n, range_between(other ? 0 : from, to));
+    if (other)
+        node_content_replaced(n);
+    else if (to > from)
+        node_content_changed(n, range_between(from, to));
     if (from != to)
         node_resized(n, from);
 }
