@@ -401,6 +401,26 @@ static void finish_change(struct entry *en, struct child_change *c)
 
 /* ---- all of it ---- */
 
+/* Is the file another one, and not the old one with a filter more or less? */
+static bool is_other_file(const struct entry *en)
+{
+    const struct child_change *c = &en->file;
+
+    return c->wanted && !node_reaches(c->to, c->from) && !node_reaches(c->from, c->to);
+}
+
+static int ask_hooks(struct entry *en, struct error *err)
+{
+    const bool writable = en->n->read_only && !en->generic.read_only, other = is_other_file(en);
+    struct graph_hook *hook;
+    int r = 0;
+
+    TAILQ_FOREACH (hook, &en->n->graph->hooks, link)
+        if (r == 0 && hook->may_reopen && (writable || other))
+            r = hook->may_reopen(hook, en->n, writable, other, err);
+    return r;
+}
+
 /* Later rooms save while it can still be written, and load when it can be again. */
 static int tell_hooks(struct entry *en, bool to_read_only, struct error *err)
 {
@@ -426,6 +446,8 @@ static int prepare_all(struct entries *all, struct error *err)
     }
     TAILQ_FOREACH (en, all, link) {
         r = prepare(en, err);
+        if (r == 0)
+            r = ask_hooks(en, err);
         if (r < 0)
             return r;
     }
@@ -492,14 +514,6 @@ static void remember_options(struct entry *en)
     en->n->options = steal(en->options);
     TAILQ_FOREACH (e, &en->n->children, in_children)
         json_add_string(en->n->options, e->name, e->node->name);
-}
-
-/* Is the file another one, and not the old one with a filter more or less? */
-static bool is_other_file(const struct entry *en)
-{
-    const struct child_change *c = &en->file;
-
-    return c->done && !node_reaches(c->to, c->from) && !node_reaches(c->from, c->to);
 }
 
 /* Content that comes by a reopen was announced by no write: it counts as written. */

@@ -461,6 +461,16 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
     return 0;
 }
 
+const char *keeper_path(const struct keeper *k)
+{
+    return k->options.path;
+}
+
+bool keeper_has_tide(const struct keeper *k)
+{
+    return k->tide;
+}
+
 int keeper_can_keep(const struct keeper *k, struct error *err)
 {
     if (k->refusing || (k->lost && !k->options.image))

@@ -230,6 +230,36 @@ def test_options_do_not_change_while_the_node_is_open(image, start):
     daemon.stop()
 
 
+@pytest.mark.parametrize("driver", ["raw", "qcow2"])
+def test_the_image_is_not_exchanged(tmp, tidemarkd, driver):
+    """Its tide file, or its header, would tell of what is on another one: of this one it tells nothing."""
+    files = [{"driver": "file", "node-name": name, "filename": str(tmp / name)} for name in ("one", "two")]
+    for f in files:
+        subprocess.run(["qemu-img", "create", "-q", "-f", driver, f["filename"], "1M"], check=True)
+    node, top = {"driver": driver, "node-name": "a", "file": "one"}, {"driver": "raw", "node-name": "top", "file": "a"}
+    with Daemon(binary=tidemarkd, directory=tmp) as d:
+        for n in [*files, node, top]:
+            d.qmp.execute("blockdev-add", **n)
+        add(d)
+        with pytest.raises(QMPError, match="'a' has, or had, persistent bitmaps.* 'file' of node 'a' cannot"):
+            d.qmp.execute("blockdev-reopen", options=[{**node, "file": "two"}])
+        d.qmp.execute("blockdev-reopen", options=[node])
+        d.qmp.execute("block-dirty-bitmap-remove", node="a", name="x")   # in the tide file is a session
+        with pytest.raises(QMPError, match="'a' has, or had, persistent bitmaps"):
+            d.qmp.execute("blockdev-reopen", options=[{**node, "file": "two"}])
+        for name in "top", "a":
+            d.qmp.execute("blockdev-del", **{"node-name": name})
+        for n in node, top:
+            d.qmp.execute("blockdev-add", **n)
+        d.qmp.execute("blockdev-reopen", options=[{**node, "file": "two"}])
+        with pytest.raises(QMPError, match="to a: it was opened with another image"):
+            add(d)
+        d.qmp.execute("blockdev-reopen", options=[node])
+        d.qmp.execute("block-dirty-bitmap-add", node="top", name="x", persistent=True)
+        with pytest.raises(QMPError, match="'top' has, or had, persistent bitmaps.* 'file' of node 'a' cannot"):
+            d.qmp.execute("blockdev-reopen", options=[{**node, "file": "two"}])
+
+
 def test_others_do_not_take_it(tmp, tidemarkd):
     with Daemon(binary=tidemarkd, directory=tmp) as daemon:
         with pytest.raises(QMPError, match="'null-co' does not support the option 'x-tidemark-persist'"):
