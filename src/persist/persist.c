@@ -320,7 +320,7 @@ static int hook_may_reopen(struct graph_hook *h, struct node *n, bool writable, 
                          "Node '%s' has, or had, persistent bitmaps, which are of the image that "
                          "it was opened with: 'file' of node '%s' cannot become another",
                          node_name(kept), node_name(n));
-    return 0;
+    return writable && !node_of(n) && is_kept(n) ? persist_options_may_write(n, err) : 0;
 }
 
 static void hook_gone(struct graph_hook *h)

@@ -159,7 +159,7 @@ def test_level_process_writes_its_tide_file_twice(tmp, image, start):
     daemon.stop()
 
 
-def test_level_off(tmp, image, start):
+def test_level_off(tmp, tidemarkd, image, start):
     daemon = start(image, {"level": "off"})
     with pytest.raises(QMPError, match="Can't store persistent bitmaps to a"):
         add(daemon)
@@ -167,8 +167,17 @@ def test_level_off(tmp, image, start):
     daemon = start(image)
     add(daemon)
     daemon.stop()
-    with pytest.raises(QMPError, match="a.raw.tide' has bitmaps of this image, and level 'off'"):
+    refused = "a.raw.tide' has bitmaps of this image, and level 'off'"
+    with pytest.raises(QMPError, match=refused):
         start(image, {"level": "off"})
+    off = {"driver": "raw", "node-name": "a", "file": "af", "x-tidemark-persist": {"level": "off"}}
+    with Daemon(binary=tidemarkd, directory=tmp) as d:   # who only reads may
+        d.qmp.execute("blockdev-add", driver="file", filename=str(image), **{"node-name": "af"})
+        d.qmp.execute("blockdev-add", **off, **{"read-only": True})
+        with pytest.raises(QMPError, match=refused):
+            d.qmp.execute("blockdev-reopen", options=[off])
+        os.unlink(tmp / "a.raw.tide")
+        d.qmp.execute("blockdev-reopen", options=[off])
 
 
 @pytest.mark.parametrize("where", ["tide-file", "state-directory"])
