@@ -1,4 +1,5 @@
 """x-tidemark-persist: at which level bitmaps are kept, with which sizes, and where."""
+import contextlib
 import json
 import os
 import shutil
@@ -224,6 +225,25 @@ def test_tmpfs_is_good_enough_for_level_process(tmp, image, start):
     daemon.qmp.execute("block-dirty-bitmap-remove", node="a", name="x")
     daemon.stop()
     assert not os.path.exists(f"/dev/shm/{tmp.name}.tide")
+
+
+def test_a_copy_with_its_tide_file(tmp, image, start):
+    """Used beside the original, and in the same runtime directory."""
+    daemon = start(image)
+    add(daemon)
+    daemon.kill()
+    for end in "", ".tide":
+        shutil.copy(f"{image}{end}", f"{tmp}/copy{end}")
+    daemon = start(image)
+    daemon.qmp.execute("block-dirty-bitmap-clear", node="a", name="x")
+    write(daemon, tmp, 0, MiB, 2 * MiB)
+    copy = start(tmp / "copy")
+    copy.qmp.execute("block-dirty-bitmap-remove", node="a", name="x")
+    add(copy)
+    with contextlib.suppress(QMPError):
+        daemon.qmp.execute("block_resize", **{"node-name": "a", "size": 8 * GiB})
+    assert bitmap(daemon)["count"] == 3 * 64 * KiB and bitmap(copy)["count"] == 0
+    daemon.kill()
 
 
 def test_options_do_not_change_while_the_node_is_open(image, start):
