@@ -43,6 +43,8 @@ enum witness_verdict {
 /* Takes it of the open file FD, which has been synced; waits until the clock has left mtime's tick.
  */
 int witness_take(int fd, struct witness *ret) MUST_CHECK;
+/* Are they of two files? Not: of one that has changed. */
+bool witness_is_other_file(const struct witness *then, const struct witness *now);
 /* NOW against THEN, that of a clean close. WHY gets the reason of CHANGED. */
 enum witness_verdict witness_compare_clean(const struct witness *then, const struct witness *now,
                                            char *why, size_t why_bytes);
