@@ -291,6 +291,10 @@ struct graph_hook {
     int (*opened)(struct graph_hook *h, struct node *n, struct error *err);
     /* Before the driver closes; requests to its children still work. Cannot fail the close. */
     void (*closing)(struct graph_hook *h, struct node *n);
+    /* Before anything of a reopen is done: the node is to become writable, or (OTHER) `file` is to
+     * be another one. An error refuses it; may be NULL. */
+    int (*may_reopen)(struct graph_hook *h, struct node *n, bool writable, bool other,
+                      struct error *err);
     /* Node goes from read-write to read-only (saves), or back (loads); may be NULL. */
     int (*reopening)(struct graph_hook *h, struct node *n, bool to_read_only, struct error *err);
     /* All nodes are closed and the graph goes: free what hangs on it, and the hook; may be NULL. */

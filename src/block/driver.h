@@ -230,3 +230,6 @@ bool node_will_be_writable(const struct node *n);
 /* The drivers of this room; graph_new adds them. */
 extern const struct driver driver_file, driver_host_device, driver_raw, driver_null_co,
     driver_qcow2, driver_blkdebug, driver_throttle, driver_nbd;
+
+/* Where in its file the disk of a raw node begins; of other nodes: 0. */
+uint64_t raw_offset(const struct node *n);

@@ -130,6 +130,7 @@ unsigned json_qemu_order(const char *key);
 /* ---- request.c ---- */
 void node_resized(struct node *n, uint64_t from);          /* tells observers, users and parents */
 void node_content_changed(struct node *n, struct range r); /* without a write: tells observers */
+void node_content_replaced(struct node *n); /* all of it, and so that of whoever stands on it */
 
 /* ---- status.c ---- */
 int node_status(struct node *n, bool want_zero, struct range r, struct block_status *ret);

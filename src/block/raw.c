@@ -204,16 +204,25 @@ static void raw_reopen_commit(struct node *n, void *plan)
 {
     struct raw_state *s = n->state, *to = plan;
 
-    if (to->offset != s->offset && n->size_bytes)
-        node_content_changed(n, range_make(0, n->size_bytes));
+    bool moved = to->offset != s->offset;
+
     *s = *to;
     free(to);
+    if (moved)
+        node_content_replaced(n);
 }
 
 static void raw_reopen_abort(struct node *n, void *plan)
 {
     (void)n;
     free(plan);
+}
+
+uint64_t raw_offset(const struct node *n)
+{
+    const struct raw_state *s = n->driver == &driver_raw ? n->state : NULL;
+
+    return s ? s->offset : 0;
 }
 
 static uint64_t raw_cluster_size(const struct node *n)

@@ -426,6 +426,18 @@ static void finish_change(struct entry *en, struct child_change *c)
 
 /* ---- all of it ---- */
 
+static int ask_hooks(struct entry *en, struct error *err)
+{
+    const bool writable = en->n->read_only && !en->generic.read_only, other = is_other_file(en);
+    struct graph_hook *hook;
+    int r = 0;
+
+    TAILQ_FOREACH (hook, &en->n->graph->hooks, link)
+        if (r == 0 && hook->may_reopen && (writable || other))
+            r = hook->may_reopen(hook, en->n, writable, other, err);
+    return r;
+}
+
 /* Later rooms save while it can still be written, and load when it can be again. */
 static int tell_hooks(struct entry *en, bool to_read_only, struct error *err)
 {
@@ -451,6 +463,8 @@ static int prepare_all(struct entries *all, struct error *err)
     }
     TAILQ_FOREACH (en, all, link) {
         r = prepare(en, err);
+        if (r == 0)
+            r = ask_hooks(en, err);
         if (r < 0)
             return r;
     }
@@ -528,8 +542,10 @@ static void follow_content(struct node *n, uint64_t from, bool other)
     TAILQ_FOREACH (o, &n->observers, link)
         if (from != to && o->resized)
             o->resized(o, from, to);
-    if (other || to > from)
-        node_content_changed(n, range_between(other ? 0 : from, to));
+    if (other)
+        node_content_replaced(n);
+    else if (to > from)
+        node_content_changed(n, range_between(from, to));
     if (from != to)
         node_resized(n, from);
 }

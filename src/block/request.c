@@ -431,6 +431,17 @@ void node_content_changed(struct node *n, struct range r)
     }
 }
 
+void node_content_replaced(struct node *n)
+{
+    struct edge *e;
+
+    if (n->size_bytes)
+        node_content_changed(n, range_make(0, n->size_bytes));
+    TAILQ_FOREACH (e, &n->parents, in_parents)
+        if (e->parent && (e->role & ROLE_PRIMARY))
+            node_content_replaced(e->parent);
+}
+
 /* ---- reading ---- */
 
 int edge_read(struct edge *e, struct range r, void *buf, unsigned flags)

@@ -77,6 +77,8 @@ struct keeper {
     bool runtime_told; /* whether its runtime directory is a good one */
     bool voided;    /* no other node's bitmaps of the image are there, or they are inconsistent */
     bool stale;     /* recovery has found what is to be written anew */
+    bool copied;    /* the tide file is of another image, which may be in use: with the same uuid
+                     * their segments would have the same names */
     bool damaged;   /* or a damaged sector of an area: the close writes all of them */
     bool lost;      /* no tide file can be had: bitmaps are inconsistent after the next crash */
     bool giving_up; /* so what would be believed is being taken away, under `lock` */
@@ -161,6 +163,8 @@ void keeper_look(struct keeper *k); /* which bitmaps record */
 
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
 void keeper_describe(struct keeper *k, struct super *s);
+/* And not of one with another driver, or of another part of the image? */
+bool keeper_is_of_node(const struct keeper *k, const struct super *s);
 void keeper_session_begun(struct keeper *k);
 /* The segments of the tide file that says S, and that no set has, go: what a killed program has
  * left. */

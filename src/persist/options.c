@@ -215,7 +215,7 @@ static int check_off(const struct node *n, const struct place *p, struct error *
 {
     struct stat st;
 
-    if (!p->tide || n->read_only || io_stat(p->tide, &st) < 0)
+    if (!p->tide || io_stat(p->tide, &st) < 0)
         return 0;
     return error_set(err, EBUSY,
                      "tide file '%s' has bitmaps of this image, and level 'off' would not keep "
@@ -241,8 +241,18 @@ int persist_options_read(const struct node *n, struct keeper_options *o, struct 
         r = read_no_witness(json_get_string(options, "no-witness", "believe"), o, err);
     if (r == 0)
         r = find_place(n, options, o, ret, err);
-    if (r == 0 && ret->off && !o->image) /* which takes back what it says of its tide file */
+    /* A qcow2 image takes back what it says of its tide file. */
+    if (r == 0 && ret->off && !o->image && !n->read_only)
         r = check_off(n, ret, err);
     o->runtime = json_get_string(options, "runtime-directory", o->runtime);
     return r;
+}
+
+int persist_options_may_write(const struct node *n, struct error *err)
+{
+    CLEANUP(place_fini) struct place place = {0};
+    struct keeper_options o = {0};
+
+    int r = persist_options_read(n, &o, &place, err);
+    return r == 0 && place.off ? check_off(n, &place, err) : r;
 }

@@ -34,4 +34,6 @@ struct place {
  * the caller's. *RET is to be place_fini'd, also after an error. */
 int persist_options_read(const struct node *n, struct keeper_options *o, struct place *ret,
                          struct error *err) MUST_CHECK;
+/* May a node that was opened read-only, and keeps nothing, become writable? */
+int persist_options_may_write(const struct node *n, struct error *err) MUST_CHECK;
 void place_fini(struct place *p);

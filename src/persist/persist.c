@@ -287,6 +287,42 @@ static int hook_reopening(struct graph_hook *h, struct node *n, bool to_read_onl
     return r < 0 ? r : image_reopen(pn->image, to_read_only, true, err);
 }
 
+/* Has it bitmaps that are kept, or a tide file yet that has had some? */
+static bool has_kept(struct node *n)
+{
+    struct dirty_bitmap *bm = node_of(n) ? dirty_first(n) : NULL;
+
+    while (bm && !keeper_keeps(bm))
+        bm = dirty_next(bm);
+    return bm || (keeper_of(n) && keeper_has_tide(keeper_of(n)));
+}
+
+/* N, or one that stands on it; NULL: none. */
+static struct node *kept_on(struct node *n)
+{
+    struct node *kept = has_kept(n) ? n : NULL;
+    struct edge *e;
+
+    TAILQ_FOREACH (e, &n->parents, in_parents)
+        if (!kept && e->parent && node_primary(e->parent) == e)
+            kept = kept_on(e->parent);
+    return kept;
+}
+
+/* Tide file, guard and in_use are of the image that was opened, and say nothing on another. */
+static int hook_may_reopen(struct graph_hook *h, struct node *n, bool writable, bool other,
+                           struct error *err)
+{
+    struct node *kept = other ? kept_on(n) : NULL;
+
+    if (kept)
+        return error_set(err, EBUSY,
+                         "Node '%s' has, or had, persistent bitmaps, which are of the image that "
+                         "it was opened with: 'file' of node '%s' cannot become another",
+                         node_name(kept), node_name(n));
+    return writable && !node_of(n) && is_kept(n) ? persist_options_may_write(n, err) : 0;
+}
+
 static void hook_gone(struct graph_hook *h)
 {
     struct persist *p = container_of(h, struct persist, hook);
@@ -297,11 +333,28 @@ static void hook_gone(struct graph_hook *h)
 
 /* ---- the store of dirty/ ---- */
 
+/* A reopen may have led it to another. */
+static int check_place(struct persist_node *pn, struct error *err)
+{
+    CLEANUP(place_fini) struct place place = {0};
+    struct keeper_options o = {.image = pn->image};
+
+    int r = persist_options_read(pn->node, &o, &place, err);
+    if (r < 0 || (place.tide && !strcmp(place.tide, keeper_path(pn->keeper))))
+        return r;
+    return error_set(err, ENOTSUP,
+                     "Can't store persistent bitmaps to %s: it was opened with another image",
+                     node_name(pn->node));
+}
+
 static int store_can_add(struct dirty_store *s, struct node *n, const char *name,
                          uint64_t granularity_bytes, struct error *err)
 {
     struct persist_node *pn = node_of(n);
+    int r = pn && pn->keeper ? check_place(pn, err) : 0;
 
+    if (r < 0)
+        return r;
     if (pn && pn->image) {
         tell_why_none(pn);
         return image_can_add(pn->image, name, granularity_bytes, err);
@@ -401,6 +454,7 @@ void persist_init(struct graph *g)
     p->hook = (struct graph_hook){
         .opened = hook_opened,
         .closing = hook_closing,
+        .may_reopen = hook_may_reopen,
         .reopening = hook_reopening,
         .gone = hook_gone,
     };

@@ -3,7 +3,7 @@
  *     tide file                  image        segments   ring    bitmaps
  *     none                       -            -          -       none
  *     unreadable                 -            -          -       none; told in the log
- *     of another node's driver   -            -          -       none (see below)
+ *     of another node            -            -          -       none (see below)
  *     closed                     as it was    -          -       as stored: clean
  *     closed                     changed      -          -       inconsistent
  *     in use                     changed      -          -       inconsistent
@@ -14,8 +14,8 @@
  *
  * Segments: those of the session that the tide file names. Of a qcow2 image the guard is the
  * witness (guarded.c), and what it has stored and is not in use is exact, whatever the tide file
- * says. Bitmaps of another driver's node over the same image become inconsistent before this one is
- * written (writes.c).
+ * says. Bitmaps of another node over the same image (with another driver, or a raw one of another
+ * part of it) become inconsistent before this one is written (writes.c).
  *
  * And, bitmap by bitmap: what was inconsistent, or has no durable base, stays so. A bitmap that a
  * job held is its current OR its successor: as if the job had failed. One that was to move on with
@@ -57,6 +57,9 @@ static enum witness_verdict ask_witness(struct keeper *k, const struct super *s,
         snprintf(why, why_bytes, "the image cannot be looked at");
         return WITNESS_CHANGED;
     }
+    /* Others may yet ask a copy for what it has of a group, by its uuid. */
+    k->copied =
+        witness_is_other_file(&s->witness, &now) && !s->n_records && tide_id_none(&s->group);
     if (!s->in_use)
         return witness_compare_clean(&s->witness, &now, why, why_bytes);
     const struct segments of = keeper_segments(k, s);
@@ -505,7 +508,7 @@ static int recover(struct keeper *k, struct error *err)
         return r;
     }
     const struct super *s = tide_super(k->tide);
-    if (strcmp(s->driver, node_driver_name(k->node))) {
+    if (!keeper_is_of_node(k, s)) {
         tide_close(steal(k->tide));
         return 0;
     }

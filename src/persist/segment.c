@@ -171,6 +171,11 @@ int segment_grow(struct segment *s, struct bitmap *bits, uint64_t size_bytes, st
     int r = map_file(s->path, 0, length, &map, err);
     if (r < 0)
         return r;
+    /* A copy of image and tide file that is used, too, has the same names. */
+    if (memcmp(map, s->map, HEADER_USED)) {
+        io_unmap(map, length);
+        return error_set(err, ESTALE, "The run segment '%s' is another's", s->path);
+    }
     r = bitmap_move(bits, (uint64_t *)((uint8_t *)map + HEADER_BYTES), size_bytes);
     if (r < 0) {
         io_unmap(map, length);

@@ -8,6 +8,7 @@
 #include "rt/clock.h"
 #include "rt/io.h"
 
+#include <inttypes.h>
 #include <stdio.h>
 
 /* ---- sessions ---- */
@@ -18,10 +19,27 @@ static void id_make(struct tide_id *id)
     id->bytes[0] |= 1; /* never none */
 }
 
+/* Of which node over the image bitmaps are: of its driver, and a part of a file is another disk
+ * than the next part. */
+static void describe_node(const struct node *n, char text[SUPER_DRIVER_BYTES])
+{
+    uint64_t offset = raw_offset(n);
+
+    snprintf(text, SUPER_DRIVER_BYTES, offset ? "%s@%" PRIu64 : "%s", node_driver_name(n), offset);
+}
+
+bool keeper_is_of_node(const struct keeper *k, const struct super *s)
+{
+    char text[SUPER_DRIVER_BYTES];
+
+    describe_node(k->node, text);
+    return !strcmp(s->driver, text);
+}
+
 void keeper_describe(struct keeper *k, struct super *s)
 {
     s->level = k->options.level;
-    snprintf(s->driver, sizeof s->driver, "%s", node_driver_name(k->node));
+    describe_node(k->node, s->driver);
     s->size_bytes = node_size(k->node);
     s->resizing_bytes = k->resizing_bytes ? k->resizing_bytes : s->size_bytes;
     s->region_bits = k->options.region_bits;
@@ -86,7 +104,7 @@ int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
     s->session = k->next_session;
     if (k->epoch == 0)
         k->epoch = s->next_epoch ? s->next_epoch : 1;
-    if ((k->void_tide && !BROKEN(guard_same_uuid)) || tide_id_none(&s->uuid)) {
+    if ((k->void_tide && !BROKEN(guard_same_uuid)) || k->copied || tide_id_none(&s->uuid)) {
         if (tide_id_none(&k->next_uuid))
             id_make(&k->next_uuid);
         s->uuid = k->next_uuid;
@@ -139,7 +157,7 @@ void keeper_session_begun(struct keeper *k)
     keeper_stamp_use(k, keeper_is_engaged(k));
     k->next_session = k->next_uuid = (struct tide_id){{0}};
     k->in_use = true;
-    k->stale = k->void_tide = false;
+    k->stale = k->void_tide = k->copied = false;
     k->ring_next = s->ring_sequence;
     if (k->options.level == TIDE_POWER)
         k->hot = hot_new(
@@ -443,6 +461,16 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
         s->segment_ended = true;
     keeper_set_readonly(k, true);
     return 0;
+}
+
+const char *keeper_path(const struct keeper *k)
+{
+    return k->options.path;
+}
+
+bool keeper_has_tide(const struct keeper *k)
+{
+    return k->tide;
 }
 
 int keeper_can_keep(const struct keeper *k, struct error *err)

@@ -14,6 +14,7 @@
 #define TIDE_NAME_MAX 1023 /* bytes of a bitmap's name */
 #define TIDE_PATH_MAX 4095 /* bytes of a member's path */
 #define TIDE_ALIGN 4096    /* of everything that is read and written */
+enum { SUPER_DRIVER_BYTES = 32 };
 #define TIDE_SUPER_BYTES ((uint64_t)256 * 1024)
 #define TIDE_RING_OFFSET (2 * TIDE_SUPER_BYTES)
 enum { TIDE_RING_BLOCKS = 64 };
@@ -83,7 +84,9 @@ struct super {
     uint64_t sequence;      /* the higher one of two valid superblocks counts */
     bool in_use;            /* false: closed, the areas hold everything */
     enum tide_level level;
-    char driver[32];         /* of the node that has the bitmaps: "raw", "qcow2", "file", ... */
+    /* Of the node that has the bitmaps: "raw", "qcow2", "file", ...; "raw@OFFSET" of a raw one
+     * whose disk is a part of the file. */
+    char driver[SUPER_DRIVER_BYTES];
     uint64_t size_bytes;     /* of the disk */
     uint64_t resizing_bytes; /* being resized to this; equal to size_bytes: it is not */
     unsigned region_bits;    /* a hot region is 1 << this bytes */

@@ -1,4 +1,5 @@
 """x-tidemark-persist: at which level bitmaps are kept, with which sizes, and where."""
+import contextlib
 import json
 import os
 import shutil
@@ -27,9 +28,9 @@ def start(tmp, tidemarkd):
     """start(IMAGE, OPTIONS) -> a daemon that has it as node "a"."""
     running = []
 
-    def daemon(image, persist=None, driver="file"):
+    def daemon(image, persist=None, driver="file", fmt="raw"):
         (tmp / "nbd.sock").unlink(missing_ok=True)
-        node = {"driver": "raw", "node-name": "a",
+        node = {"driver": fmt, "node-name": "a",
                 "file": {"driver": driver, "filename": str(image), "node-name": "af"}}
         if persist is not None:
             node["x-tidemark-persist"] = {"runtime-directory": str(tmp / "run"), **persist}
@@ -159,7 +160,7 @@ def test_level_process_writes_its_tide_file_twice(tmp, image, start):
     daemon.stop()
 
 
-def test_level_off(tmp, image, start):
+def test_level_off(tmp, tidemarkd, image, start):
     daemon = start(image, {"level": "off"})
     with pytest.raises(QMPError, match="Can't store persistent bitmaps to a"):
         add(daemon)
@@ -167,8 +168,17 @@ def test_level_off(tmp, image, start):
     daemon = start(image)
     add(daemon)
     daemon.stop()
-    with pytest.raises(QMPError, match="a.raw.tide' has bitmaps of this image, and level 'off'"):
+    refused = "a.raw.tide' has bitmaps of this image, and level 'off'"
+    with pytest.raises(QMPError, match=refused):
         start(image, {"level": "off"})
+    off = {"driver": "raw", "node-name": "a", "file": "af", "x-tidemark-persist": {"level": "off"}}
+    with Daemon(binary=tidemarkd, directory=tmp) as d:   # who only reads may
+        d.qmp.execute("blockdev-add", driver="file", filename=str(image), **{"node-name": "af"})
+        d.qmp.execute("blockdev-add", **off, **{"read-only": True})
+        with pytest.raises(QMPError, match=refused):
+            d.qmp.execute("blockdev-reopen", options=[off])
+        os.unlink(tmp / "a.raw.tide")
+        d.qmp.execute("blockdev-reopen", options=[off])
 
 
 @pytest.mark.parametrize("where", ["tide-file", "state-directory"])
@@ -217,6 +227,50 @@ def test_tmpfs_is_good_enough_for_level_process(tmp, image, start):
     assert not os.path.exists(f"/dev/shm/{tmp.name}.tide")
 
 
+def test_a_copy_of_a_qcow2_image_after_a_crash(tmp, start):
+    """With its tide file, and used beside the original, in the same runtime directory: a resize does not take
+    its segment for ours."""
+    image = tmp / "a.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "256M"], check=True)
+    daemon = start(image, fmt="qcow2")
+    add(daemon)
+    daemon.kill()
+    for end in "", ".tide":
+        shutil.copy(f"{image}{end}", f"{tmp}/copy{end}")
+    daemon = start(image, fmt="qcow2")
+    daemon.qmp.execute("block-dirty-bitmap-clear", node="a", name="x")
+    write(daemon, tmp, 0, MiB, 2 * MiB)
+    copy = start(tmp / "copy", fmt="qcow2")
+    copy.qmp.execute("block-dirty-bitmap-clear", node="a", name="x")
+    with contextlib.suppress(QMPError):
+        daemon.qmp.execute("block_resize", **{"node-name": "a", "size": 8 * GiB})
+    assert bitmap(daemon)["count"] == 3 * 64 * KiB and bitmap(copy)["count"] == 0
+
+
+def test_a_copy_with_its_tide_file(tmp, image, start):
+    """Used beside the original, and in the same runtime directory."""
+    daemon = start(image, {"level": "process"})
+    add(daemon)
+    daemon.kill()
+    for end in "", ".tide":
+        shutil.copy(f"{image}{end}", f"{tmp}/copy{end}")
+    daemon = start(image, {"level": "process"})
+    daemon.qmp.execute("block-dirty-bitmap-clear", node="a", name="x")
+    write(daemon, tmp, 0, MiB, 2 * MiB)
+    copy = start(tmp / "copy", {"level": "process"})
+    assert bitmap(copy)["inconsistent"]
+    copy.qmp.execute("block-dirty-bitmap-remove", node="a", name="x")
+    add(copy)
+    daemon.qmp.execute("block_resize", **{"node-name": "a", "size": 8 * GiB})
+    for image, d, count in (image, daemon, 3 * 64 * KiB), (tmp / "copy", copy, 0):
+        assert bitmap(d)["count"] == count
+        d.kill()
+        d = start(image, {"level": "process"})
+        assert node(d)["x-tidemark-recovery"]["state"] == "exact"
+        assert bitmap(d)["count"] == count
+        d.stop()
+
+
 def test_options_do_not_change_while_the_node_is_open(image, start):
     daemon = start(image, {"level": "process"})
     options = {"driver": "raw", "node-name": "a", "file": "af"}
@@ -228,6 +282,36 @@ def test_options_do_not_change_while_the_node_is_open(image, start):
             daemon.qmp.execute("blockdev-reopen", options=[{**options, **more}])
         assert text in str(e.value)
     daemon.stop()
+
+
+@pytest.mark.parametrize("driver", ["raw", "qcow2"])
+def test_the_image_is_not_exchanged(tmp, tidemarkd, driver):
+    """Its tide file, or its header, would tell of what is on another one: of this one it tells nothing."""
+    files = [{"driver": "file", "node-name": name, "filename": str(tmp / name)} for name in ("one", "two")]
+    for f in files:
+        subprocess.run(["qemu-img", "create", "-q", "-f", driver, f["filename"], "1M"], check=True)
+    node, top = {"driver": driver, "node-name": "a", "file": "one"}, {"driver": "raw", "node-name": "top", "file": "a"}
+    with Daemon(binary=tidemarkd, directory=tmp) as d:
+        for n in [*files, node, top]:
+            d.qmp.execute("blockdev-add", **n)
+        add(d)
+        with pytest.raises(QMPError, match="'a' has, or had, persistent bitmaps.* 'file' of node 'a' cannot"):
+            d.qmp.execute("blockdev-reopen", options=[{**node, "file": "two"}])
+        d.qmp.execute("blockdev-reopen", options=[node])
+        d.qmp.execute("block-dirty-bitmap-remove", node="a", name="x")   # in the tide file is a session
+        with pytest.raises(QMPError, match="'a' has, or had, persistent bitmaps"):
+            d.qmp.execute("blockdev-reopen", options=[{**node, "file": "two"}])
+        for name in "top", "a":
+            d.qmp.execute("blockdev-del", **{"node-name": name})
+        for n in node, top:
+            d.qmp.execute("blockdev-add", **n)
+        d.qmp.execute("blockdev-reopen", options=[{**node, "file": "two"}])
+        with pytest.raises(QMPError, match="to a: it was opened with another image"):
+            add(d)
+        d.qmp.execute("blockdev-reopen", options=[node])
+        d.qmp.execute("block-dirty-bitmap-add", node="top", name="x", persistent=True)
+        with pytest.raises(QMPError, match="'top' has, or had, persistent bitmaps.* 'file' of node 'a' cannot"):
+            d.qmp.execute("blockdev-reopen", options=[{**node, "file": "two"}])
 
 
 def test_others_do_not_take_it(tmp, tidemarkd):

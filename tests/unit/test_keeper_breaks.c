@@ -594,6 +594,41 @@ static void what_a_reopen_changes_is_closed(void **state)
     run_life_with((struct life){.body = is_all_dirty, .part = THIRD_PART});
 }
 
+static void write_and_close(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+static void is_not_there(struct life *l)
+{
+    CHECK(!dirty_find(l->n[0], "b"));
+}
+
+static void has_it(struct life *l)
+{
+    CHECK(!dirty_inconsistent(bitmap_of(l, 0)));
+}
+
+/* It is another disk, though of the same image and size. */
+static void another_part_does_not_get_it(void **state)
+{
+    static void (*const firsts[])(struct life *) = {write_and_close, add, move_disk,
+                                                    move_disk_and_close};
+
+    for (unsigned i = 0; i < ARRAY_SIZE(firsts); i++) {
+        bool moved = firsts[i] == move_disk || firsts[i] == move_disk_and_close;
+        const char *own = moved ? THIRD_PART : FIRST_PART, *other = moved ? FIRST_PART : THIRD_PART;
+        each_file("", true);
+        make_disks();
+        run_life_with((struct life){.body = firsts[i], .part = FIRST_PART});
+        run_life_with((struct life){.body = is_not_there, .part = other});
+        run_life_with((struct life){.body = has_it, .part = own});
+    }
+}
+
 #define ALL_OF_IT "'offset':0,"
 static void grow_by_a_reopen(struct life *l)
 {
@@ -1573,6 +1608,7 @@ static const struct CMUnitTest tests[] = {
     T(a_write_makes_a_disk_larger),
     T(what_a_reopen_changes_is_durable),
     T(what_a_reopen_changes_is_closed),
+    T(another_part_does_not_get_it),
     T(segments_of_another_session_are_none),
     T(a_clear_and_an_enable_are_cut),
     T(one_that_is_added_again_is_not_the_old_one),

@@ -163,6 +163,25 @@ JOB_TEST(while_it_is_read_only_others_may_write)
     close_both();
 }
 
+/* As if all had been written, though the node itself stays what it is. */
+JOB_TEST(what_it_stands_on_becomes_another_file)
+{
+    struct error err = ERROR_INIT;
+
+    open_both(g);
+    struct node *other = open_ok(g, "{'driver':'fake','node-name':'other'}");
+    struct node *top = open_ok(g, "{'driver':'raw','node-name':'top','file':'r'}");
+    command_ok(g, ADD, parse("{'node':'top','name':'t'}"));
+    CLEANUP(json_putp)
+    struct json_object *options = parse("[{'driver':'raw','node-name':'r','file':'other'}]");
+    int r = graph_reopen(g, options, &err);
+    CHECK_OK(r, err);
+    CHECK(bitmap_count(dirty_bits(dirty_find(top, "t"))) == node_size(top));
+    node_unref(top);
+    node_unref(other);
+    close_both();
+}
+
 JOB_TEST(a_job_that_makes_an_inconsistent_one_anew)
 {
     struct error err = ERROR_INIT;
@@ -382,6 +401,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(what_comes_in_between_is_no_way_round),
     cmocka_unit_test(a_transaction_that_fails_has_changed_nothing),
     cmocka_unit_test(while_it_is_read_only_others_may_write),
+    cmocka_unit_test(what_it_stands_on_becomes_another_file),
     cmocka_unit_test(a_job_that_makes_an_inconsistent_one_anew),
     cmocka_unit_test(a_compare_whose_transaction_fails),
     cmocka_unit_test(a_bitmap_of_a_file_keeps_other_programs_away),
