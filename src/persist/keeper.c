@@ -232,7 +232,7 @@ int keeper_write_before(struct keeper *k, struct change *c, struct error *err)
 
 static int write_change(struct keeper *k, struct change *c, struct error *err)
 {
-    if (tide_failed(k->tide) || k->void_tide || k->copied || outgrown(k, &c->next))
+    if (tide_failed(k->tide) || k->void_tide || outgrown(k, &c->next))
         return replace_tide(k, c, err);
     if (c->begins && BROKEN(ring_emptied_first)) {
         CLEANUP(super_fini) struct super early = {0};

@@ -77,8 +77,6 @@ struct keeper {
     bool runtime_told; /* whether its runtime directory is a good one */
     bool voided;    /* no other node's bitmaps of the image are there, or they are inconsistent */
     bool stale;     /* recovery has found what is to be written anew */
-    bool copied;    /* the tide file is of another image, which may be in use: with the same uuid
-                     * their segments would have the same names */
     bool damaged;   /* or a damaged sector of an area: the close writes all of them */
     bool lost;      /* no tide file can be had: bitmaps are inconsistent after the next crash */
     bool giving_up; /* so what would be believed is being taken away, under `lock` */

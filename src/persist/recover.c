@@ -57,9 +57,6 @@ static enum witness_verdict ask_witness(struct keeper *k, const struct super *s,
         snprintf(why, why_bytes, "the image cannot be looked at");
         return WITNESS_CHANGED;
     }
-    /* Others may yet ask a copy for what it has of a group, by its uuid. */
-    k->copied =
-        witness_is_other_file(&s->witness, &now) && !s->n_records && tide_id_none(&s->group);
     if (!s->in_use)
         return witness_compare_clean(&s->witness, &now, why, why_bytes);
     const struct segments of = keeper_segments(k, s);

@@ -104,7 +104,7 @@ int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
     s->session = k->next_session;
     if (k->epoch == 0)
         k->epoch = s->next_epoch ? s->next_epoch : 1;
-    if ((k->void_tide && !BROKEN(guard_same_uuid)) || k->copied || tide_id_none(&s->uuid)) {
+    if ((k->void_tide && !BROKEN(guard_same_uuid)) || tide_id_none(&s->uuid)) {
         if (tide_id_none(&k->next_uuid))
             id_make(&k->next_uuid);
         s->uuid = k->next_uuid;
@@ -157,7 +157,7 @@ void keeper_session_begun(struct keeper *k)
     keeper_stamp_use(k, keeper_is_engaged(k));
     k->next_session = k->next_uuid = (struct tide_id){{0}};
     k->in_use = true;
-    k->stale = k->void_tide = k->copied = false;
+    k->stale = k->void_tide = false;
     k->ring_next = s->ring_sequence;
     if (k->options.level == TIDE_POWER)
         k->hot = hot_new(

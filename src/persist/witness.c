@@ -175,14 +175,6 @@ static enum witness_verdict compare_identity(const struct witness *then, const s
     return WITNESS_SAME;
 }
 
-bool witness_is_other_file(const struct witness *then, const struct witness *now)
-{
-    char why[160];
-
-    return then->kind == WITNESS_FILE &&
-           compare_identity(then, now, why, sizeof why) == WITNESS_CHANGED;
-}
-
 /* After a crash (not CLEAN) a session may have resized its disk, which the superblock knows of. */
 static enum witness_verdict compare_device(const struct witness *then, const struct witness *now,
                                            bool clean, char *why, size_t why_bytes)

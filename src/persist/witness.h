@@ -45,8 +45,6 @@ enum witness_verdict {
 /* A regular file: has it been written since then (wall clock, ns)? */
 bool witness_written_since(int fd, uint64_t then_ns);
 int witness_take(int fd, struct witness *ret) MUST_CHECK;
-/* Are they of two files? Not: of one that has changed. */
-bool witness_is_other_file(const struct witness *then, const struct witness *now);
 /* NOW against THEN, that of a clean close. WHY gets the reason of CHANGED. */
 enum witness_verdict witness_compare_clean(const struct witness *then, const struct witness *now,
                                            char *why, size_t why_bytes);
