@@ -259,13 +259,12 @@ def test_options_do_not_change_while_the_node_is_open(image, start):
     daemon.stop()
 
 
-@pytest.mark.parametrize("driver", ["raw", "qcow2"])
-def test_the_image_is_not_exchanged(tmp, tidemarkd, driver):
-    """Its tide file, or its header, would tell of what is on another one: of this one it tells nothing."""
+def test_the_image_is_not_exchanged(tmp, tidemarkd):
+    """Its tide file would tell of what is on another one: of this one it tells nothing."""
     files = [{"driver": "file", "node-name": name, "filename": str(tmp / name)} for name in ("one", "two")]
     for f in files:
-        subprocess.run(["qemu-img", "create", "-q", "-f", driver, f["filename"], "1M"], check=True)
-    node, top = {"driver": driver, "node-name": "a", "file": "one"}, {"driver": "raw", "node-name": "top", "file": "a"}
+        subprocess.run(["qemu-img", "create", "-q", "-f", "raw", f["filename"], "1M"], check=True)
+    node, top = {"driver": "raw", "node-name": "a", "file": "one"}, {"driver": "raw", "node-name": "top", "file": "a"}
     with Daemon(binary=tidemarkd, directory=tmp) as d:
         for n in [*files, node, top]:
             d.qmp.execute("blockdev-add", **n)
