@@ -70,9 +70,9 @@ void keeper_close(struct keeper *k);
 /* Read-only and back. What others did meanwhile is found out as when it is opened. */
 int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err) MUST_CHECK;
 
-/* Is there a tide file, or can one be had? */
 const char *keeper_path(const struct keeper *k); /* of its tide file */
 bool keeper_has_tide(const struct keeper *k);
+/* Is there a tide file, or can one be had? */
 int keeper_can_keep(const struct keeper *k, struct error *err) MUST_CHECK;
 /* May one more bitmap be added? */
 int keeper_can_add(struct keeper *k, const char *name, uint64_t granularity_bytes,

@@ -92,6 +92,17 @@ static int take_witness(struct keeper *k, int fd, struct witness *ret)
     return r < 0 ? r : witness_take(fd, ret);
 }
 
+/* A resize of a killed program may be in the page cache yet. Its superblock knows both sizes, that
+ * of a new session one. */
+static int settle_size(const struct keeper *k, const struct super *s, struct error *err)
+{
+    int fd = keeper_descriptor(k), r = 0;
+
+    if (s->size_bytes != s->resizing_bytes && fd >= 0 && !BROKEN(size_left_in_cache))
+        r = io_fsync(fd);
+    return r < 0 ? error_set_errno(err, -r, "Could not flush the image") : 0;
+}
+
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
 {
     struct super *s = &c->next;
@@ -110,6 +121,8 @@ int keeper_begin_session(struct keeper *k, struct change *c, struct error *err)
         s->uuid = k->next_uuid;
     }
     s->ring_sequence = k->ring_next ? k->ring_next : 1;
+    if ((r = settle_size(k, s, err)) < 0)
+        return r;
     if (fd >= 0 && (r = take_witness(k, fd, &s->witness)) < 0)
         return error_set_errno(err, -r, "Could not look at the image of node '%s'",
                                node_name(k->node));
