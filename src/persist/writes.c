@@ -213,11 +213,13 @@ static int begin_use(struct keeper *k)
     return -EIO;
 }
 
-/* Is this write the first change since the open, or since the image has been saved? */
+/* Is this write the first change since the open, or since the image has been saved? What a killed
+ * program has left tells of its last write: then it is, also where no bitmap records. */
 static bool is_first(const struct keeper *k)
 {
     if (k->options.image && !(BROKEN(guard_hot_passes) && k->in_use))
-        return k->recording && !keeper_is_engaged(k);
+        return !keeper_is_engaged(k) &&
+               (k->recording || (!k->in_use && !k->lost && k->tide && keeper_has_bitmaps(k)));
     return !k->in_use && !k->lost && (k->tide || k->recording);
 }
 
