@@ -857,7 +857,7 @@ class History:
         else:
             self.superset = self.crash_during(self.operation, 1.5 if self.place.power else 0.4)
             self.possible = {"superset" if self.superset else "exact"}
-            if self.place.slow and self.fmt != "qcow2" and not self.device:
+            if self.place.slow and not self.device:
                 self.possible.add("none")
         self.load.end()
         if not self.place.power and self.possible != {"clean"}:
