@@ -150,18 +150,18 @@ static uint8_t *content_of(struct groups *c, struct side *s, uint64_t *size)
     if (!s->d->qcow2)
         return machine_dump(&c->h->m, s->d->path, size);
     *size = node_size(s->d->n);
-    uint8_t *disk;
-    {
+    uint8_t *buf = xcalloc(1, *size),
+            *disk = NULL; /* the life's: it may be killed while it reads */
+    int r = history_read_all(s->d->edge, *size, buf);
+    if (r < 0 && !anything_may_be(c))
+        violation(c->h, "%s cannot be read", s->d->node);
+    if (r == 0) {
         HEAP_OF_THE_MACHINE();
         disk = xcalloc(1, *size);
+        memcpy(disk, buf, *size);
     }
-    if (history_read_all(s->d->edge, *size, disk) == 0)
-        return disk;
-    if (!anything_may_be(c))
-        violation(c->h, "%s cannot be read", s->d->node);
-    HEAP_OF_THE_MACHINE();
-    free(disk);
-    return NULL;
+    free(buf);
+    return disk;
 }
 
 /* Nobody writes. A, or B, is set wherever the disk is not what BASE says. */
