@@ -32,7 +32,8 @@
 #include <stdio.h>
 
 /* QEMU leaves the bit when it reopens for writing what it has opened read-only (as the backing
- * image that it commits into). As long as the boot lasts the stamp tells. */
+ * image that it commits into). As long as the boot lasts the stamp tells, but for the second of its
+ * slack. */
 static bool is_written_since(struct keeper *k, const struct super *s)
 {
     const struct segments of = keeper_segments(k, s);

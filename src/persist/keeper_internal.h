@@ -161,7 +161,7 @@ void keeper_look(struct keeper *k); /* which bitmaps record */
 
 int keeper_begin_session(struct keeper *k, struct change *c, struct error *err) MUST_CHECK;
 void keeper_describe(struct keeper *k, struct super *s);
-/* And not of one with another driver, or of another part of the image? */
+/* Is S of this node, and not of one with another driver, or of another part of the image? */
 bool keeper_is_of_node(const struct keeper *k, const struct super *s);
 void keeper_session_begun(struct keeper *k);
 /* The segments of the tide file that says S, and that no set has, go: what a killed program has
@@ -200,6 +200,7 @@ struct range *keeper_unwritten(const struct keeper *k, size_t *n);
 int keeper_void_others(struct keeper *k) MUST_CHECK;
 /* From now on the image's times may be of a write of ours. */
 void keeper_stamp_begun(struct keeper *k);
+/* As long as an image is in use they may be at any moment. Nothing of other disks. */
 void keeper_stamp_use(struct keeper *k, bool in_use);
 
 /* ---- checkpoint.c ---- */

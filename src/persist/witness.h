@@ -40,10 +40,10 @@ enum witness_verdict {
     WITNESS_CHANGED,
 };
 
-/* Takes it of the open file FD, which has been synced; waits until the clock has left mtime's tick.
- */
 /* A regular file: has it been written since then (wall clock, ns)? */
 bool witness_written_since(int fd, uint64_t then_ns);
+/* Takes it of the open file FD, which has been synced; waits until the clock has left mtime's tick.
+ */
 int witness_take(int fd, struct witness *ret) MUST_CHECK;
 /* NOW against THEN, that of a clean close. WHY gets the reason of CHANGED. */
 enum witness_verdict witness_compare_clean(const struct witness *then, const struct witness *now,
