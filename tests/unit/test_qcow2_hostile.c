@@ -436,7 +436,59 @@ TEST(a_huge_hole_behind_the_image_costs_nothing)
     node_unref(n);
 }
 
+/* A refcount table whose entries, but for the last, which cannot be, all name one block, which is
+ * full: to find no free cluster there takes long, and no wait. */
+enum { TABLE_ENTRIES = 1 << 16, PER_CLUSTER = 512 / 8 };
+
+static void one_full_block(struct memdisk *d)
+{
+    const uint64_t block = align_up(d->size, 512), table = block + 512;
+    for (unsigned i = 0; i < 512 / 2; i++)
+        put(d, block + 2 * i, 2, 1);
+    for (unsigned i = 0; i < TABLE_ENTRIES; i++)
+        put(d, table + 8 * i, 8, i < TABLE_ENTRIES - 1 ? block : (uint64_t)1 << 40);
+    put(d, 48, 8, table);
+    put(d, 56, 4, TABLE_ENTRIES / PER_CLUSTER);
+}
+
+struct idler {
+    bool end;
+    unsigned turns;
+};
+
+static int idle_until_end(void *arg)
+{
+    struct idler *w = arg;
+    for (; !w->end; w->turns++)
+        CHECK(task_yield() == 0);
+    return 0;
+}
+
+TEST(who_looks_for_a_free_cluster_lets_others_run)
+{
+    graph_add_driver(g, &driver_memdisk);
+    make_image(g, 4 * MiB, ",'cluster-size':512");
+    one_full_block(&memdisks[0]);
+    memdisks[0].yield = false;
+    struct test_user u;
+    struct idler idler = {false};
+    uint8_t buf[512] = {1};
+    struct node *n =
+        open_ok(g, "{'driver':'qcow2','file':{'driver':'memdisk','disk':0},'backing':null}");
+    struct edge *e = attach(&u, n, PERM_CONSISTENT_READ | PERM_WRITE, PERM_ALL);
+    {
+        SCOPE(others);
+        scope_spawn(&others, idle_until_end, &idler);
+        CHECK(edge_write(e, range_make(3 * MiB, sizeof buf), buf, 0) == -EIO);
+        idler.end = true;
+    }
+    CHECK(idler.turns > TABLE_ENTRIES / 128);
+    edge_detach(e);
+    node_unref(n);
+}
+
 static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(who_looks_for_a_free_cluster_lets_others_run),
     cmocka_unit_test(a_huge_hole_behind_the_image_costs_nothing),
     cmocka_unit_test(header_fields_that_cannot_be_are_refused_in_qemus_words),
     cmocka_unit_test(entries_that_cannot_be_are_named),

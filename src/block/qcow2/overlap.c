@@ -6,15 +6,20 @@
 #include "block/qcow2/qcow2.h"
 
 #include "base/log.h"
+#include "rt/clock.h"
 
 #include <stdarg.h>
 #include <stdio.h>
 
 enum { KEY_EMPTY = 0, KEY_DELETED = 1, KIND_MASK = 0x1ff };
 
+/* Where nobody who makes an image can tell: one whose tables all came to one place would hold up
+ * everything for hours. */
 static size_t key_place(const struct metadata_set *m, uint64_t offset)
 {
-    return (size_t)((offset >> 9) * 0x9e3779b97f4a7c15u >> 20) & (m->capacity - 1);
+    uint64_t h = (offset >> 9) * m->factor;
+    h = (h ^ h >> 32) * m->factor;
+    return (size_t)(h >> 32) & (m->capacity - 1);
 }
 
 static uint64_t *key_find(const struct metadata_set *m, uint64_t offset)
@@ -32,7 +37,11 @@ static uint64_t *key_find(const struct metadata_set *m, uint64_t offset)
 
 static bool grow(struct metadata_set *m)
 {
-    struct metadata_set bigger = {.capacity = m->capacity ? m->capacity * 2 : 256};
+    struct metadata_set bigger = {.capacity = m->capacity ? m->capacity * 2 : 256,
+                                  .factor = m->factor};
+    if (!bigger.factor)
+        random_bytes(&bigger.factor, sizeof bigger.factor);
+    bigger.factor |= 1;
     bigger.keys = calloc(bigger.capacity, sizeof *bigger.keys);
     if (!bigger.keys)
         return false;

@@ -114,6 +114,7 @@ enum metadata_kind { META_NONE, META_L2, META_REFBLOCK };
 struct metadata_set {
     uint64_t *keys;        /* offset | kind; 0: empty, 1: deleted */
     size_t capacity, used; /* used counts deleted ones, too */
+    uint64_t factor;       /* odd, of the hash, another one for each image */
 };
 
 struct snapshot {

@@ -369,11 +369,19 @@ void refcount_trim_space(struct qcow2 *q)
     q->space_end = 0;
 }
 
+/* A table can name one full block a million times: to look through that takes no wait. */
+static void let_others_run(unsigned *looked)
+{
+    if (++*looked % 64 == 0)
+        (void)!task_yield();
+}
+
 int refcount_alloc(struct qcow2 *q, uint64_t wanted, uint64_t *offset, uint64_t *got, bool *fresh)
 {
     file_event(q, DEBUG_cluster_alloc);
     LOCKED(&q->alloc_lock);
     uint32_t per_slice = q->refcount_cache.slice_bytes / 2;
+    unsigned looked = 0;
     for (;;) {
         uint64_t from = q->free_hint, cluster = from;
         if (cluster > ENTRY_OFFSET_MASK >> q->cluster_bits)
@@ -397,6 +405,7 @@ int refcount_alloc(struct qcow2 *q, uint64_t wanted, uint64_t *offset, uint64_t 
         if (i == per_slice) {
             if (q->free_hint >= from)
                 q->free_hint = cluster;
+            let_others_run(&looked);
             continue;
         }
         uint64_t n = 0;
@@ -425,9 +434,12 @@ int refcount_alloc_bytes(struct qcow2 *q, uint64_t bytes, uint64_t *offset)
     LOCKED(&q->alloc_lock);
     uint64_t n = clusters_of(q, bytes), run = 0, cluster;
     uint64_t end = refcount_end(q);
+    unsigned looked = 0;
 
     for (cluster = q->free_hint; cluster < end && run < n; cluster++) {
         struct cache_slot *s;
+        if (!index_in_slice(q, cluster))
+            let_others_run(&looked);
         int r = slice_get(q, cluster, &s);
         if (r < 0)
             return r;
