@@ -3,6 +3,7 @@
 #include "base/log.h"
 #include "block/driver.h"
 #include "block/file.h"
+#include "persist/crc.h"
 #include "persist/image.h"
 #include "persist/keeper_internal.h"
 #include "rt/clock.h"
@@ -19,13 +20,25 @@ static void id_make(struct tide_id *id)
     id->bytes[0] |= 1; /* never none */
 }
 
-/* Of which node over the image bitmaps are: of its driver, and a part of a file is another disk
- * than the next part. */
+/* Of which node over the image bitmaps are: of its driver, and of the formats below it, which have
+ * made its disk of the image's bytes and may have bitmaps of their own. */
 static void describe_node(const struct node *n, char text[SUPER_DRIVER_BYTES])
 {
-    uint64_t offset = raw_offset(n);
+    CLEANUP(memory_freep) char *all = NULL;
 
-    snprintf(text, SUPER_DRIVER_BYTES, offset ? "%s@%" PRIu64 : "%s", node_driver_name(n), offset);
+    for (const struct edge *e; n; n = (e = node_primary(n)) ? e->node : NULL) {
+        uint64_t offset = raw_offset(n);
+        if (all && !n->driver->is_format)
+            continue;
+        CLEANUP(memory_freep) char *above = steal(all);
+        all = xasprintf(offset ? "%s%s%s@%" PRIu64 : "%s%s%s", above ? above : "", above ? "/" : "",
+                        node_driver_name(n), offset);
+    }
+    if (strlen(all) < SUPER_DRIVER_BYTES)
+        strcpy(text, all);
+    else
+        snprintf(text, SUPER_DRIVER_BYTES, "%.20s#%08" PRIx32, all,
+                 crc_end(crc_add(CRC_BEGIN, all, strlen(all))));
 }
 
 bool keeper_is_of_node(const struct keeper *k, const struct super *s)

@@ -85,7 +85,7 @@ struct super {
     bool in_use;            /* false: closed, the areas hold everything */
     enum tide_level level;
     /* Of the node that has the bitmaps: "raw", "qcow2", "file", ...; "raw@OFFSET" of a raw one
-     * whose disk is a part of the file. */
+     * whose disk is a part of the file, "qcow2/raw@OFFSET" of one over such a part. */
     char driver[SUPER_DRIVER_BYTES];
     uint64_t size_bytes;     /* of the disk */
     uint64_t resizing_bytes; /* being resized to this; equal to size_bytes: it is not */

@@ -47,6 +47,7 @@ struct life {
     bool small_regions; /* of 64 KiB */
     bool no_runtime;    /* there is no place for segments */
     const char *part;   /* the disks are parts of their files; NULL: all */
+    bool below;         /* a node below makes them so */
     void (*body)(struct life *l);
     struct graph *g;
     struct jobs *js;
@@ -165,9 +166,10 @@ static int live(void *arg)
     for (unsigned i = 0; i < DISKS; i++) {
         char json[512];
         snprintf(json, sizeof json,
-                 "{'driver':'raw','node-name':'d%u','read-only':%s,%s"
-                 "'file':{'driver':'file','filename':'%s/%u'}}",
-                 i, l->read_only ? "true" : "false", l->part ? l->part : "", dir, i);
+                 "{'driver':'raw','node-name':'d%u','read-only':%s,%s%s"
+                 "'file':{'driver':'file','filename':'%s/%u'}%s}",
+                 i, l->read_only ? "true" : "false", l->below ? "'file':{'driver':'raw'," : "",
+                 l->part ? l->part : "", dir, i, l->below ? "}" : "");
         l->n[i] = open_ok(l->g, json);
         l->e[i] =
             attach(&l->user[i], l->n[i], l->read_only ? PERM_CONSISTENT_READ : PERM_ALL, PERM_ALL);
@@ -612,20 +614,28 @@ static void has_it(struct life *l)
     CHECK(!dirty_inconsistent(bitmap_of(l, 0)));
 }
 
-/* It is another disk, though of the same image and size. */
+/* It is another disk, though of the same image and size, also where a node below makes the parts.
+ */
 static void another_part_does_not_get_it(void **state)
 {
-    static void (*const firsts[])(struct life *) = {write_and_close, add, move_disk,
-                                                    move_disk_and_close};
+    static const struct {
+        void (*first)(struct life *);
+        bool moves, below;
+    } cases[] = {{write_and_close, .below = true},
+                 {write_and_close},
+                 {add, .below = true},
+                 {add},
+                 {move_disk, .moves = true},
+                 {move_disk_and_close, .moves = true}};
 
-    for (unsigned i = 0; i < ARRAY_SIZE(firsts); i++) {
-        bool moved = firsts[i] == move_disk || firsts[i] == move_disk_and_close;
-        const char *own = moved ? THIRD_PART : FIRST_PART, *other = moved ? FIRST_PART : THIRD_PART;
+    for (unsigned i = 0; i < ARRAY_SIZE(cases); i++) {
+        const char *parts[] = {FIRST_PART, THIRD_PART};
+        bool moves = cases[i].moves, below = cases[i].below;
         each_file("", true);
         make_disks();
-        run_life_with((struct life){.body = firsts[i], .part = FIRST_PART});
-        run_life_with((struct life){.body = is_not_there, .part = other});
-        run_life_with((struct life){.body = has_it, .part = own});
+        run_life_with((struct life){.body = cases[i].first, .part = parts[0], .below = below});
+        run_life_with((struct life){.body = is_not_there, .part = parts[!moves], .below = below});
+        run_life_with((struct life){.body = has_it, .part = parts[moves], .below = below});
     }
 }
 
