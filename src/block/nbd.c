@@ -54,6 +54,7 @@ static int nbd_node_open(struct node *n, struct json_object *options, struct err
         return r;
     }
     take_offer(n, &re->offer);
+    n->write_generation = 1; /* what a killed program wrote may lie in the server's cache only */
     nbd_remote_start(re);
     return 0;
 }

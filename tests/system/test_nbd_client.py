@@ -193,6 +193,15 @@ def test_flags_and_order(fake, front):
         (rawnbd.CACHE, 0, 16384, 4096), (rawnbd.FLUSH, 0, 0, 0)]
 
 
+def test_the_first_flush_is_asked_for(fake, front):
+    """What a killed program has written may be in the server's cache yet."""
+    s = fake()
+    g = connect(front(remote(s)).address)
+    g.flush()
+    g.flush()
+    assert s.log == [(rawnbd.FLUSH, 0, 0, 0)]
+
+
 def test_a_server_that_can_little(fake, front):
     """No FUA: a flush after the write. No zeroes: written out. No structured replies: all is data."""
     s = fake(flags=HAS | 4, structured=False)
