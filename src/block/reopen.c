@@ -313,7 +313,7 @@ static bool is_other_file(const struct entry *en)
 {
     const struct child_change *c = &en->file;
 
-    return c->wanted && !node_reaches(c->to, c->from) && !node_reaches(c->from, c->to);
+    return c->wanted && node_skip_filters(c->to) != node_skip_filters(c->from);
 }
 
 static int check_other_file(const struct entry *en, struct error *err)
@@ -575,9 +575,9 @@ static void commit_all(struct entries *all, struct perm_change *change)
         remember_options(en);
         if (en->n->driver->measure_length)
             en->n->size_bytes = align_up(en->n->driver->measure_length(en->n), BLOCK_SECTOR);
-        follow_content(en->n, size, other);
-        if (en->told_hooks)
+        if (en->told_hooks) /* before anything is made durable on the strength of what was read */
             (void)tell_hooks(en, false, NULL);
+        follow_content(en->n, size, other);
     }
 }
 

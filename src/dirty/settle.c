@@ -164,7 +164,7 @@ static int commit(struct node *const *nodes, size_t n, bool ending, struct error
             if (bm->settling && r == 0)
                 settled(bm);
             bm->settling = false;
-            if (r == 0) {
+            if (r == 0 && !node_read_only(all[i])) {
                 bm->ended = bm->unannounced = false;
             }
         }
