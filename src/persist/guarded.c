@@ -78,7 +78,12 @@ static int drop_stray_guard(struct keeper *k, struct error *err)
     if (k->guarded || k->node->read_only)
         return 0;
     int r = qcow2_guard_read(k->node, &g, err);
-    return r == 0 && g.set ? qcow2_guard_void(k->node, err) : r;
+    if (r == 0 && g.set)
+        return qcow2_guard_void(k->node, err);
+    /* That another program has taken the bit away may be in the page cache only. */
+    if (r == 0 && g.named && edge_flush(node_primary(k->node)) < 0)
+        r = error_set_errno(err, EIO, "Could not flush the image");
+    return r;
 }
 
 int keeper_recover_image(struct keeper *k, struct error *err)
@@ -208,10 +213,22 @@ static void end_tide(struct keeper *k)
         log_warning("Node '%s': %s", node_name(k->node), err.text);
 }
 
+/* Saving writes to the image: until it is done its times must be ours. */
+void keeper_before_save(struct keeper *k)
+{
+    struct error err = ERROR_INIT;
+    LOCKED(&k->lock);
+
+    if (k->options.image && k->tide && k->stale && !k->in_use && !k->lost && !k->node->read_only &&
+        keeper_has_bitmaps(k) && keeper_engage(k, &err) < 0)
+        log_warning("Node '%s': %s", node_name(k->node), err.text);
+}
+
 void keeper_end_guarded(struct keeper *k)
 {
     struct error err = ERROR_INIT;
 
+    keeper_before_save(k);
     checkpoint_stop(k);
     hot_free(steal(k->hot));
     LOCKED(&k->lock); /* what is gone from memory may yet be collected (keeper_bits_gone) */

@@ -140,8 +140,14 @@ void keeper_give_up(struct keeper *k, const struct error *why)
         r = BROKEN(give_up_keeps_guard) ? 0 : qcow2_guard_void(k->node, &err);
         k->guarded = false;
     } else {
-        if (k->tide)
-            r = tide_remove(steal(k->tide), &err);
+        struct tide *old;
+        {
+            LOCKED(&k->area_lock); /* nobody is in it */
+            LOCKED(&k->ring_lock);
+            old = steal(k->tide);
+        }
+        if (old)
+            r = tide_remove(old, &err);
         keeper_distrust(k, why->text);
     }
     k->giving_up = false;
@@ -452,14 +458,15 @@ void keeper_resized(struct keeper *k)
 {
     struct error err = ERROR_INIT;
 
-    if (!k->resizing_bytes && !is_unforeseen(k))
+    const bool announced = k->resizing_bytes;
+    if (!announced && !is_unforeseen(k))
         return;
     LOCKED(&k->lock);
     /* Until the image's size is durable it may have either. */
     struct edge *e = node_primary(k->node);
     int r = BROKEN(resize_not_flushed) ? 0 : e ? edge_flush(e) : node_flush(k->node);
     k->resizing_bytes = r < 0 && k->tide ? tide_super(k->tide)->size_bytes : 0;
-    if (k->stamp)
+    if (k->stamp && announced)
         stamp_write_done(k->stamp);
     /* The areas are as large as the disk was. */
     forget_extents(k);

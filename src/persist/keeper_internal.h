@@ -188,6 +188,7 @@ int keeper_engage(struct keeper *k, struct error *err) MUST_CHECK;
 bool keeper_is_engaged(const struct keeper *k);
 /* The image has everything: the tide file goes, then its guard. */
 void keeper_end_guarded(struct keeper *k);
+void keeper_before_save(struct keeper *k);
 /* Under k->lock: opens the session, and gives up what it must. */
 void keeper_begin_use(struct keeper *k);
 

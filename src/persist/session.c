@@ -20,20 +20,25 @@ static void id_make(struct tide_id *id)
     id->bytes[0] |= 1; /* never none */
 }
 
-/* Of which node over the image bitmaps are: of its driver, and of the formats below it, which have
- * made its disk of the image's bytes and may have bitmaps of their own. */
+/* Of which node over the image bitmaps are: of its driver, and of what has made its disk of the
+ * image's bytes below it. A raw format of the whole file is nothing there, but below another one,
+ * with which it would share its name. */
 static void describe_node(const struct node *n, char text[SUPER_DRIVER_BYTES])
 {
     CLEANUP(memory_freep) char *all = NULL;
+    bool raws = true;
 
     for (const struct edge *e; n; n = (e = node_primary(n)) ? e->node : NULL) {
         uint64_t offset = raw_offset(n);
-        if (all && !n->driver->is_format)
+        bool is_whole = !strcmp(node_driver_name(n), "raw") && !offset;
+        if (all && (!n->driver->is_format || (is_whole && !raws)))
             continue;
+        raws = raws && is_whole;
         CLEANUP(memory_freep) char *above = steal(all);
         all = xasprintf(offset ? "%s%s%s@%" PRIu64 : "%s%s%s", above ? above : "", above ? "/" : "",
                         node_driver_name(n), offset);
     }
+    memset(text, 0, SUPER_DRIVER_BYTES);
     if (strlen(all) < SUPER_DRIVER_BYTES)
         strcpy(text, all);
     else
@@ -106,13 +111,14 @@ static int take_witness(struct keeper *k, int fd, struct witness *ret)
 }
 
 /* A resize of a killed program may be in the page cache yet. Its superblock knows both sizes, that
- * of a new session one. */
+ * of a new session one. The node flushes: an error is told once, and guests are to hear of it. */
 static int settle_size(const struct keeper *k, const struct super *s, struct error *err)
 {
-    int fd = keeper_descriptor(k), r = 0;
+    struct edge *e = node_primary(k->node);
+    int r = 0;
 
-    if (s->size_bytes != s->resizing_bytes && fd >= 0 && !BROKEN(size_left_in_cache))
-        r = io_fsync(fd);
+    if (s->size_bytes != s->resizing_bytes && !BROKEN(size_left_in_cache))
+        r = e ? edge_flush(e) : node_flush(k->node);
     return r < 0 ? error_set_errno(err, -r, "Could not flush the image") : 0;
 }
 
@@ -478,6 +484,8 @@ int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
     for (struct dirty_bitmap *bm = dirty_first(k->node); r == 0 && bm; bm = dirty_next(bm))
         if (keeper_keeps(bm) && !dirty_held(bm))
             r = dirty_check(bm, DIRTY_CHECK_BUSY, err);
+    if (r == 0)
+        keeper_before_save(k);
     if (r == 0 && k->options.image)
         r = image_reopen(k->options.image, true, true, err);
     if (r < 0)

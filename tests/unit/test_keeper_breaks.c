@@ -36,13 +36,17 @@ struct life {
     unsigned bad_dir_syncs; /* so many syncs of directories fail */
     uint64_t die_after_ns;  /* a write of data takes so long, and then it ends; 0: it does not */
     bool resized;           /* an image, and that is not durable */
-    bool ours[FDS];
-    bool no_new_tide;   /* there is no room for one */
-    bool no_segments;   /* nor for one of these */
-    bool slow_syncs;    /* of images */
-    bool as_devices;    /* they say that they are */
-    bool die_in_unlink; /* of a tide file: it takes a while, and then the life ends */
-    bool unlinking;     /* that has begun */
+    bool ours[FDS], tide[FDS];
+    unsigned image_syncs; /* that have been */
+    bool no_new_tide;     /* there is no room for one */
+    bool no_room;         /* nor for more in one that there is */
+    bool slow_tide;       /* its writes, its ring's most of all */
+    bool die_in_truncate; /* of an image, when that is done */
+    bool no_segments;     /* nor for one of these */
+    bool slow_syncs;      /* of images */
+    bool as_devices;      /* they say that they are */
+    bool die_in_unlink;   /* of a tide file: it takes a while, and then the life ends */
+    bool unlinking;       /* that has begun */
     bool read_only;
     bool small_regions; /* of 64 KiB */
     bool no_runtime;    /* there is no place for segments */
@@ -121,6 +125,18 @@ static int64_t perform(struct world *w, struct io_op *op)
         return -ENOSPC;
     if (l->slow_syncs && op->kind == IO_DATASYNC && op->fd < FDS && !l->ours[op->fd])
         (void)!sleep_until(clock_after_ns(NSEC_PER_SEC / 5));
+    if (l->no_room && op->kind == IO_FALLOCATE && op->fd < FDS && l->tide[op->fd])
+        return -ENOSPC;
+    if (l->slow_tide && op->kind == IO_WRITE && op->fd < FDS && l->tide[op->fd])
+        (void)!sleep_until(clock_after_ns(op->offset >= 512 * KiB && op->offset < 768 * KiB
+                                              ? NSEC_PER_SEC / 2
+                                              : NSEC_PER_SEC / 8));
+    if (l->die_in_truncate && op->kind == IO_TRUNCATE && op->fd < FDS && !l->ours[op->fd]) {
+        l->real->perform(l->real, op);
+        _exit(KILLED);
+    }
+    if (op->kind == IO_DATASYNC || op->kind == IO_SYNC)
+        l->image_syncs += op->fd < FDS && !l->ours[op->fd];
     if (l->no_segments && op->kind == IO_OPEN && (op->flags & O_CREAT) && strstr(op->path, "/run-"))
         return -ENOSPC;
     if (l->die_in_unlink && op->kind == IO_UNLINK && !strcmp(strrchr(op->path, '.'), ".tide")) {
@@ -146,8 +162,10 @@ static int64_t perform(struct world *w, struct io_op *op)
     if (op->fd >= 0 && op->fd < FDS && !l->ours[op->fd])
         l->resized = op->kind == IO_TRUNCATE ||
                      (l->resized && op->kind != IO_DATASYNC && op->kind != IO_SYNC);
-    if (op->kind == IO_OPEN && r >= 0 && r < FDS)
+    if (op->kind == IO_OPEN && r >= 0 && r < FDS) {
         l->ours[r] = is_ours(op->path);
+        l->tide[r] = l->ours[r] && strstr(op->path, ".tide");
+    }
     return fails && op->kind != IO_OPEN ? -EIO : r;
 }
 
@@ -1602,6 +1620,361 @@ static void a_group_on_full_disks(void **state)
     every_operation_fails_once(FULL, false);
 }
 
+static void is_not_believed(struct life *l)
+{
+    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
+
+    CHECK(bm && dirty_inconsistent(bm));
+}
+
+static void add_to(struct life *l, const char *node)
+{
+    char text[200];
+
+    snprintf(text, sizeof text,
+             "[{'type':'block-dirty-bitmap-add','data':{'node':'%s','name':'b','persistent':true,"
+             "'granularity':512}}]",
+             node);
+    CLEANUP(json_putp) struct json_object *actions = parse(text);
+    CHECK(transact(l, actions, text) == 0);
+}
+
+/* ---- reopens ---- */
+
+#define LOW_PART "'offset':0,'size':32505856,"
+#define HIGH_PART "'offset':33554432,'size':32505856,"
+#define BOTH_PARTS "'offset':0,'size':65011712,"
+#define TWO_PARTS "'offset':0,'size':2097152,"
+
+static void make_large_disks(void)
+{
+    char path[80];
+
+    for (unsigned i = 0; i < DISKS; i++) {
+        snprintf(path, sizeof path, "%s/%u", dir, i);
+        assert_int_equal(truncate(path, LARGE_BYTES), 0);
+    }
+}
+
+static void add_fine_and_close(struct life *l)
+{
+    CHECK(act(l, 1, "add", ",'persistent':true,'granularity':512") == 0);
+    CHECK(write_at(l, 0, 0) == 0);
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+/* ARM: it moves first; ARM_AGAIN: and is closed. */
+static void become_writable_elsewhere(struct life *l)
+{
+    bool moves_first = l->arm, closes = l->arm_again;
+
+    edge_detach(l->e[0]);
+    if (moves_first)
+        reopen_part(l, true, HIGH_PART);
+    reopen_part(l, false, HIGH_PART);
+    is_all_dirty(l);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+    CHECK(write_at(l, 0, 0) == 0);
+    is_all_dirty(l);
+    if (!closes)
+        return;
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+static void grow_and_become_writable(struct life *l)
+{
+    edge_detach(l->e[0]);
+    reopen_part(l, true, BOTH_PARTS);
+    reopen_part(l, false, BOTH_PARTS);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+    CHECK(write_at(l, 0, 0) == 0);
+    CHECK(is_dirty(l, 0, 40 * MiB));
+}
+
+static void has_what_grew(struct life *l)
+{
+    CHECK(is_dirty(l, 0, 40 * MiB));
+}
+
+/* Nothing of a read-only node can be made durable: it is when the node has become writable. */
+static void what_changes_while_it_is_read_only_is_kept(void **state)
+{
+    for (unsigned i = 0; i < 4; i++) {
+        each_file("", true);
+        make_disks();
+        make_large_disks();
+        run_life_with((struct life){.body = add_fine_and_close, .part = LOW_PART});
+        run_life_with((struct life){.body = become_writable_elsewhere,
+                                    .part = LOW_PART,
+                                    .read_only = true,
+                                    .small_regions = true,
+                                    .arm = i & 1,
+                                    .arm_again = i & 2});
+        lose_segments();
+        run_life_with((struct life){.body = is_all_dirty, .part = HIGH_PART});
+    }
+}
+
+static void what_grows_while_it_is_read_only_is_kept(void **state)
+{
+    make_large_disks();
+    run_life_with((struct life){.body = write_and_close, .part = LOW_PART});
+    run_life_with((struct life){.body = grow_and_become_writable,
+                                .part = LOW_PART,
+                                .read_only = true,
+                                .small_regions = true});
+    lose_segments();
+    run_life_with((struct life){.body = has_what_grew, .part = BOTH_PARTS});
+}
+
+static void become_writable_and_larger(struct life *l)
+{
+    edge_detach(l->e[0]);
+    reopen_part(l, false, TWO_PARTS);
+    CHECK(is_dirty(l, 0, 3 * MiB / 2));
+}
+
+static void a_disk_becomes_writable_and_larger(void **state)
+{
+    run_life_with((struct life){.body = write_and_close, .part = FIRST_PART});
+    run_life_with(
+        (struct life){.body = become_writable_and_larger, .part = FIRST_PART, .read_only = true});
+}
+
+/* ARM: it becomes larger, too. */
+static void others_write_it_meanwhile(struct life *l)
+{
+    char path[80];
+
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    edge_detach(l->e[0]);
+    reopen_part(l, true, FIRST_PART);
+    wait_ms(100);
+    snprintf(path, sizeof path, "%s/0", dir);
+    int fd = open(path, O_WRONLY);
+    CHECK(fd >= 0 && pwrite(fd, "x", 1, 512 * 1024) == 1);
+    close(fd);
+    wait_ms(100);
+    reopen_part(l, false, l->arm ? TWO_PARTS : FIRST_PART);
+    is_not_believed(l);
+}
+
+/* The image is looked at before a new session takes it for ours. */
+static void others_write_while_it_is_read_only(void **state)
+{
+    for (unsigned i = 0; i < 2; i++) {
+        each_file("", true);
+        make_disks();
+        run_life_with(
+            (struct life){.body = others_write_it_meanwhile, .part = FIRST_PART, .arm = i});
+    }
+}
+
+static void put_a_part_between(struct life *l)
+{
+    char json[300];
+    struct error err = ERROR_INIT;
+
+    snprintf(json, sizeof json, "{'driver':'raw','node-name':'l',%s'file':'%s'}", THIRD_PART,
+             node_name(node_primary(l->n[0])->node));
+    CHECK_OK(edge_set_perm(l->e[0], PERM_ALL & ~PERM_RESIZE, PERM_ALL, &err), err);
+    (void)open_ok(l->g, json);
+    add(l);
+    snprintf(json, sizeof json, "[{'driver':'raw','node-name':'d0',%s'file':'l'}]", FIRST_PART);
+    CLEANUP(json_putp) struct json_object *options = parse(json);
+    CHECK(graph_reopen(l->g, options, &err) < 0);
+    error_clear(&err);
+}
+
+/* It is no filter, whose disk is the same. */
+static void a_disk_is_not_led_to_a_part_of_its_file(void **state)
+{
+    run_life_with((struct life){.body = put_a_part_between, .part = FIRST_PART});
+}
+
+static void grow_and_die_in_a_long_write(struct life *l)
+{
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    reopen_part(l, false, TWO_PARTS);
+    l->die_after_ns = 12 * (NSEC_PER_SEC / 10);
+    (void)!write_at(l, 0, AT);
+    CHECK(!"it ends in that write");
+}
+
+static void a_growth_that_nobody_announced_ends_no_write(void **state)
+{
+    run_life_with((struct life){.body = grow_and_die_in_a_long_write, .part = FIRST_PART});
+    run_life_with((struct life){.body = has_both_and_the_same_witness, .part = TWO_PARTS});
+}
+
+/* ---- what others are told ---- */
+
+static void grow_by_a_write_without_room(struct life *l)
+{
+    char text[300];
+
+    snprintf(text, sizeof text, "%s/9", dir);
+    int fd = open(text, O_RDWR | O_CREAT, 0600);
+    CHECK(fd >= 0 && ftruncate(fd, DISK_BYTES) == 0);
+    close(fd);
+    snprintf(text, sizeof text, "{'driver':'file','node-name':'f','filename':'%s/9'}", dir);
+    edge_detach(l->e[0]);
+    l->n[0] = open_ok(l->g, text);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+    add_to(l, "f");
+    CHECK(write_at(l, 0, 0) == 0);
+    l->slow_syncs = l->no_room = l->slow_tide = true;
+    SCOPE(tasks);
+    scope_spawn(&tasks, write_last, l);
+    for (unsigned i = 0; i < 12; i++)
+        (void)!write_at(l, 0, i * 65536);
+    CHECK(scope_join(&tasks) == 0);
+}
+
+static void a_tide_file_is_given_up_while_it_is_written(void **state)
+{
+    run_life_with((struct life){.body = grow_by_a_write_without_room, .small_regions = true});
+}
+
+static void resize_and_die(struct life *l)
+{
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->die_in_truncate = true;
+    (void)!edge_truncate(l->e[0], 2 * DISK_BYTES, true, &err);
+    CHECK(!"it ends in that");
+}
+
+static void the_first_sync_fails(struct life *l)
+{
+    l->data_syncs = 1;
+    int w = write_at(l, 0, 0), f = edge_flush(l->e[0]);
+    CHECK(l->data_syncs == 0 && (w < 0 || f < 0));
+}
+
+/* The kernel tells it once: whoever hears it first tells the others. */
+static void guests_hear_of_a_sync_that_failed(void **state)
+{
+    run_life(resize_and_die);
+    run_life(the_first_sync_fails);
+}
+
+/* ---- qcow2 ---- */
+
+static void make_image(void)
+{
+    char command[200];
+
+    snprintf(command, sizeof command, "cd %s && qemu-img create -q -f qcow2 image.qcow2 4M", dir);
+    assert_int_equal(system(command), 0);
+}
+
+/* Below a raw node with OVER_RAW. */
+static void open_image_in(struct life *l, bool over_raw)
+{
+    char json[300];
+
+    snprintf(json, sizeof json,
+             "{'driver':'qcow2','node-name':'q',%s'file':{'driver':'file','filename':'%s/"
+             "image.qcow2'}%s}",
+             over_raw ? "'file':{'driver':'raw'," : "", dir, over_raw ? "}" : "");
+    edge_detach(l->e[0]);
+    l->n[0] = open_ok(l->g, json);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+}
+
+static void image_write_and_die(struct life *l)
+{
+    open_image_in(l, false);
+    add_to(l, "q");
+    CHECK(write_at(l, 0, 0) == 0);
+}
+
+static void image_has_first(struct life *l)
+{
+    open_image_in(l, false);
+    has_witness(l, "same");
+    CHECK(is_dirty(l, 0, 0));
+}
+
+static void image_over_raw_has_first(struct life *l)
+{
+    open_image_in(l, true);
+    CHECK(is_dirty(l, 0, 0));
+}
+
+static void a_raw_node_below_an_image_is_nothing(void **state)
+{
+    make_image();
+    run_life(image_write_and_die);
+    run_life(image_over_raw_has_first);
+}
+
+static void die_in_the_close_of_an_image(struct life *l)
+{
+    open_image_in(l, false);
+    CHECK(is_dirty(l, 0, 0));
+    l->die_after_ns = 1;
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+    CHECK(!"it ends in that close");
+}
+
+/* What is saved was recovered, and nothing has changed since: the image's times are ours all the
+ * same. */
+static void an_image_is_killed_while_it_is_saved(void **state)
+{
+    make_image();
+    run_life(image_write_and_die);
+    wait_ms(1500);
+    run_life(die_in_the_close_of_an_image);
+    run_life(image_has_first);
+}
+
+static void image_is_told_to_be_another(struct life *l)
+{
+    open_image_in(l, false);
+    is_not_believed(l);
+    say(l->image_syncs ? "synced" : "not synced");
+}
+
+static void image_is_not_believed(struct life *l)
+{
+    open_image_in(l, false);
+    is_not_believed(l);
+}
+
+/* That another program has taken the bit away may be in the page cache only; once that is told, it
+ * is so for ever. */
+static void a_verdict_on_an_image_is_kept(void **state)
+{
+    char path[100];
+    uint8_t before[512], after[512];
+
+    make_image();
+    run_life(image_write_and_die);
+    snprintf(path, sizeof path, "%s/image.qcow2", dir);
+    int fd = open(path, O_RDWR);
+    assert_int_equal(pread(fd, before, sizeof before, 0), sizeof before);
+    assert_true(before[88] & 0x80);
+    memcpy(after, before, sizeof after);
+    after[88] &= 0x7f;
+    wait_ms(1500);
+    assert_int_equal(pwrite(fd, after, sizeof after, 0), sizeof after);
+    run_life(image_is_told_to_be_another);
+    if (!was_said("synced")) /* a power loss takes it back */
+        assert_int_equal(pwrite(fd, before, sizeof before, 0), sizeof before);
+    close(fd);
+    lose_segments();
+    run_life(image_is_not_believed);
+}
+
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 static const struct CMUnitTest tests[] = {
     T(what_was_marked_before_a_disable_is_durable),
@@ -1643,5 +2016,16 @@ static const struct CMUnitTest tests[] = {
     T(a_group_whose_writes_fail_though_they_are_done),
     T(a_group_on_full_disks),
     T(a_group_fails_after_one_that_was_undone),
+    T(what_changes_while_it_is_read_only_is_kept),
+    T(what_grows_while_it_is_read_only_is_kept),
+    T(a_disk_becomes_writable_and_larger),
+    T(others_write_while_it_is_read_only),
+    T(a_disk_is_not_led_to_a_part_of_its_file),
+    T(a_growth_that_nobody_announced_ends_no_write),
+    T(a_tide_file_is_given_up_while_it_is_written),
+    T(guests_hear_of_a_sync_that_failed),
+    T(a_raw_node_below_an_image_is_nothing),
+    T(an_image_is_killed_while_it_is_saved),
+    T(a_verdict_on_an_image_is_kept),
 };
 UNIT_MAIN(tests)
