@@ -3,9 +3,8 @@
  * what was before it.
  *
  *     dirty_begin     the change gets a number; what is pending of earlier ones is settled
- *     dirty_commit    durable: all bitmaps of the nodes as they are now, pending ones with both
- * sets dirty_settle    flushes the nodes, and commits that nothing is pending of this change any
- * more
+ *     dirty_commit    durable: all bitmaps of the nodes as they are now, pending ones twice over
+ *     dirty_settle    flushes the nodes, and commits that nothing of this change is pending
  *
  * All bitmaps of a change are settled together, on whatever disks they are; one that is not kept is
  * pending, too, but nobody flushes for it. */
@@ -164,9 +163,9 @@ static int commit(struct node *const *nodes, size_t n, bool ending, struct error
             if (bm->settling && r == 0)
                 settled(bm);
             bm->settling = false;
-            if (r == 0 && !node_read_only(all[i])) {
+            /* Nothing of a read-only node is written: so it goes on to be told. */
+            if (r == 0 && (!node_read_only(all[i]) || BROKEN(read_only_counts)))
                 bm->ended = bm->unannounced = false;
-            }
         }
         if (dirty_home(all[i]))
             dirty_unwatch(dirty_home(all[i]));
