@@ -10,8 +10,9 @@
  * after an abort it is stored again when the image is closed.
  *
  * A snapshot flushes its node, puts the overlay above it and holds who has moved there until all is
- * decided. Only at commit does the node become read-only (and its persistent bitmaps are saved in
- * it); that may fail, and then it stays as it is, which nobody above can tell.
+ * decided. Only when all is committed, and its bitmaps have their base (which they say in its tide
+ * file), does the node become read-only (and its persistent bitmaps are saved in it); that may
+ * fail, and then it stays as it is, which nobody above can tell.
  *
  * Image files that prepare has made are removed after an abort, when nobody has them open any more;
  * a file that was there before is not ours to remove, although making an image in it has cost it
@@ -51,6 +52,7 @@ struct action {
 
     struct node *below;         /* snapshot: lent */
     struct node_append *append; /* NULL: it has no overlay (yet) */
+    bool stands_behind;         /* that is committed: to become read-only */
 };
 
 struct action_kind {
@@ -178,10 +180,15 @@ static void undo_abort(struct action *a)
         dirty_restore(a->bitmap, steal(a->undo));
 }
 
+/* Of what is kept on a read-only node nothing can be made durable: an enable would be told, and be
+ * nowhere after a restart, with all that is written from then on. QEMU 7.2 does take it. A disable
+ * that is nowhere costs nothing. */
 static int enable_disable(struct action *a, bool enable, struct error *err)
 {
     struct dirty_bitmap *bm;
     int r = find_bitmap(a, DIRTY_CHECK_ALLOW_READONLY, &bm, err);
+    if (r == 0 && enable && !dirty_enabled(bm))
+        r = dirty_check(bm, DIRTY_CHECK_READONLY, err);
     if (r < 0)
         return r;
     bool was_enabled = dirty_enabled(bm), was_based = dirty_based(bm);
@@ -493,13 +500,8 @@ static int snapshot_sync_prepare(struct action *a, struct error *err)
 
 static void snapshot_commit(struct action *a)
 {
-    struct error err = ERROR_INIT;
-    /* What stands behind an overlay is not written any more. If it cannot be had so, it stays
-     * writable: that is no reason to undo what is done. */
-    if (node_set_read_only(a->below, true, &err) < 0)
-        log_warning("node '%s' stays writable behind its overlay: %s", node_name(a->below),
-                    err.text);
     node_append_keep(steal(a->append));
+    a->stands_behind = true;
 }
 
 static void snapshot_abort(struct action *a)
@@ -672,6 +674,20 @@ static int run_locked(struct transaction *t, struct error *err)
     return r;
 }
 
+/* What stands behind an overlay is not written any more. If it cannot be had so, it stays writable:
+ * that is no reason to undo what is done. */
+static void make_read_only(struct transaction *t)
+{
+    struct action *a;
+
+    TAILQ_FOREACH (a, &t->actions, link) {
+        struct error err = ERROR_INIT;
+        if (a->stands_behind && node_set_read_only(a->below, true, &err) < 0)
+            log_warning("node '%s' stays writable behind its overlay: %s", node_name(a->below),
+                        err.text);
+    }
+}
+
 /* The bitmaps have not got the base that the jobs count on. One may be complete all the same: what
  * its bitmap has lost is in its file. */
 static void end_jobs(struct transaction *t)
@@ -726,6 +742,7 @@ static int run(struct transaction *t, struct error *err)
             remove_added(t);
         }
     }
+    make_read_only(t);
     for (size_t i = 0; i < t->node_count; i++)
         node_unref(t->nodes[i]);
     return r;
