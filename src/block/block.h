@@ -212,6 +212,7 @@ int edge_read(struct edge *e, struct range r, void *buf, unsigned flags) MUST_CH
 int edge_write(struct edge *e, struct range r, const void *buf, unsigned flags) MUST_CHECK;
 int edge_write_zeroes(struct edge *e, struct range r, unsigned flags) MUST_CHECK;
 int edge_discard(struct edge *e, struct range r) MUST_CHECK; /* advice: what cannot be is 0 */
+/* Of what is read-only what was there before we opened it is flushed once, too. */
 int edge_flush(struct edge *e) MUST_CHECK;
 /* Makes everything durable that N consists of, with its backing images: also of read-only nodes,
  * and what others wrote before we opened it. graph_lock held; waits. */

@@ -393,6 +393,8 @@ int host_flush(struct node *n)
     if (s->broken)
         return -EIO;
     r = BROKEN(flush_not_passed_on) ? 0 : io_fdatasync(handle->fd);
+    if (r == -EROFS || r == -EBADF || host_cannot(r)) /* nothing that a sync could be of */
+        r = n->read_only ? 0 : r;
     if (r < 0 && !BROKEN(failed_sync_forgotten))
         s->broken = true;
     return r;

@@ -638,18 +638,44 @@ int edge_discard(struct edge *e, struct range r)
 
 /* ---- flush ---- */
 
+/* To a read-only node others may have written before we opened it, and that may be in the cache of
+ * a file or of a server: there it is flushed, once. Formats and filters above it have nothing. */
+static bool never_flushed(const struct node *n)
+{
+    const struct edge *e;
+
+    if (TAILQ_EMPTY(&n->children))
+        return n->driver->flush && !n->cache_no_flush &&
+               n->flushed_generation < n->write_generation;
+    TAILQ_FOREACH (e, &n->children, in_children)
+        if (never_flushed(e->node))
+            return true;
+    return false;
+}
+
+static int flush_read_only_child(struct edge *e)
+{
+    if (!never_flushed(e->node) || BROKEN(backing_not_flushed))
+        return 0;
+    struct node *n = request_enter(e);
+    int result = node_flush(n);
+    request_leave(n);
+    return result;
+}
+
 int node_flush(struct node *n)
 {
     LOCKED(&n->flush_lock);
     uint64_t generation = n->write_generation;
     struct edge *e, *primary = node_primary(n);
+    bool has_own = !n->read_only || !primary;
     int result = 0;
 
-    if (primary)
+    if (primary && has_own)
         node_debug_event(primary->node, DEBUG_flush_to_os);
-    if (n->driver->flush_to_os)
+    if (n->driver->flush_to_os && has_own)
         result = n->driver->flush_to_os(n);
-    if (result == 0 && !n->cache_no_flush && n->flushed_generation < generation) {
+    if (has_own && result == 0 && !n->cache_no_flush && n->flushed_generation < generation) {
         if (primary)
             node_debug_event(primary->node, DEBUG_flush_to_disk);
         if (n->driver->flush)
@@ -664,8 +690,10 @@ int node_flush(struct node *n)
          * node that closes leaves that to who has the child next.) */
         if ((e->perm & (PERM_WRITE | PERM_WRITE_UNCHANGED)) || (!e->node->read_only && !n->closing))
             result = edge_flush(e);
+        else if (!n->closing)
+            result = flush_read_only_child(e);
     }
-    if (result == 0 && !n->cache_no_flush && n->flushed_generation < generation)
+    if (has_own && result == 0 && !n->cache_no_flush && n->flushed_generation < generation)
         n->flushed_generation = generation;
     return result;
 }
@@ -726,7 +754,7 @@ int edge_flush(struct edge *e)
 {
     SHIELD();
     struct node *n = request_enter(e);
-    int result = n->read_only ? 0 : node_flush(n);
+    int result = node_flush(n);
 
     if (result == 0) {
         n->counters.flush_ops++;

@@ -432,7 +432,7 @@ static int store_commit(struct dirty_store *s, struct node *const *nodes, size_t
 
 static int store_flush(struct dirty_store *s, struct node *n)
 {
-    return keeper_of(n) && !n->read_only ? node_flush(n) : 0;
+    return keeper_of(n) ? node_flush(n) : 0;
 }
 
 static int store_grow(struct dirty_store *s, struct node *n, struct bitmap *bits, uint64_t to)

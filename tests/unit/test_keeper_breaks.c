@@ -47,6 +47,9 @@ struct life {
     bool as_devices;      /* they say that they are */
     bool die_in_unlink;   /* of a tide file: it takes a while, and then the life ends */
     bool unlinking;       /* that has begun */
+    bool is_back[FDS];    /* of a backing image */
+    unsigned back_syncs;
+    int back_error; /* of these */
     bool read_only;
     bool small_regions; /* of 64 KiB */
     bool no_runtime;    /* there is no place for segments */
@@ -151,6 +154,11 @@ static int64_t perform(struct world *w, struct io_op *op)
     if ((op->kind == IO_DATASYNC || op->kind == IO_SYNC) && !l->ours[op->fd] && l->data_syncs &&
         --l->data_syncs == 0)
         return -EIO;
+    if ((op->kind == IO_DATASYNC || op->kind == IO_SYNC) && l->is_back[op->fd]) {
+        l->back_syncs++;
+        if (l->back_error)
+            return l->back_error;
+    }
     bool fails = l->left && has_effect(l, op) && --l->left == 0;
     if (fails && l->fault != FAILS_THOUGH_DONE)
         return l->fault == FULL ? -ENOSPC : -EIO;
@@ -165,6 +173,7 @@ static int64_t perform(struct world *w, struct io_op *op)
     if (op->kind == IO_OPEN && r >= 0 && r < FDS) {
         l->ours[r] = is_ours(op->path);
         l->tide[r] = l->ours[r] && strstr(op->path, ".tide");
+        l->is_back[r] = strstr(op->path, "/back");
     }
     return fails && op->kind != IO_OPEN ? -EIO : r;
 }
@@ -1975,6 +1984,149 @@ static void a_verdict_on_an_image_is_kept(void **state)
     run_life(image_is_not_believed);
 }
 
+static void clear_and_snapshot(struct life *l)
+{
+    char text[600], command[300];
+    struct error err = ERROR_INIT;
+
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    snprintf(command, sizeof command, "cd %s && qemu-img create -q -f qcow2 over.qcow2 4M", dir);
+    CHECK(system(command) == 0);
+    CHECK_OK(edge_set_perm(l->e[0], PERM_ALL & ~PERM_RESIZE, PERM_ALL, &err), err);
+    snprintf(text, sizeof text,
+             "{'driver':'qcow2','node-name':'o','backing':null,"
+             "'file':{'driver':'file','filename':'%s/over.qcow2'}}",
+             dir);
+    (void)open_ok(l->g, text);
+    snprintf(text, sizeof text,
+             "[{'type':'block-dirty-bitmap-clear','data':{'node':'d0','name':'b'}},"
+             "{'type':'blockdev-snapshot','data':{'node':'d0','overlay':'o'}}]");
+    CLEANUP(json_putp) struct json_object *actions = parse(text);
+    CHECK_OK(transaction_run(l->g, l->js, actions, NULL, &err), err);
+    CHECK(node_read_only(l->n[0]));
+    CHECK(generation_of(l, 0) == 2 && !is_dirty(l, 0, 0));
+}
+
+static void has_generation_two_and_is_clean(struct life *l)
+{
+    CHECK(generation_of(l, 0) == 2 && !is_dirty(l, 0, 0));
+}
+
+/* The disk becomes read-only, and that its bitmap is settled is to be in its tide file before.
+ */
+static void a_disk_is_cleared_and_left_behind_an_overlay_at_once(void **state)
+{
+    run_life(clear_and_snapshot);
+    run_life(has_generation_two_and_is_clean);
+}
+
+static void add_disabled_and_close(struct life *l)
+{
+    CHECK(act(l, 1, "add", ",'persistent':true,'disabled':true") == 0);
+    edge_detach(l->e[0]);
+    node_unref(l->n[0]);
+}
+
+static void enable_on_read_only(struct life *l)
+{
+    struct error err = ERROR_INIT;
+    CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
+
+    add_bitmap_action(actions, "enable", 0, 'b', "");
+    CHECK(transaction_run(l->g, l->js, actions, NULL, &err) == -EACCES);
+    CHECK(!strcmp(err.text, "Bitmap 'b' is readonly and cannot be modified"));
+    CHECK(act(l, 1, "disable", "") == 0);
+    CHECK(generation_of(l, 0) == 1);
+}
+
+static void enable(struct life *l)
+{
+    CHECK(!dirty_enabled(bitmap_of(l, 0)));
+    CHECK(act(l, 1, "enable", "") == 0);
+    CHECK(generation_of(l, 0) == 2);
+}
+
+static void has_generation_two_and_is_enabled(struct life *l)
+{
+    CHECK(generation_of(l, 0) == 2 && dirty_enabled(bitmap_of(l, 0)));
+    CHECK(act(l, 1, "enable", "") == 0); /* it is */
+}
+
+/* It would be told, and the next program would not know of it. */
+static void no_bitmap_is_enabled_on_a_read_only_disk(void **state)
+{
+    run_life(add_disabled_and_close);
+    run_life_with((struct life){.body = enable_on_read_only, .read_only = true});
+    run_life(enable);
+    run_life_with((struct life){.body = has_generation_two_and_is_enabled, .read_only = true});
+}
+
+static void run(const char *format)
+{
+    char command[500];
+
+    snprintf(command, sizeof command, format, dir);
+    CHECK(system(command) == 0);
+}
+
+/* The first disk is another one now, the node 'q'. */
+static void open_q(struct life *l, const char *format)
+{
+    char json[600];
+
+    snprintf(json, sizeof json, format, dir, dir);
+    edge_detach(l->e[0]);
+    l->n[0] = open_ok(l->g, json);
+    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
+}
+
+static void open_over_a_backing_image(struct life *l)
+{
+    run("cd %s && truncate -s 4M back && "
+        "qemu-img create -q -f qcow2 -b back -F raw image.qcow2");
+    open_q(l, "{'driver':'qcow2','node-name':'q','file':{'driver':'file','filename':'%s/"
+              "image.qcow2'},'backing':{'driver':'raw','read-only':true,'file':{'driver':'file',"
+              "'filename':'%s/back'}}}");
+}
+
+static void begin_over_a_backing_image(struct life *l)
+{
+    open_over_a_backing_image(l);
+    if (l->arm)
+        add_to(l, "q");
+    else
+        CHECK(edge_flush(l->e[0]) == 0);
+    CHECK(l->back_syncs == 1);
+    CHECK(edge_flush(l->e[0]) == 0);
+    CHECK(l->back_syncs == 1); /* nobody writes to it */
+}
+
+static void flush_what_cannot_be_synced(struct life *l)
+{
+    l->back_error = -EROFS;
+    begin_over_a_backing_image(l);
+}
+
+static void flush_what_is_lost(struct life *l)
+{
+    l->back_error = -EIO;
+    open_over_a_backing_image(l);
+    CHECK(edge_flush(l->e[0]) == -EIO);
+    l->back_error = 0; /* as the kernel tells it once */
+    CHECK(edge_flush(l->e[0]) == -EIO);
+    CHECK(write_at(l, 0, 0) == 0);
+}
+
+/* Who wrote the backing image may have been killed. */
+static void a_base_is_durable_down_to_its_backing_image(void **state)
+{
+    for (unsigned arm = 0; arm < 2; arm++)
+        run_life_with((struct life){.body = begin_over_a_backing_image, .arm = arm});
+    run_life(flush_what_cannot_be_synced);
+    run_life(flush_what_is_lost);
+}
+
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 static const struct CMUnitTest tests[] = {
     T(what_was_marked_before_a_disable_is_durable),
@@ -2027,5 +2179,8 @@ static const struct CMUnitTest tests[] = {
     T(a_raw_node_below_an_image_is_nothing),
     T(an_image_is_killed_while_it_is_saved),
     T(a_verdict_on_an_image_is_kept),
+    T(a_disk_is_cleared_and_left_behind_an_overlay_at_once),
+    T(no_bitmap_is_enabled_on_a_read_only_disk),
+    T(a_base_is_durable_down_to_its_backing_image),
 };
 UNIT_MAIN(tests)
