@@ -123,6 +123,7 @@ struct driver {
     int (*prefetch)(struct node *n, struct range r); /* brings it near; NULL: not needed */
     int (*flush)(struct node *n); /* to the medium, its children are flushed by block/ after it */
     int (*flush_to_os)(struct node *n); /* caches into the children, no sync; before flush */
+    int (*finish)(struct node *n);      /* all that closing would write yet; NULL: nothing */
     int (*truncate)(struct node *n, uint64_t size_bytes, bool exact, struct error *err);
     /* Of this layer only; NULL: all data (filters: the child's). */
     int (*status)(struct node *n, bool want_zero, struct range r, struct block_status *ret);
@@ -188,6 +189,10 @@ bool graph_lock_is_mine(struct graph *g);
 
 /* All that was written to N and below is durable. Inside the gate, or by who has it quiesced. */
 int node_flush(struct node *n) MUST_CHECK;
+/* Flushes N and writes what it and those below would write when they close: then, if nobody writes
+ * to them meanwhile, their files stay as they are. */
+int node_finish(struct node *n) MUST_CHECK;
+bool node_has_to_finish(const struct node *n); /* has its chain formats that write such things? */
 /* What was written to N and not flushed may have gone, while the node stayed: a server went. */
 void node_has_lost(struct node *n);
 /* So many losses there have been. Whoever counts on what he writes or reads from now on keeps this

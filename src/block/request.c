@@ -698,6 +698,24 @@ int node_flush(struct node *n)
     return result;
 }
 
+bool node_has_to_finish(const struct node *n)
+{
+    for (const struct edge *e; n; n = (e = node_primary(n)) ? e->node : NULL)
+        if (n->driver->finish)
+            return true;
+    return false;
+}
+
+int node_finish(struct node *n)
+{
+    int r = n->read_only ? 0 : node_flush(n);
+
+    for (const struct edge *e; r == 0 && n; n = (e = node_primary(n)) ? e->node : NULL)
+        if (n->driver->finish && !n->read_only)
+            r = n->driver->finish(n);
+    return r;
+}
+
 void node_has_lost(struct node *n)
 {
     n->lost_at = ++n->graph->losses;

@@ -240,6 +240,10 @@ void keeper_end_guarded(struct keeper *k)
     else if (r < 0)
         log_warning("Node '%s': %s: its bitmaps are recovered when it is next opened",
                     node_name(k->node), err.text);
+    /* What it writes later than the stamp says would count as another's. */
+    if (r < 0 && !read_only && !BROKEN(stamp_ends_before_driver) && node_finish(k->node) < 0)
+        log_warning("Node '%s': what it writes in closing may count as another program's",
+                    node_name(k->node));
     if (!read_only && (r == 0 || k->lost))
         end_tide(k);
     k->in_use = false;

@@ -70,6 +70,9 @@ void keeper_close(struct keeper *k);
 /* Read-only and back. What others did meanwhile is found out as when it is opened. */
 int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err) MUST_CHECK;
 
+/* The node, of which nothing is kept, is about to be led to another image; nobody writes. */
+void keeper_led(struct keeper *k);
+
 const char *keeper_path(const struct keeper *k); /* of its tide file */
 bool keeper_has_tide(const struct keeper *k);
 /* Is there a tide file, or can one be had? */

@@ -75,6 +75,7 @@ struct keeper {
     uint64_t taken;    /* by so many writes, or waited for */
     bool in_use;       /* a session is open: the superblock says so, durably */
     bool runtime_told; /* whether its runtime directory is a good one */
+    bool led;          /* a reopen has led the node to another image than `options.path` is of */
     bool voided;    /* no other node's bitmaps of the image are there, or they are inconsistent */
     bool stale;     /* recovery has found what is to be written anew */
     bool damaged;   /* or a damaged sector of an area: the close writes all of them */

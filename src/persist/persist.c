@@ -309,6 +309,18 @@ static struct node *kept_on(struct node *n)
     return kept;
 }
 
+/* N, and those that stand on it, come to another image: it may have bitmaps of other nodes. */
+static void tell_led(struct node *n)
+{
+    struct edge *e;
+
+    if (keeper_of(n))
+        keeper_led(keeper_of(n));
+    TAILQ_FOREACH (e, &n->parents, in_parents)
+        if (e->parent && node_primary(e->parent) == e)
+            tell_led(e->parent);
+}
+
 /* Tide file, guard and in_use are of the image that was opened, and say nothing on another. */
 static int hook_may_reopen(struct graph_hook *h, struct node *n, bool writable, bool other,
                            struct error *err)
@@ -320,6 +332,8 @@ static int hook_may_reopen(struct graph_hook *h, struct node *n, bool writable, 
                          "Node '%s' has, or had, persistent bitmaps, which are of the image that "
                          "it was opened with: 'file' of node '%s' cannot become another",
                          node_name(kept), node_name(n));
+    if (other)
+        tell_led(n);
     return writable && !node_of(n) && is_kept(n) ? persist_options_may_write(n, err) : 0;
 }
 

@@ -258,8 +258,7 @@ void keeper_free(struct keeper *k)
 
     LIST_REMOVE(k, in_peers);
     LIST_FOREACH (peer, k->options.peers, in_peers)
-        if (!strcmp(peer->options.path, k->options.path))
-            peer->voided = false; /* a tide file is left */
+        peer->voided = false; /* a tide file is left, perhaps of that one's image */
     checkpoint_stop(k);
     hot_free(k->hot);
     keeper_forget_doubt(k);

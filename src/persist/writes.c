@@ -3,6 +3,7 @@
 #include "base/log.h"
 #include "block/driver.h"
 #include "persist/keeper_internal.h"
+#include "persist/options.h"
 #include "rt/clock.h"
 
 /* ---- hot regions ---- */
@@ -237,18 +238,35 @@ static bool is_written_directly(const struct node *n)
     return false;
 }
 
-static bool peer_has_it(const struct keeper *k)
+static bool peer_has_it(const struct keeper *k, const char *path)
 {
     const struct keeper *peer;
 
     LIST_FOREACH (peer, k->options.peers, in_peers)
-        if (peer != k && peer->tide && !peer->node->read_only &&
-            !strcmp(peer->options.path, k->options.path))
+        if (peer != k && peer->tide && !peer->node->read_only && !strcmp(peer->options.path, path))
             return true;
     return false;
 }
 
-static int void_tide(struct keeper *k, struct tide *t, struct error *err)
+void keeper_led(struct keeper *k)
+{
+    k->led = true;
+    k->voided = false;
+}
+
+/* Where bitmaps of the image are that K's node has now. NULL: there is no such place. */
+static int find_path(const struct keeper *k, char **ret, struct error *err)
+{
+    CLEANUP(place_fini) struct place place = {0};
+    struct keeper_options o = {.image = k->options.image};
+
+    int r = k->led ? persist_options_read(k->node, &o, &place, err) : 0;
+    if (r == 0)
+        *ret = k->led ? steal(place.tide) : xstrdup(k->options.path);
+    return r;
+}
+
+static int void_tide(struct keeper *k, struct tide *t, const char *path, struct error *err)
 {
     CLEANUP(super_fini) struct super s = {0};
     struct tide_table *const tables[] = {&s.table, &s.next};
@@ -264,7 +282,7 @@ static int void_tide(struct keeper *k, struct tide *t, struct error *err)
         return 0;
     log_warning("Node '%s': the image is written past the bitmaps that '%s' has of a node with "
                 "driver '%s': they are inconsistent from now on",
-                node_name(k->node), k->options.path, s.driver);
+                node_name(k->node), path, s.driver);
     return tide_write_super(t, &s, err);
 }
 
@@ -275,15 +293,22 @@ static int void_tide(struct keeper *k, struct tide *t, struct error *err)
  * another program that has the tide file. */
 int keeper_void_others(struct keeper *k)
 {
+    CLEANUP(memory_freep) char *path = NULL;
     struct error err = ERROR_INIT;
     struct tide *t;
 
-    if (k->voided || !is_written_directly(k->node) || peer_has_it(k))
+    if (k->voided || !is_written_directly(k->node))
+        return 0;
+    int r = find_path(k, &path, &err);
+    if (path && peer_has_it(k, path))
         return 0;
     LOCKED(&k->lock);
-    int r = k->voided || k->tide ? -ENOENT : tide_open(k->options.path, false, &t, &err);
+    if (r == 0)
+        r = k->voided || k->tide || !path ? -ENOENT : tide_open(path, false, &t, &err);
+    else if (r == -ENOENT || r == -EBADMSG || r == -EBUSY)
+        r = -EIO;
     if (r == 0) {
-        r = void_tide(k, t, &err);
+        r = void_tide(k, t, path, &err);
         tide_close(t);
     } else if (r == -ENOENT || r == -EBADMSG || r == -EBUSY) {
         r = 0;

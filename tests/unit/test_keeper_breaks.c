@@ -9,6 +9,7 @@
 #include "job/mirror.h"
 #include "job/transaction.h"
 #include "persist/persist.h"
+#include "persist/tide.h"
 #include "rt/world.h"
 
 #include <dirent.h>
@@ -47,7 +48,9 @@ struct life {
     bool as_devices;      /* they say that they are */
     bool die_in_unlink;   /* of a tide file: it takes a while, and then the life ends */
     bool unlinking;       /* that has begun */
-    bool is_back[FDS];    /* of a backing image */
+    bool is_qcow2[FDS];
+    bool slow_close;   /* a write of a qcow2 image fails, and what follows takes long */
+    bool is_back[FDS]; /* of a backing image */
     unsigned back_syncs;
     int back_error; /* of these */
     bool read_only;
@@ -154,6 +157,11 @@ static int64_t perform(struct world *w, struct io_op *op)
     if ((op->kind == IO_DATASYNC || op->kind == IO_SYNC) && !l->ours[op->fd] && l->data_syncs &&
         --l->data_syncs == 0)
         return -EIO;
+    if (l->slow_close && op->kind == IO_WRITE && l->is_qcow2[op->fd]) {
+        if (l->left && --l->left == 0)
+            return -ENOSPC;
+        (void)!sleep_until(clock_after_ns(3 * NSEC_PER_SEC / 2));
+    }
     if ((op->kind == IO_DATASYNC || op->kind == IO_SYNC) && l->is_back[op->fd]) {
         l->back_syncs++;
         if (l->back_error)
@@ -173,6 +181,7 @@ static int64_t perform(struct world *w, struct io_op *op)
     if (op->kind == IO_OPEN && r >= 0 && r < FDS) {
         l->ours[r] = is_ours(op->path);
         l->tide[r] = l->ours[r] && strstr(op->path, ".tide");
+        l->is_qcow2[r] = strstr(op->path, ".qcow2") && !is_ours(op->path);
         l->is_back[r] = strstr(op->path, "/back");
     }
     return fails && op->kind != IO_OPEN ? -EIO : r;
@@ -2081,6 +2090,36 @@ static void open_q(struct life *l, const char *format)
     l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
 }
 
+#define QCOW2                                                                                      \
+    "{'driver':'qcow2','node-name':'q','file':{'driver':'file','filename':'%s/image.qcow2'}}"
+
+static void q_write_and_fail_to_save(struct life *l)
+{
+    run("cd %s && qemu-img create -q -f qcow2 image.qcow2 4M");
+    open_q(l, QCOW2);
+    add_to(l, "q");
+    CHECK(write_at(l, 0, 0) == 0);
+    edge_detach(l->e[0]);
+    l->slow_close = true;
+    l->left = 1;
+    node_unref(l->n[0]);
+    CHECK(l->left == 0);
+}
+
+static void q_has_first(struct life *l)
+{
+    open_q(l, QCOW2);
+    has_witness(l, "same");
+    CHECK(is_dirty(l, 0, 0));
+}
+
+/* What the driver writes after that is ours. */
+static void a_save_that_fails_in_a_slow_close(void **state)
+{
+    run_life(q_write_and_fail_to_save);
+    run_life(q_has_first);
+}
+
 static void open_over_a_backing_image(struct life *l)
 {
     run("cd %s && truncate -s 4M back && "
@@ -2125,6 +2164,67 @@ static void a_base_is_durable_down_to_its_backing_image(void **state)
         run_life_with((struct life){.body = begin_over_a_backing_image, .arm = arm});
     run_life(flush_what_cannot_be_synced);
     run_life(flush_what_is_lost);
+}
+
+static void add_on_second_and_close(struct life *l)
+{
+    CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
+
+    add_bitmap_action(actions, "add", 1, 'b', ",'persistent':true");
+    CHECK(transact(l, actions, "add") == 0);
+    CHECK(write_at(l, 1, 0) == 0);
+    edge_detach(l->e[1]);
+    node_unref(l->n[1]);
+}
+
+static void is_void(unsigned disk, bool yes)
+{
+    struct error err = ERROR_INIT;
+    char path[100];
+    struct tide *t;
+
+    snprintf(path, sizeof path, "%s/%u.tide", dir, disk);
+    CHECK_OK(tide_open(path, true, &t, &err), err);
+    CHECK(tide_super(t)->table.n == 1);
+    CHECK(tide_super(t)->table.items[0].inconsistent == yes);
+    tide_close(t);
+}
+
+static void lead(struct life *l, const char *file)
+{
+    char json[100];
+    struct error err = ERROR_INIT;
+
+    snprintf(json, sizeof json, "[{'driver':'raw','node-name':'d0','file':'%s'}]", file);
+    CLEANUP(json_putp) struct json_object *options = parse(json);
+    CHECK_OK(graph_reopen(l->g, options, &err), err);
+}
+
+static void lead_to_second_and_write(struct life *l)
+{
+    char json[200];
+
+    edge_detach(l->e[1]);
+    node_unref(l->n[1]);
+    for (unsigned i = 0; i < 2; i++) {
+        snprintf(json, sizeof json, "{'driver':'file','node-name':'f%u','filename':'%s/%u'}", i,
+                 dir, i);
+        (void)open_ok(l->g, json);
+    }
+    lead(l, "f0");
+    CHECK(write_at(l, 0, AT) == 0);
+    is_void(1, false);
+    lead(l, "f1");
+    is_void(1, false);
+    CHECK(write_at(l, 0, AT) == 0);
+    is_void(1, true);
+}
+
+/* Whatever it was opened with. */
+static void a_node_is_led_to_an_image_that_has_bitmaps(void **state)
+{
+    run_life(add_on_second_and_close);
+    run_life(lead_to_second_and_write);
 }
 
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
@@ -2181,6 +2281,8 @@ static const struct CMUnitTest tests[] = {
     T(a_verdict_on_an_image_is_kept),
     T(a_disk_is_cleared_and_left_behind_an_overlay_at_once),
     T(no_bitmap_is_enabled_on_a_read_only_disk),
+    T(a_save_that_fails_in_a_slow_close),
     T(a_base_is_durable_down_to_its_backing_image),
+    T(a_node_is_led_to_an_image_that_has_bitmaps),
 };
 UNIT_MAIN(tests)

@@ -357,18 +357,25 @@ static int write_all(struct qcow2 *q)
     return r < 0 ? r : qcow2_sync(q);
 }
 
+static int finish(struct node *n)
+{
+    struct qcow2 *q = n->state;
+    if (n->read_only || qcow2_unusable(q))
+        return 0;
+    int r = write_all(q);
+    if (r == 0)
+        refcount_trim_space(q);
+    return r;
+}
+
 static void close_node(struct node *n)
 {
     SHIELD();
     struct qcow2 *q = n->state;
-    if (!n->read_only && !qcow2_unusable(q)) {
-        int r = write_all(q);
-        if (r == 0)
-            refcount_trim_space(q);
-        if (r < 0)
-            log_error("qcow2: closing '%s': metadata could not be written: %s", node_name(n),
-                      strerror(-r));
-    }
+    int r = finish(n);
+    if (r < 0)
+        log_error("qcow2: closing '%s': metadata could not be written: %s", node_name(n),
+                  strerror(-r));
     state_free(q);
 }
 
@@ -487,6 +494,7 @@ const struct driver driver_qcow2 = {
     .write_zeroes = qcow2_write_zeroes,
     .discard = qcow2_discard,
     .flush_to_os = flush_to_os,
+    .finish = finish,
     .truncate = qcow2_truncate,
     .status = qcow2_status,
     .reopen_prepare = reopen_prepare,
