@@ -57,7 +57,8 @@ bool node_reaches(struct node *from, const struct node *to);
 
 /* ---- perm.c ---- */
 void node_cumulative_perm(const struct node *n, unsigned *perm, unsigned *shared);
-char *perm_names(unsigned perm); /* "consistent read, write"; the caller frees */
+char *perm_names(unsigned perm);              /* "consistent read, write"; the caller frees */
+char *perm_parent_name(const struct edge *e); /* "node 'x'", or as its user says; likewise */
 /* Recomputes what the subtrees of these nodes need, and asks the drivers. All or nothing. */
 int perm_refresh(struct graph *g, struct node *const *roots, size_t n, struct error *err);
 

@@ -113,7 +113,7 @@ static void child_perm(struct node *n, struct edge *e, unsigned perm, unsigned s
 
 /* ---- conflicts ---- */
 
-static char *describe_parent(const struct edge *e)
+char *perm_parent_name(const struct edge *e)
 {
     if (e->parent)
         return xasprintf("node '%s'", e->parent->name);
@@ -131,8 +131,8 @@ static int check_conflicts(const struct node *n, struct error *err)
             if (a == b || !(b->perm & ~a->shared))
                 continue;
 
-            CLEANUP(memory_freep) char *a_user = describe_parent(a);
-            CLEANUP(memory_freep) char *b_user = describe_parent(b);
+            CLEANUP(memory_freep) char *a_user = perm_parent_name(a);
+            CLEANUP(memory_freep) char *b_user = perm_parent_name(b);
             CLEANUP(memory_freep) char *names = perm_names(b->perm & ~a->shared);
             return error_set(err, EPERM,
                              "Permission conflict on node '%s': permissions '%s' are both required "

@@ -166,8 +166,15 @@ static void raw_child_perm(struct node *n, struct edge *e, unsigned perm, unsign
     *need |= perm & (PERM_WRITE | PERM_RESIZE);
 }
 
-/* A node above that counts on the size (a copy-before-write filter with a snapshot to keep, a
- * format) cannot have the disk moved under it. */
+/* Cannot E have the disk moved under it? A node above that counts on the size (a copy-before-write
+ * filter with a snapshot to keep, a format) cannot; nor who lets nobody else write, as a job its
+ * target: what it has written, or compared, is to stay where it is. Others, as exports and a job
+ * of its source, are told. */
+static bool counts_on_place(const struct edge *e)
+{
+    return !(e->shared & PERM_RESIZE) && (e->parent || !(e->shared & PERM_WRITE));
+}
+
 static int check_may_move(const struct node *n, const struct raw_state *to, struct error *err)
 {
     const struct raw_state *s = n->state;
@@ -175,10 +182,12 @@ static int check_may_move(const struct node *n, const struct raw_state *to, stru
 
     if (to->offset == s->offset && to->size == s->size)
         return 0;
-    TAILQ_FOREACH (e, &n->parents, in_parents)
-        if (e->parent && !(e->shared & PERM_RESIZE))
-            return error_set(err, EPERM, "Node '%s' may not be resized: node '%s' uses it", n->name,
-                             e->parent->name);
+    TAILQ_FOREACH (e, &n->parents, in_parents) {
+        if (!counts_on_place(e))
+            continue;
+        CLEANUP(memory_freep) char *user = perm_parent_name(e);
+        return error_set(err, EPERM, "Node '%s' may not be resized: %s uses it", n->name, user);
+    }
     return 0;
 }
 

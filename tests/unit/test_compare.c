@@ -256,6 +256,39 @@ JOB_TEST(a_disk_of_another_size)
     }
 }
 
+/* The base is what it was: what has been compared would be of another place. */
+JOB_TEST(a_base_that_is_to_move)
+{
+    struct error err = ERROR_INIT;
+    struct node *base = NULL;
+    s = disk(g, "s", SIZE, 0);
+    t = disk(g, "t", SIZE, 0);
+    memset(mem_of(s)->bytes, 1, SIZE);
+    memset(mem_of(t)->bytes, 1, SIZE);
+    CLEANUP(json_putp)
+    struct json_object *o = parse("{'driver':'raw','node-name':'r','file':'t'}");
+    int r = graph_open(g, o, &base, &err);
+    CHECK_OK(r, err);
+    (void)add(g, "s", "b", UNIT);
+    command_ok(g, "x-tidemark-compare",
+               parse("{'device':'s','target':'r','job-id':'j','bitmap':'b','speed':%llu}",
+                     (unsigned long long)MiB));
+    turns(20);
+    for (int offset = 0; offset <= 512; offset += 512) {
+        CLEANUP(json_putp)
+        struct json_object *list =
+            parse("[{'driver':'raw','node-name':'r','file':'t','offset':%d,'size':%d}]", offset,
+                  SIZE - 512);
+        error_clear(&err);
+        CHECK(graph_reopen(g, list, &err) == -EPERM);
+        CHECK(!strcmp(err.text, "Node 'r' may not be resized: x-tidemark-compare job 'j' uses it"));
+    }
+    CHECK(jobs_set_speed(js, "j", 0, &err) == 0);
+    wait_for("j", "null");
+    node_unref(base);
+    close_disks();
+}
+
 /* ---- failures ---- */
 
 JOB_TEST(what_cannot_be_read)
@@ -552,6 +585,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(nothing_is_read_in_vain),
     cmocka_unit_test(a_base_beyond_the_end),
     cmocka_unit_test(a_disk_of_another_size),
+    cmocka_unit_test(a_base_that_is_to_move),
     cmocka_unit_test(what_cannot_be_read),
     cmocka_unit_test(it_can_be_cancelled_whenever),
     cmocka_unit_test(both_disks_are_durable_before_the_bitmap_is_trusted),

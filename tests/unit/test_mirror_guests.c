@@ -233,6 +233,28 @@ JOB_TEST(a_pivot_that_fails_moves_nobody)
     close_disks();
 }
 
+/* ---- a target that is to move ---- */
+
+/* What is there already would be of another place. */
+JOB_TEST(a_target_does_not_move)
+{
+    struct error err = ERROR_INIT;
+    two_disks(g, SIZE, 0);
+    fill_disk(s, 5);
+    struct node *r = open_node(g, parse("{'driver':'raw','node-name':'r','file':'t'}"));
+    mirror_ok(parse("{'device':'s','target':'r','job-id':'j','sync':'full'}"));
+    wait_for("j", "READY");
+    CLEANUP(json_putp)
+    struct json_object *list =
+        parse("[{'driver':'raw','node-name':'r','file':'t','offset':512,'size':%d}]", SIZE - 512);
+    CHECK(graph_reopen(g, list, &err) == -EPERM);
+    CHECK(!strcmp(err.text, "Node 'r' may not be resized: an unnamed block device uses it"));
+    verb_ok("j", JOB_VERB_CANCEL);
+    wait_for("j", "null");
+    node_unref(r);
+    close_disks();
+}
+
 /* ---- a source that is reopened ---- */
 
 /* The source is another file from one moment to the next: all of it counts as written. */
@@ -502,6 +524,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(writes_to_one_place_from_above_and_below),
     cmocka_unit_test(a_node_below_a_filter_is_replaced),
     cmocka_unit_test(a_pivot_that_fails_moves_nobody),
+    cmocka_unit_test(a_target_does_not_move),
     cmocka_unit_test(a_source_that_becomes_another_file),
     cmocka_unit_test(a_source_of_another_size),
 };
