@@ -67,8 +67,9 @@ int keeper_open(struct node *n, const struct keeper_options *o, struct keeper **
 /* The node closes: nobody writes. What cannot be saved is told in the log. */
 void keeper_close(struct keeper *k);
 
-/* Read-only and back. What others did meanwhile is found out as when it is opened. */
-int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err) MUST_CHECK;
+/* Read-only and back. What others did meanwhile is found out as when it is opened; nobody did if
+ * the node was not read-only after all (UNDONE). */
+int keeper_reopen(struct keeper *k, bool to_read_only, bool undone, struct error *err) MUST_CHECK;
 
 /* The node, of which nothing is kept, is about to be led to another image; nobody writes. */
 void keeper_led(struct keeper *k);

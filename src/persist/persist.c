@@ -37,6 +37,7 @@ struct persist_node {
     struct keeper *keeper; /* NULL: no tide file */
     char *why_none;        /* there is no place for one; NULL: there is, or none is wanted */
     bool off, told;
+    bool was_read_only; /* it is being reopened, and others may have written it until then */
 };
 
 static const char graph_key[1], node_key[1];
@@ -279,8 +280,10 @@ static int hook_reopening(struct graph_hook *h, struct node *n, bool to_read_onl
 {
     struct persist_node *pn = node_of(n);
 
+    if (pn && to_read_only)
+        pn->was_read_only = false; /* so far: it may be refused */
     if (pn && pn->keeper)
-        return keeper_reopen(pn->keeper, to_read_only, err);
+        return keeper_reopen(pn->keeper, to_read_only, !pn->was_read_only, err);
     if (!pn || !pn->image)
         return 0;
     int r = to_read_only ? 0 : qcow2_guard_void(n, err);
@@ -334,6 +337,8 @@ static int hook_may_reopen(struct graph_hook *h, struct node *n, bool writable, 
                          node_name(kept), node_name(n));
     if (other)
         tell_led(n);
+    if (writable && node_of(n))
+        node_of(n)->was_read_only = true;
     return writable && !node_of(n) && is_kept(n) ? persist_options_may_write(n, err) : 0;
 }
 

@@ -430,7 +430,7 @@ static int open_again(struct keeper *k, bool *same, struct error *err)
 
 /* Is the image as the bitmaps of memory are? The node can be written to in any case: what cannot be
  * found out makes them inconsistent. */
-static void go_on(struct keeper *k)
+static void go_on(struct keeper *k, bool undone)
 {
     struct error err = ERROR_INIT;
     char why[160] = "its tide file has been written meanwhile";
@@ -443,6 +443,8 @@ static void go_on(struct keeper *k)
             snprintf(why, sizeof why, "its tide file has gone meanwhile");
         else
             snprintf(why, sizeof why, "%.*s", (int)sizeof why - 1, err.text);
+    } else if (same && undone && !k->options.image) {
+        return;
     } else if (same) {
         enum witness_verdict v = keeper_ask_witness(k, tide_super(k->tide), why, sizeof why);
         if (v == WITNESS_SAME ||
@@ -462,14 +464,14 @@ static void go_on(struct keeper *k)
         keep_verdict(k);
 }
 
-int keeper_reopen(struct keeper *k, bool to_read_only, struct error *err)
+int keeper_reopen(struct keeper *k, bool to_read_only, bool undone, struct error *err)
 {
     struct kept_set *s;
     int r = 0;
 
     if (!to_read_only) {
         if (k->tide)
-            go_on(k);
+            go_on(k, undone);
         if (k->options.image)
             r = image_reopen(k->options.image, false, !k->void_tide, err);
         if (r == 0)

@@ -2227,6 +2227,33 @@ static void a_node_is_led_to_an_image_that_has_bitmaps(void **state)
     run_life(lead_to_second_and_write);
 }
 
+static void refuse_to_become_read_only(struct life *l)
+{
+    struct error err = ERROR_INIT;
+    char text[200];
+
+    add(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    snprintf(text, sizeof text,
+             "[{'driver':'raw','node-name':'d0','read-only':true,%s'file':'%s'}]", l->part,
+             node_name(node_primary(l->n[0])->node));
+    CLEANUP(json_putp) struct json_object *options = parse(text);
+    l->no_statx = true; /* no witness */
+    CHECK(graph_reopen(l->g, options, &err) == -EPERM);
+    l->no_statx = false;
+    CHECK(is_dirty(l, 0, 0) && !is_dirty(l, 0, AT));
+    CHECK(write_at(l, 0, AT) == 0 && write_at(l, 0, 2 * AT) == 0);
+}
+
+/* Nobody else could write it. */
+static void a_reopen_that_is_refused_asks_no_witness(void **state)
+{
+    static const char distrust[] = "'x-tidemark-persist':{'no-witness':'distrust'},";
+
+    run_life_with((struct life){.body = refuse_to_become_read_only, .part = distrust});
+    run_life(has_all_three);
+}
+
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 static const struct CMUnitTest tests[] = {
     T(what_was_marked_before_a_disable_is_durable),
@@ -2284,5 +2311,6 @@ static const struct CMUnitTest tests[] = {
     T(a_save_that_fails_in_a_slow_close),
     T(a_base_is_durable_down_to_its_backing_image),
     T(a_node_is_led_to_an_image_that_has_bitmaps),
+    T(a_reopen_that_is_refused_asks_no_witness),
 };
 UNIT_MAIN(tests)
