@@ -286,7 +286,11 @@ static int close_session(struct keeper *k, const struct range *unwritten, size_t
     struct edge *e = k->options.image ? NULL : node_primary(k->node);
     int fd = keeper_descriptor(k);
 
-    int r = e ? edge_flush(e) : node_flush(k->node);
+    /* Of a format all that its close would write, which would move the file's times. */
+    int r = !k->options.image && node_has_to_finish(k->node) && !BROKEN(witness_before_metadata)
+                ? node_finish(k->node)
+            : e ? edge_flush(e)
+                : node_flush(k->node);
     if (r < 0)
         return error_set_errno(err, -r, "Could not flush the image");
     super_copy(&s, tide_super(k->tide));

@@ -344,10 +344,14 @@ void keeper_stamp_begun(struct keeper *k)
     }
 }
 
-/* An image's tables are written also when nobody writes: as long as it is in use, so. */
+/* A format's tables are written also when nobody writes: as long as an image is in use, or the
+ * session of one that has no place for bitmaps lasts, so. */
 void keeper_stamp_use(struct keeper *k, bool in_use)
 {
-    if (!k->options.image || !k->stamp || k->stamped == in_use)
+    bool has_tables =
+        k->options.image || (node_has_to_finish(k->node) && !BROKEN(metadata_unstamped));
+
+    if (!has_tables || !k->stamp || k->stamped == in_use)
         return;
     k->stamped = in_use;
     if (in_use)

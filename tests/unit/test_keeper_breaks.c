@@ -2120,6 +2120,57 @@ static void a_save_that_fails_in_a_slow_close(void **state)
     run_life(q_has_first);
 }
 
+static const char raw_over_qcow2[] =
+    "{'driver':'raw','node-name':'q','file':{'driver':'qcow2','file':{'driver':'file',"
+    "'filename':'%s/image.qcow2'}}}";
+
+static bool over_raw; /* or over qcow2 of version 2 */
+
+static void q2_write_and_end(struct life *l)
+{
+    run(over_raw ? "cd %s && qemu-img create -q -f qcow2 image.qcow2 4M"
+                 : "cd %s && qemu-img create -q -f qcow2 -o compat=0.10 image.qcow2 4M");
+    open_q(l, over_raw ? raw_over_qcow2 : QCOW2);
+    add_to(l, "q");
+    CHECK(write_at(l, 0, 0) == 0);
+    CHECK(sleep_until(clock_after_ns(NSEC_PER_SEC / 5)) == 0);
+    if (l->arm & 1)
+        CHECK(edge_flush(l->e[0]) == 0);
+    if (l->arm & 2) {
+        edge_detach(l->e[0]);
+        node_unref(l->n[0]);
+    }
+}
+
+static void q2_has_first(struct life *l)
+{
+    open_q(l, over_raw ? raw_over_qcow2 : QCOW2);
+    has_witness(l, "same");
+    CHECK(is_dirty(l, 0, 0));
+}
+
+static void metadata_is_ours(unsigned closed)
+{
+    for (unsigned i = 0; i < 4; i++) {
+        over_raw = i & 2;
+        run_life_with((struct life){.body = q2_write_and_end, .arm = (i & 1) | closed});
+        run_life(q2_has_first);
+        each_file("", true);
+        make_disks();
+    }
+}
+
+/* A format that has no place for bitmaps writes its tables when it likes, and at its end. */
+static void a_format_writes_its_metadata_before_a_kill(void **state)
+{
+    metadata_is_ours(0);
+}
+
+static void a_format_writes_its_metadata_when_it_is_closed(void **state)
+{
+    metadata_is_ours(2);
+}
+
 static void open_over_a_backing_image(struct life *l)
 {
     run("cd %s && truncate -s 4M back && "
@@ -2309,6 +2360,8 @@ static const struct CMUnitTest tests[] = {
     T(a_disk_is_cleared_and_left_behind_an_overlay_at_once),
     T(no_bitmap_is_enabled_on_a_read_only_disk),
     T(a_save_that_fails_in_a_slow_close),
+    T(a_format_writes_its_metadata_before_a_kill),
+    T(a_format_writes_its_metadata_when_it_is_closed),
     T(a_base_is_durable_down_to_its_backing_image),
     T(a_node_is_led_to_an_image_that_has_bitmaps),
     T(a_reopen_that_is_refused_asks_no_witness),
