@@ -180,15 +180,10 @@ static void undo_abort(struct action *a)
         dirty_restore(a->bitmap, steal(a->undo));
 }
 
-/* Of what is kept on a read-only node nothing can be made durable: an enable would be told, and be
- * nowhere after a restart, with all that is written from then on. QEMU 7.2 does take it. A disable
- * that is nowhere costs nothing. */
 static int enable_disable(struct action *a, bool enable, struct error *err)
 {
     struct dirty_bitmap *bm;
     int r = find_bitmap(a, DIRTY_CHECK_ALLOW_READONLY, &bm, err);
-    if (r == 0 && enable && !dirty_enabled(bm))
-        r = dirty_check(bm, DIRTY_CHECK_READONLY, err);
     if (r < 0)
         return r;
     bool was_enabled = dirty_enabled(bm), was_based = dirty_based(bm);

@@ -2030,47 +2030,6 @@ static void a_disk_is_cleared_and_left_behind_an_overlay_at_once(void **state)
     run_life(has_generation_two_and_is_clean);
 }
 
-static void add_disabled_and_close(struct life *l)
-{
-    CHECK(act(l, 1, "add", ",'persistent':true,'disabled':true") == 0);
-    edge_detach(l->e[0]);
-    node_unref(l->n[0]);
-}
-
-static void enable_on_read_only(struct life *l)
-{
-    struct error err = ERROR_INIT;
-    CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
-
-    add_bitmap_action(actions, "enable", 0, 'b', "");
-    CHECK(transaction_run(l->g, l->js, actions, NULL, &err) == -EACCES);
-    CHECK(!strcmp(err.text, "Bitmap 'b' is readonly and cannot be modified"));
-    CHECK(act(l, 1, "disable", "") == 0);
-    CHECK(generation_of(l, 0) == 1);
-}
-
-static void enable(struct life *l)
-{
-    CHECK(!dirty_enabled(bitmap_of(l, 0)));
-    CHECK(act(l, 1, "enable", "") == 0);
-    CHECK(generation_of(l, 0) == 2);
-}
-
-static void has_generation_two_and_is_enabled(struct life *l)
-{
-    CHECK(generation_of(l, 0) == 2 && dirty_enabled(bitmap_of(l, 0)));
-    CHECK(act(l, 1, "enable", "") == 0); /* it is */
-}
-
-/* It would be told, and the next program would not know of it. */
-static void no_bitmap_is_enabled_on_a_read_only_disk(void **state)
-{
-    run_life(add_disabled_and_close);
-    run_life_with((struct life){.body = enable_on_read_only, .read_only = true});
-    run_life(enable);
-    run_life_with((struct life){.body = has_generation_two_and_is_enabled, .read_only = true});
-}
-
 static void run(const char *format)
 {
     char command[500];
@@ -2358,7 +2317,6 @@ static const struct CMUnitTest tests[] = {
     T(an_image_is_killed_while_it_is_saved),
     T(a_verdict_on_an_image_is_kept),
     T(a_disk_is_cleared_and_left_behind_an_overlay_at_once),
-    T(no_bitmap_is_enabled_on_a_read_only_disk),
     T(a_save_that_fails_in_a_slow_close),
     T(a_format_writes_its_metadata_before_a_kill),
     T(a_format_writes_its_metadata_when_it_is_closed),
