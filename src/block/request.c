@@ -708,6 +708,7 @@ bool node_has_to_finish(const struct node *n)
 
 int node_finish(struct node *n)
 {
+    SHIELD();
     int r = n->read_only ? 0 : node_flush(n);
 
     for (const struct edge *e; r == 0 && n; n = (e = node_primary(n)) ? e->node : NULL)

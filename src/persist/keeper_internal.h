@@ -189,6 +189,7 @@ int keeper_engage(struct keeper *k, struct error *err) MUST_CHECK;
 bool keeper_is_engaged(const struct keeper *k);
 /* The image has everything: the tide file goes, then its guard. */
 void keeper_end_guarded(struct keeper *k);
+/* What was recovered is about to be saved in the image: begins a session, if there is none. */
 void keeper_before_save(struct keeper *k);
 /* Under k->lock: opens the session, and gives up what it must. */
 void keeper_begin_use(struct keeper *k);
@@ -202,7 +203,8 @@ struct range *keeper_unwritten(const struct keeper *k, size_t *n);
 int keeper_void_others(struct keeper *k) MUST_CHECK;
 /* From now on the image's times may be of a write of ours. */
 void keeper_stamp_begun(struct keeper *k);
-/* As long as an image is in use they may be at any moment. Nothing of other disks. */
+/* As long as an image, or a format without bitmaps of its own, is in use they may be at any moment.
+ * Nothing of other disks. */
 void keeper_stamp_use(struct keeper *k, bool in_use);
 
 /* ---- checkpoint.c ---- */

@@ -13,8 +13,8 @@
 
 enum { KEY_EMPTY = 0, KEY_DELETED = 1, KIND_MASK = 0x1ff };
 
-/* Where nobody who makes an image can tell: one whose tables all came to one place would hold up
- * everything for hours. */
+/* Where nobody who makes an image can tell: if all its tables came to one place, each would be
+ * looked for among all. */
 static size_t key_place(const struct metadata_set *m, uint64_t offset)
 {
     uint64_t h = (offset >> 9) * m->factor;

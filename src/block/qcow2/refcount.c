@@ -359,8 +359,10 @@ static void take_space(struct qcow2 *q, uint64_t need)
         q->no_space_ahead = true;
 }
 
+/* Also beside guests: whoever takes a cluster behind the end that is cut off waits. */
 void refcount_trim_space(struct qcow2 *q)
 {
+    LOCKED(&q->alloc_lock);
     if (q->space_end <= q->fresh_from || file_size(q) <= q->fresh_from)
         return;
     struct error ignored = ERROR_INIT;
