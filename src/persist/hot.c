@@ -15,9 +15,15 @@
 #include "persist/hot.h"
 
 #include "base/broken.h"
+#include "rt/clock.h"
 
 #include <errno.h>
 #include <sys/queue.h>
+
+enum {
+    OTHERS_MAX_NS = NSEC_PER_SEC / 500, /* a transaction waits no longer for those about to come */
+    IN_VAIN_MAX = 31,                   /* so many do not wait after some that waited in vain */
+};
 
 enum slot_state { SLOT_FREE, SLOT_ENTERING, SLOT_HOT, SLOT_LEAVING };
 
@@ -57,6 +63,10 @@ struct hot {
     TAILQ_HEAD(, taker) takers; /* the oldest first */
     unsigned n_takers;
     struct waitq commit_wanted, clean_wanted;
+    unsigned expected;           /* so many takers waited when the last transaction completed */
+    uint64_t others_until_ns;    /* they are waited for, no longer */
+    struct event most_here;      /* as many wait again, or nobody will come */
+    unsigned in_vain, unawaited; /* so many transactions do not wait for others, and still do not */
     struct waitq asked; /* who waits until nobody is asked to leave, and those asked have left */
     struct event go;    /* not set: something has failed */
     bool starved;       /* the committer finds no slot for what is waited for */
@@ -193,12 +203,18 @@ static void pin(struct hot *h, struct range regions)
 
 /* ---- writes ---- */
 
+static bool most_are_here(const struct hot *h)
+{
+    return h->n_takers >= h->expected / 4 * 3 + h->expected % 4;
+}
+
 bool hot_try_take(struct hot *h, struct range r)
 {
     const struct range regions = regions_of(h, r);
 
-    /* Nobody overtakes: else a write of many regions would wait as long as others come. */
-    if (h->dead || h->n_takers || !all_hot(h, regions))
+    /* Nobody overtakes when there is no slot for who waits: as long as others come and pin what is
+     * there, there would be none. */
+    if (h->dead || (h->starved && h->n_takers) || !all_hot(h, regions))
         return false;
     if (!BROKEN(hot_not_pinned))
         pin(h, regions);
@@ -218,6 +234,8 @@ int hot_take(struct hot *h, struct range r)
     t.task = task_self();
     TAILQ_INSERT_TAIL(&h->takers, &t, link);
     h->n_takers++;
+    if (most_are_here(h))
+        event_set(&h->most_here);
     waitq_wake_one(&h->commit_wanted);
     SHIELD();
     int suspended = task_suspend();
@@ -432,13 +450,43 @@ static bool wait_after_failure(struct hot *h, int error)
     return r == 0 && !h->dead && !h->stopping;
 }
 
+/* Those whom the last transaction has let go are about to come with their next writes. If the next
+ * one began without them they would wait for two: for this one, then for their own, and each would
+ * carry half of what it could. So most of them are waited for, for half the time that one takes at
+ * most; more and more seldom if they do not come in that time, which is so if a disk is quick. */
+static void await_others(struct hot *h)
+{
+    if (!h->n_takers || most_are_here(h) || clock_now_ns() >= h->others_until_ns)
+        return;
+    if (h->unawaited) {
+        h->unawaited--;
+        return;
+    }
+    event_reset(&h->most_here);
+    int r = event_wait_until(&h->most_here, h->others_until_ns);
+    assert(r == 0 || r == -ETIMEDOUT); /* shielded */
+    h->in_vain = r == 0 ? 0 : h->in_vain < IN_VAIN_MAX ? 2 * h->in_vain + 1 : IN_VAIN_MAX;
+    h->unawaited = h->in_vain;
+}
+
+static int commit_timed(struct hot *h, struct ring_block *b)
+{
+    uint64_t began = clock_now_ns();
+    int r = h->ops->commit(h->owner, b, h->table);
+    uint64_t now = clock_now_ns();
+
+    h->expected = h->n_takers;
+    h->others_until_ns = now + min_u64((now - began) / 2, OTHERS_MAX_NS);
+    return r;
+}
+
 static int committer(void *arg)
 {
     struct hot *h = arg;
     struct ring_block *b = xnew(struct ring_block);
 
     SHIELD();
-    while (!h->stopping && !h->dead) {
+    while (await_others(h), !h->stopping && !h->dead) {
         b->n_changes = 0;
         gather_missing(h, b);
         h->starved = b->n_changes == 0 && h->n_takers;
@@ -456,7 +504,7 @@ static int committer(void *arg)
             grant(h);
         int r;
         do
-            r = h->ops->commit(h->owner, b, h->table);
+            r = commit_timed(h, b);
         while (r < 0 && wait_after_failure(h, r));
         if (r < 0)
             break;
@@ -594,6 +642,7 @@ struct hot *hot_new(const struct hot_options *o, const struct hot_ops *ops, void
     waitq_init(&h->commit_wanted);
     waitq_init(&h->clean_wanted);
     waitq_init(&h->asked);
+    event_init(&h->most_here);
     event_init(&h->go);
     scope_init(&h->tasks);
     scope_spawn(&h->tasks, committer, h);
@@ -609,6 +658,7 @@ void hot_free(struct hot *h)
     h->stopping = true;
     waitq_wake_all(&h->commit_wanted);
     waitq_wake_all(&h->clean_wanted);
+    event_set(&h->most_here);
     event_set(&h->go);
     {
         SHIELD();
@@ -647,6 +697,7 @@ void hot_retry(struct hot *h)
 void hot_fail(struct hot *h)
 {
     h->dead = true;
+    event_set(&h->most_here);
     event_set(&h->go);
     waitq_wake_all(&h->commit_wanted);
     waitq_wake_all(&h->clean_wanted);

@@ -18,7 +18,8 @@
  * Either way out is a removal: from the moment that it is submitted the region is not hot.
  *
  * - Group commit: one transaction is in flight at a time, and carries what all waiting writes miss,
- *   up to RING_CHANGES. A region is hot when its transaction has completed.
+ *   up to RING_CHANGES; it waits a moment for those whom the last one has let go. A region is hot
+ *   when its transaction has completed.
  * - A write takes all its regions or none; it is granted by the one who completed the transaction,
  *   before anybody can evict. Only the regions of the oldest waiting write are kept from leaving
  *   while it waits: otherwise writes of several regions would wait for each other for ever.

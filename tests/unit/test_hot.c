@@ -426,6 +426,184 @@ static void a_checkpoint_can_be_given_up(void **state)
     assert_int_equal(run_virtually(cancelled_checkpoint, NULL), 0);
 }
 
+/* ---- how many transactions ---- */
+
+enum { COMMIT_US = 100, CROWD = 8, ROUNDS = 100 };
+
+struct crowd {
+    struct hot *hot;
+    unsigned client_us; /* what a client needs for a write besides */
+    unsigned late_us;   /* every other begins so much later */
+    unsigned begun, commits;
+    uint32_t next_region;
+};
+
+static int op_commit_slowly(void *owner, struct ring_block *b, const uint32_t *table)
+{
+    struct crowd *c = owner;
+
+    c->commits++;
+    return sleep_until(clock_after_ns(COMMIT_US * 1000));
+}
+
+static int op_clean_at_once(void *owner, const uint32_t *regions, size_t n)
+{
+    return 0;
+}
+
+static void write_to_another(struct crowd *c)
+{
+    const struct range r = region(c->next_region++);
+
+    assert_int_equal(hot_take(c->hot, r), 0);
+    hot_give(c->hot, r);
+}
+
+static int writer_of_new_regions(void *arg)
+{
+    struct crowd *c = arg;
+
+    assert_int_equal(sleep_until(clock_after_ns(c->begun++ % 2 * c->late_us * 1000)), 0);
+    for (unsigned i = 0; i < ROUNDS; i++) {
+        write_to_another(c);
+        assert_int_equal(sleep_until(clock_after_ns(c->client_us * 1000)), 0);
+    }
+    return 0;
+}
+
+static void begin_crowd(struct crowd *c, unsigned client_us, unsigned late_us)
+{
+    static const struct hot_ops ops = {op_commit_slowly, op_clean_at_once, op_never_put_right};
+
+    *c = (struct crowd){.client_us = client_us, .late_us = late_us};
+    c->hot = hot_new(&(struct hot_options){REGION_BITS, 64, 0}, &ops, c);
+    SCOPE(tasks);
+    for (unsigned i = 0; i < CROWD; i++)
+        scope_spawn(&tasks, writer_of_new_regions, c);
+    SHIELD();
+    assert_int_equal(scope_join(&tasks), 0);
+}
+
+static int crowd(void *arg)
+{
+    struct crowd c;
+
+    begin_crowd(&c, 3, 3);
+    assert_in_range(c.commits, ROUNDS, ROUNDS * 4 / 3);
+
+    /* Seven of them do not come again: the eighth waits for them once, half a transaction. */
+    uint64_t began = clock_now_ns();
+    write_to_another(&c);
+    assert_in_range(clock_now_ns() - began, COMMIT_US * 1000, COMMIT_US * 1500);
+    began = clock_now_ns();
+    write_to_another(&c);
+    assert_int_equal(clock_now_ns() - began, COMMIT_US * 1000);
+    hot_free(c.hot);
+    return 0;
+}
+
+static void a_transaction_waits_for_those_who_come(void **state)
+{
+    assert_int_equal(run_virtually(crowd, NULL), 0);
+}
+
+/* They come in two halves, always later than they are waited for. */
+static int slow_crowd(void *arg)
+{
+    struct crowd c;
+    uint64_t began = clock_now_ns();
+
+    begin_crowd(&c, 60, 30);
+    assert_in_range(c.commits, 2 * ROUNDS, 2 * ROUNDS + 2);
+    assert_in_range(clock_now_ns() - began, 2 * ROUNDS * COMMIT_US * UINT64_C(1000),
+                    2 * ROUNDS * COMMIT_US * UINT64_C(1050));
+    hot_free(c.hot);
+    return 0;
+}
+
+static void a_transaction_does_not_wait_in_vain(void **state)
+{
+    assert_int_equal(run_virtually(slow_crowd, NULL), 0);
+}
+
+/* ---- who may overtake ---- */
+
+struct crush {
+    struct hot *hot;
+    unsigned begun, rounds; /* of all who write to what is hot */
+};
+
+enum { CRUSH = 8, CRUSH_SLOTS = 4, CRUSH_ROUNDS = CRUSH * 100 };
+
+/* Two of them have each region, one half a write after the other: it is pinned all the time. */
+static int writer_of_hot_regions(void *arg)
+{
+    struct crush *c = arg;
+    const unsigned i = c->begun++;
+    const struct range r = region(i / 2);
+
+    assert_int_equal(sleep_until(clock_after_ns(i % 2 * 5000)), 0);
+    while (c->rounds++ < CRUSH_ROUNDS) {
+        assert_int_equal(hot_take(c->hot, r), 0);
+        assert_int_equal(sleep_until(clock_after_ns(10000)), 0);
+        hot_give(c->hot, r);
+    }
+    return 0;
+}
+
+static int crush(void *arg)
+{
+    static const struct hot_ops ops = {op_commit_slowly, op_clean_at_once, op_never_put_right};
+    struct crowd commits = {NULL};
+    struct crush c = {
+        .hot = hot_new(&(struct hot_options){REGION_BITS, CRUSH_SLOTS, 0}, &ops, &commits)};
+    {
+        SCOPE(tasks);
+        for (unsigned i = 0; i < CRUSH; i++)
+            scope_spawn(&tasks, writer_of_hot_regions, &c);
+        assert_int_equal(sleep_until(clock_after_ns(NSEC_PER_SEC / 1000)), 0);
+        assert_int_equal(hot_take(c.hot, region(CRUSH_SLOTS)), 0);
+        assert_in_range(c.rounds, CRUSH, CRUSH_ROUNDS - 1); /* not only when they have ended */
+        hot_give(c.hot, region(CRUSH_SLOTS));
+        SHIELD();
+        assert_int_equal(scope_join(&tasks), 0);
+    }
+    hot_free(c.hot);
+    return 0;
+}
+
+static void who_has_no_slot_is_not_overtaken(void **state)
+{
+    assert_int_equal(run_virtually(crush, NULL), 0);
+}
+
+static int overtake(void *arg)
+{
+    static const struct hot_ops ops = {op_commit_slowly, op_clean_at_once, op_never_put_right};
+    struct crowd c = {NULL};
+
+    c.hot = hot_new(&(struct hot_options){REGION_BITS, 64, 0}, &ops, &c);
+    write_to_another(&c);
+    {
+        SCOPE(tasks);
+        c.client_us = 1;
+        scope_spawn(&tasks, writer_of_new_regions, &c);
+        assert_int_equal(sleep_until(clock_after_ns(10000)), 0);
+        assert_true(hot_try_take(c.hot, region(0))); /* while others wait */
+        hot_give(c.hot, region(0));
+        assert_false(hot_try_take(c.hot, region(1))); /* is entering */
+        SHIELD();
+        assert_int_equal(scope_join(&tasks), 0);
+    }
+    hot_free(c.hot);
+    return 0;
+}
+
+static void what_is_hot_waits_for_nobody(void **state)
+{
+    assert_int_equal(run_virtually(overtake, NULL), 0);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(nothing_marked_is_forgotten),
     cmocka_unit_test(failures_are_put_right),
@@ -434,5 +612,9 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(too_many_marks_are_copied),
     cmocka_unit_test(a_checkpoint_can_be_given_up),
     cmocka_unit_test(what_fails_at_the_end_is_waited_for_by_nobody),
+    cmocka_unit_test(a_transaction_waits_for_those_who_come),
+    cmocka_unit_test(a_transaction_does_not_wait_in_vain),
+    cmocka_unit_test(who_has_no_slot_is_not_overtaken),
+    cmocka_unit_test(what_is_hot_waits_for_nobody),
 };
 UNIT_MAIN(tests)
