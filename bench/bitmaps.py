@@ -8,10 +8,11 @@ round after round; medians make the ratio to the daemon of the same kind without
 fresh    all over the disk, which starts sparse: most regions are not hot
 warmed   the first GiB, which has been written before: all its regions are hot
 
-commits is the ring's transactions for 1,000 writes; floor is the time that they would take at least, in
-us a write: as many as are needed if each carried all that the depth allows, times the time of one
-durable write of 4 KiB to this disk, measured between the rounds; cost is what a write took longer than
-without bitmaps.
+commits is the ring's transactions for 1,000 writes, and needed as many as would do if each carried all
+that the depth allows; floor is the time that those take, in us a write: needed times the time of a
+durable write of 4 KiB to this disk, while the same writes go to the disk without bitmaps; idle is the
+same with what such a write takes when the disk has nothing else to do. Cost is what a write took longer
+than without bitmaps, in us.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 sys.dont_write_bytecode = True
@@ -108,6 +110,16 @@ def flush_time(tmp):
     return statistics.median(spent)
 
 
+def busy_flush_time(tmp, side, fio_args):
+    """The same while SIDE, which has no bitmaps, is being written."""
+    busy = threading.Thread(target=side.fio, args=fio_args)
+    busy.start()
+    time.sleep(args.seconds / 2)    # until fio has begun
+    spent = flush_time(tmp)
+    busy.join()
+    return spent
+
+
 ROWS = [
     # name, rw, block, depth, warmed
     ("4k random, depth 1, fresh", "randwrite", "4k", 1, False),
@@ -148,7 +160,7 @@ def warm(side):
 def writes(tmp, sides):
     rows = [row for row in ROWS if all(word in row[0] for word in args.only.split(","))]
     values = {}
-    flushes = []
+    idle, busy = [], {}
     for side in sides:
         warm(side)
     for number in range(args.rounds):
@@ -160,17 +172,20 @@ def writes(tmp, sides):
                 size, offset = (f"{args.warm}M", 0) if warmed else (f"{args.size}G", 0)
             else:
                 size, offset = f"{args.warm}M", 0 if warmed else place
-            flushes.append(flush_time(tmp))
+            idle.append(flush_time(tmp))
+            busy.setdefault(name, []).append(
+                busy_flush_time(tmp, sides[0], (rw, block, depth, size, offset, number * 100 + row)))
             for side in sides if (number + row) % 2 == 0 else sides[::-1]:
                 if warmed and side.bitmaps and not side.qemu:
                     touch(side, 4 * MIB, args.warm * MIB)
                 values.setdefault((name, side.name), []).append(
                     side.fio(rw, block, depth, size, offset, number * 100 + row))
-    flush = statistics.median(flushes)
-    print(f"a durable write of 4 KiB: {flush * 1e6:.0f} us (+-{spread(flushes):.0f} %)\n")
-    print(f"{'':56} {'us a write':>10} {'':8} {'ratio':>6} {'cost':>7} {'floor':>7} {'commits':>8}"
-          f" {'entered':>8} {'cleaned':>8}")
+    flush = statistics.median(idle)
+    print(f"a durable write of 4 KiB to the idle disk: {flush * 1e6:.0f} us (+-{spread(idle):.0f} %)\n")
+    print(f"{'':46} {'us a write':>10} {'':8} {'ratio':>6} {'cost':>7} {'floor':>7} {'idle':>7}"
+          f" {'commits':>7} {'needed':>7} {'entered':>7} {'cleaned':>7}")
     for name, _, _, depth, _ in rows:
+        print(f"{name} (a durable write meanwhile: {statistics.median(busy[name]) * 1e6:.0f} us)")
         for side in sides:
             base = "qemu none" if side.qemu else "none"
             times = [v[0] for v in values[name, side.name]]
@@ -180,11 +195,12 @@ def writes(tmp, sides):
             total = sum(v[1] for v in values[name, side.name])
             count = {key: sum(v[2].get(key, 0) for v in values[name, side.name]) / total * 1000
                      for key in ("commits", "entered", "cleaned")}
-            floor = count["entered"] / 1000 / min(depth, 64) * flush
-            cost = t - statistics.median(bases)
-            print(f"{name + ', ' + side.name:56} {t * 1e6:10.1f} +-{spread(times):4.1f} % {ratio:6.3f}"
-                  f" {cost * 1e6 if t and side.bitmaps else 0:7.2f} {floor * 1e6:7.2f}"
-                  f" {count['commits']:8.1f} {count['entered']:8.1f} {count['cleaned']:8.1f}")
+            needed = count["entered"] / min(depth, 64)
+            cost = (t - statistics.median(bases)) * 1e6 if side.bitmaps else 0
+            print(f"    {side.name:42} {t * 1e6:10.1f} +-{spread(times):4.1f} % {ratio:6.3f} {cost:7.2f}"
+                  f" {needed * statistics.median(busy[name]) * 1e3:7.2f} {needed * flush * 1e3:7.2f}"
+                  f" {count['commits']:7.1f} {needed:7.1f} {count['entered']:7.1f}"
+                  f" {count['cleaned']:7.1f}")
     if args.json:
         print(json.dumps({f"{name}, {side}": v for (name, side), v in values.items()}))
 
@@ -254,7 +270,7 @@ def main():
     parser.add_argument("--warm", type=int, default=1024, help="of the warmed part, in MiB (1024)")
     parser.add_argument("--only", default="", help="only rows with all these words, by commas; "
                         "'open': only opening and closing")
-    parser.add_argument("--sides", default="none,one,eight,qemu none,qemu eight",
+    parser.add_argument("--sides", default="none,one,eight,eight process,qemu none,qemu eight",
                         help="which daemons, by commas")
     parser.add_argument("--json", action="store_true", help="print every value as JSON as well")
     args = parser.parse_args()
