@@ -69,7 +69,7 @@ struct hot {
     unsigned in_vain, unawaited; /* so many transactions do not wait for others, and still do not */
     struct waitq asked; /* who waits until nobody is asked to leave, and those asked have left */
     struct event go;    /* not set: something has failed */
-    bool starved;       /* the committer finds no slot for what is waited for */
+    bool starved;       /* the committer finds no slot for all that the oldest write waits for */
     bool stopping, dead;
     struct scope tasks;
     struct hot_stats stats;
@@ -203,9 +203,23 @@ static void pin(struct hot *h, struct range regions)
 
 /* ---- writes ---- */
 
+/* What is missing fills a transaction (a region that two wait for counts twice). */
+static bool fills_transaction(const struct hot *h)
+{
+    const struct taker *t;
+    unsigned n = 0;
+
+    TAILQ_FOREACH (t, &h->takers, link)
+        for (uint64_t i = t->r.start; i < range_end(t->r); i++)
+            if (!find(h, (uint32_t)i) && ++n == RING_CHANGES)
+                return true;
+    return false;
+}
+
+/* Is the next transaction worth beginning at once? */
 static bool most_are_here(const struct hot *h)
 {
-    return h->n_takers >= h->expected / 4 * 3 + h->expected % 4;
+    return h->n_takers >= h->expected / 4 * 3 + h->expected % 4 || fills_transaction(h);
 }
 
 bool hot_try_take(struct hot *h, struct range r)
@@ -234,7 +248,7 @@ int hot_take(struct hot *h, struct range r)
     t.task = task_self();
     TAILQ_INSERT_TAIL(&h->takers, &t, link);
     h->n_takers++;
-    if (most_are_here(h))
+    if (!h->most_here.set && most_are_here(h))
         event_set(&h->most_here);
     waitq_wake_one(&h->commit_wanted);
     SHIELD();
@@ -371,6 +385,17 @@ static void enter(struct hot *h, struct ring_block *b, struct slot *s, uint32_t 
     h->table[s - h->slots] = region;
 }
 
+/* The oldest waiting write, which is served first, misses a region that has found no slot. */
+static bool lacks_slots(const struct hot *h)
+{
+    const struct taker *t = TAILQ_FIRST(&h->takers);
+
+    for (uint64_t i = t ? t->r.start : 0; t && i < range_end(t->r); i++)
+        if (!find(h, (uint32_t)i))
+            return true;
+    return false;
+}
+
 /* What waiting writes miss, the oldest first, as much as there is room for. */
 static void gather_missing(struct hot *h, struct ring_block *b)
 {
@@ -465,7 +490,9 @@ static void await_others(struct hot *h)
     event_reset(&h->most_here);
     int r = event_wait_until(&h->most_here, h->others_until_ns);
     assert(r == 0 || r == -ETIMEDOUT); /* shielded */
-    h->in_vain = r == 0 ? 0 : h->in_vain < IN_VAIN_MAX ? 2 * h->in_vain + 1 : IN_VAIN_MAX;
+    /* Some who are nearly late come in time now and then: one success is no reason to wait always.
+     */
+    h->in_vain = r == 0 ? h->in_vain / 2 : (unsigned)min_u64(2 * h->in_vain + 1, IN_VAIN_MAX);
     h->unawaited = h->in_vain;
 }
 
@@ -489,7 +516,7 @@ static int committer(void *arg)
     while (await_others(h), !h->stopping && !h->dead) {
         b->n_changes = 0;
         gather_missing(h, b);
-        h->starved = b->n_changes == 0 && h->n_takers;
+        h->starved = lacks_slots(h);
         gather_leaving(h, b);
         if (b->n_changes == 0) {
             if (h->starved)

@@ -444,7 +444,7 @@ static void level_process_has_nothing_hot(void **state)
 
 /* ---- cut anywhere ---- */
 
-enum { REGIONS = 6, PER_REGION = 32, GUESTS = 3 };
+enum { REGIONS = 10, PER_REGION = 32, GUESTS = 8 };
 
 static struct {
     struct dice dice;

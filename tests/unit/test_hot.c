@@ -428,7 +428,7 @@ static void a_checkpoint_can_be_given_up(void **state)
 
 /* ---- how many transactions ---- */
 
-enum { COMMIT_US = 100, CROWD = 8, ROUNDS = 100 };
+enum { COMMIT_US = 100, CROWD = 8, ROUNDS = 100, CROWD_SLOTS = 1024 };
 
 struct crowd {
     struct hot *hot;
@@ -471,14 +471,14 @@ static int writer_of_new_regions(void *arg)
     return 0;
 }
 
-static void begin_crowd(struct crowd *c, unsigned client_us, unsigned late_us)
+static void begin_crowd(struct crowd *c, unsigned clients, unsigned client_us, unsigned late_us)
 {
     static const struct hot_ops ops = {op_commit_slowly, op_clean_at_once, op_never_put_right};
 
     *c = (struct crowd){.client_us = client_us, .late_us = late_us};
-    c->hot = hot_new(&(struct hot_options){REGION_BITS, 64, 0}, &ops, c);
+    c->hot = hot_new(&(struct hot_options){REGION_BITS, CROWD_SLOTS, 0}, &ops, c);
     SCOPE(tasks);
-    for (unsigned i = 0; i < CROWD; i++)
+    for (unsigned i = 0; i < clients; i++)
         scope_spawn(&tasks, writer_of_new_regions, c);
     SHIELD();
     assert_int_equal(scope_join(&tasks), 0);
@@ -488,7 +488,7 @@ static int crowd(void *arg)
 {
     struct crowd c;
 
-    begin_crowd(&c, 3, 3);
+    begin_crowd(&c, CROWD, 3, 3);
     assert_in_range(c.commits, ROUNDS, ROUNDS * 4 / 3);
 
     /* Seven of them do not come again: the eighth waits for them once, half a transaction. */
@@ -513,7 +513,7 @@ static int slow_crowd(void *arg)
     struct crowd c;
     uint64_t began = clock_now_ns();
 
-    begin_crowd(&c, 60, 30);
+    begin_crowd(&c, CROWD, 60, 30);
     assert_in_range(c.commits, 2 * ROUNDS, 2 * ROUNDS + 2);
     assert_in_range(clock_now_ns() - began, 2 * ROUNDS * COMMIT_US * UINT64_C(1000),
                     2 * ROUNDS * COMMIT_US * UINT64_C(1050));
@@ -524,6 +524,25 @@ static int slow_crowd(void *arg)
 static void a_transaction_does_not_wait_in_vain(void **state)
 {
     assert_int_equal(run_virtually(slow_crowd, NULL), 0);
+}
+
+/* As many wait as two transactions can carry, and come again before half of one is over: each is
+ * full, and nothing is gained by waiting for those whom the last has let go. */
+static int full_transactions(void *arg)
+{
+    enum { MANY = 2 * RING_CHANGES, COMMITS = ROUNDS * MANY / RING_CHANGES };
+    struct crowd c;
+    uint64_t began = clock_now_ns();
+
+    begin_crowd(&c, MANY, COMMIT_US * 45 / 100, 0);
+    assert_in_range(clock_now_ns() - began, 0, (COMMITS + 3) * COMMIT_US * UINT64_C(1000));
+    hot_free(c.hot);
+    return 0;
+}
+
+static void a_full_transaction_waits_for_nobody(void **state)
+{
+    assert_int_equal(run_virtually(full_transactions, NULL), 0);
 }
 
 /* ---- who may overtake ---- */
@@ -577,6 +596,63 @@ static void who_has_no_slot_is_not_overtaken(void **state)
     assert_int_equal(run_virtually(crush, NULL), 0);
 }
 
+/* All slots are pinned nearly all the time, each by a write that comes again at once; a large one
+ * gets its regions as the slots fall free, not one with each transaction. */
+enum { PINNED_SLOTS = 128, LARGE = 64, PIN_US = 1000 };
+
+struct pinners {
+    struct crowd c;
+    unsigned begun;
+    bool end;
+};
+
+static int pinner(void *arg)
+{
+    struct pinners *p = arg;
+    const struct range r = region(p->begun);
+    uint64_t until =
+        clock_after_ns(5 * PIN_US * 1000 + p->begun++ * (PIN_US * 1000 / PINNED_SLOTS));
+
+    while (!p->end) {
+        assert_int_equal(hot_take(p->c.hot, r), 0);
+        hot_marked(p->c.hot, r);
+        assert_int_equal(sleep_until(until), 0);
+        hot_give(p->c.hot, r);
+        until = clock_after_ns(PIN_US * 1000);
+    }
+    return 0;
+}
+
+static int large_among_pinners(void *arg)
+{
+    static const struct hot_ops ops = {op_commit_slowly, op_clean_at_once, op_never_put_right};
+    const struct range large =
+        range_make((uint64_t)PINNED_SLOTS << REGION_BITS, LARGE << REGION_BITS);
+    struct pinners p = {.begun = 0};
+
+    p.c.hot = hot_new(&(struct hot_options){REGION_BITS, PINNED_SLOTS, 0}, &ops, &p.c);
+    {
+        SCOPE(tasks);
+        for (unsigned i = 0; i < PINNED_SLOTS; i++)
+            scope_spawn(&tasks, pinner, &p);
+        assert_int_equal(sleep_until(clock_after_ns(10 * PIN_US * 1000)), 0);
+        unsigned before = p.c.commits;
+        assert_int_equal(hot_take(p.c.hot, large), 0);
+        assert_in_range(p.c.commits - before, 1, LARGE / 4);
+        p.end = true;
+        hot_give(p.c.hot, large);
+        SHIELD();
+        assert_int_equal(scope_join(&tasks), 0);
+    }
+    hot_free(p.c.hot);
+    return 0;
+}
+
+static void a_large_write_is_not_overtaken_again_and_again(void **state)
+{
+    assert_int_equal(run_virtually(large_among_pinners, NULL), 0);
+}
+
 static int overtake(void *arg)
 {
     static const struct hot_ops ops = {op_commit_slowly, op_clean_at_once, op_never_put_right};
@@ -614,7 +690,9 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(what_fails_at_the_end_is_waited_for_by_nobody),
     cmocka_unit_test(a_transaction_waits_for_those_who_come),
     cmocka_unit_test(a_transaction_does_not_wait_in_vain),
+    cmocka_unit_test(a_full_transaction_waits_for_nobody),
     cmocka_unit_test(who_has_no_slot_is_not_overtaken),
+    cmocka_unit_test(a_large_write_is_not_overtaken_again_and_again),
     cmocka_unit_test(what_is_hot_waits_for_nobody),
 };
 UNIT_MAIN(tests)
