@@ -520,8 +520,9 @@ static void open_disk(struct life *l, struct disk *d)
     if (!may_have_size(d, found))
         violation(l->h, "%s has %llu bytes, not %llu", d->node, (unsigned long long)found,
                   (unsigned long long)d->size);
-    if (d->left == LEFT_POWERLESS)
-        d->n_other_sizes = 0; /* what there is now is durable */
+    if (d->size_settles)
+        d->n_other_sizes = 0;
+    d->size_settles = false;
     if (found != d->size) {   /* cut while it was resized */
         note_size(d, found);
         set_size(l, d, d->size);
@@ -822,6 +823,7 @@ static void between(struct history *h, enum life_end end, bool faulty)
         machine_lose_power(&h->m);
         for (unsigned i = 0; i < h->n_disks; i++) {
             h->disks[i].left = LEFT_POWERLESS;
+            h->disks[i].size_settles = true;
             h->disks[i].cut_in_flight = false;
         }
         judge_files(h, "a power loss");

@@ -64,6 +64,7 @@ struct disk {
     /* Other sizes that it may have after a crash: it was resized, and not flushed since. */
     uint64_t other_sizes[OTHER_SIZES];
     unsigned n_other_sizes;
+    bool size_settles; /* the power went since it was last opened: the size found then is durable */
     uint64_t slots, region_bytes; /* of hot regions */
     struct model model;
     bool made;        /* and durable */
