@@ -1,372 +1,12 @@
 /* What a review tried to break: histories of bitmaps of raw disks in which a write could be
  * forgotten, a group half advanced, a bitmap lost for nothing. Each life is a process that ends
  * when its body does, as if it was killed. */
-#include "blockutil.h"
-#include "plainworld.h"
+#include "faultylives.h"
 
-#include "copy/copy.h"
-#include "dirty/dirty.h"
 #include "job/mirror.h"
-#include "job/transaction.h"
-#include "persist/persist.h"
 #include "persist/tide.h"
-#include "rt/world.h"
 
-#include <dirent.h>
-#include <fcntl.h>
-#include <sys/wait.h>
-
-enum { DISKS = 3, KILLED = 77, FDS = 256, AT = 1 << 20 };
-#define DISK_BYTES (4 * MiB)
 #define LARGE_BYTES (64 * MiB)
-
-static char dir[64];
-
-/* ---- a life ---- */
-
-enum fault { NO_FAULT, FAILS, FAILS_THOUGH_DONE, FULL };
-
-struct life {
-    struct world world, *real;
-    struct plain_world plain;
-    enum fault fault;
-    unsigned arm, arm_again; /* so many as LEFT when the body says */
-    unsigned data_syncs;     /* of images, until one fails; 0: none does */
-    unsigned left; /* operations on tide files and segments until one fails; 0: none does */
-    bool no_statx;
-    unsigned bad_dir_syncs; /* so many syncs of directories fail */
-    uint64_t die_after_ns;  /* a write of data takes so long, and then it ends; 0: it does not */
-    bool resized;           /* an image, and that is not durable */
-    bool ours[FDS], tide[FDS];
-    unsigned image_syncs; /* that have been */
-    bool no_new_tide;     /* there is no room for one */
-    bool no_room;         /* nor for more in one that there is */
-    bool slow_tide;       /* its writes, its ring's most of all */
-    bool die_in_truncate; /* of an image, when that is done */
-    bool no_segments;     /* nor for one of these */
-    bool slow_syncs;      /* of images */
-    bool as_devices;      /* they say that they are */
-    bool die_in_unlink;   /* of a tide file: it takes a while, and then the life ends */
-    bool unlinking;       /* that has begun */
-    bool is_qcow2[FDS];
-    bool slow_close;   /* a write of a qcow2 image fails, and what follows takes long */
-    bool is_back[FDS]; /* of a backing image */
-    unsigned back_syncs;
-    int back_error; /* of these */
-    bool read_only;
-    bool small_regions; /* of 64 KiB */
-    bool no_runtime;    /* there is no place for segments */
-    const char *part;   /* the disks are parts of their files; NULL: all */
-    bool below;         /* a node below makes them so */
-    void (*body)(struct life *l);
-    struct graph *g;
-    struct jobs *js;
-    struct node *n[DISKS];
-    struct edge *e[DISKS];
-    struct test_user user[DISKS];
-};
-
-static uint64_t now(struct world *w)
-{
-    struct life *l = container_of(w, struct life, world);
-    return l->real->now_ns(l->real);
-}
-
-static uint64_t wall(struct world *w)
-{
-    struct life *l = container_of(w, struct life, world);
-    return l->real->wall_us(l->real);
-}
-
-static void dice(struct world *w, void *buf, size_t n)
-{
-    struct life *l = container_of(w, struct life, world);
-    l->real->random(l->real, buf, n);
-}
-
-static bool turn(struct world *w, uint64_t deadline_ns)
-{
-    struct life *l = container_of(w, struct life, world);
-    return l->real->turn(l->real, deadline_ns);
-}
-
-static bool is_ours(const char *path)
-{
-    return path && (strstr(path, ".tide") || strstr(path, "/run-"));
-}
-
-static bool has_effect(const struct life *l, const struct io_op *op)
-{
-    switch (op->kind) {
-    case IO_WRITE:
-    case IO_DATASYNC:
-    case IO_SYNC:
-    case IO_FALLOCATE:
-    case IO_TRUNCATE:
-        return op->fd >= 0 && op->fd < FDS && l->ours[op->fd];
-    case IO_OPEN:
-        return (op->flags & O_CREAT) && is_ours(op->path);
-    case IO_UNLINK:
-        return strstr(op->path, ".tide");
-    case IO_RENAME:
-        return is_ours(op->path);
-    default:
-        return false;
-    }
-}
-
-static int64_t perform(struct world *w, struct io_op *op)
-{
-    struct life *l = container_of(w, struct life, world);
-
-    if (l->no_statx && op->kind == IO_STATX)
-        return -EIO;
-    if (l->die_after_ns && op->kind == IO_WRITE && op->fd < FDS && !l->ours[op->fd]) {
-        (void)!sleep_until(clock_after_ns(l->die_after_ns));
-        l->real->perform(l->real, op);
-        _exit(KILLED);
-    }
-    if (l->no_new_tide && op->kind == IO_OPEN && (op->flags & O_CREAT) &&
-        strstr(op->path, ".tide.new"))
-        return -ENOSPC;
-    if (l->slow_syncs && op->kind == IO_DATASYNC && op->fd < FDS && !l->ours[op->fd])
-        (void)!sleep_until(clock_after_ns(NSEC_PER_SEC / 5));
-    if (l->no_room && op->kind == IO_FALLOCATE && op->fd < FDS && l->tide[op->fd])
-        return -ENOSPC;
-    if (l->slow_tide && op->kind == IO_WRITE && op->fd < FDS && l->tide[op->fd])
-        (void)!sleep_until(clock_after_ns(op->offset >= 512 * KiB && op->offset < 768 * KiB
-                                              ? NSEC_PER_SEC / 2
-                                              : NSEC_PER_SEC / 8));
-    if (l->die_in_truncate && op->kind == IO_TRUNCATE && op->fd < FDS && !l->ours[op->fd]) {
-        l->real->perform(l->real, op);
-        _exit(KILLED);
-    }
-    if (op->kind == IO_DATASYNC || op->kind == IO_SYNC)
-        l->image_syncs += op->fd < FDS && !l->ours[op->fd];
-    if (l->no_segments && op->kind == IO_OPEN && (op->flags & O_CREAT) && strstr(op->path, "/run-"))
-        return -ENOSPC;
-    if (l->die_in_unlink && op->kind == IO_UNLINK && !strcmp(strrchr(op->path, '.'), ".tide")) {
-        l->unlinking = true;
-        (void)!sleep_until(clock_after_ns(NSEC_PER_SEC / 5));
-        _exit(KILLED);
-    }
-    if (op->kind == IO_SYNC_DIR && l->bad_dir_syncs) {
-        l->bad_dir_syncs--;
-        return -EIO;
-    }
-    if ((op->kind == IO_DATASYNC || op->kind == IO_SYNC) && !l->ours[op->fd] && l->data_syncs &&
-        --l->data_syncs == 0)
-        return -EIO;
-    if (l->slow_close && op->kind == IO_WRITE && l->is_qcow2[op->fd]) {
-        if (l->left && --l->left == 0)
-            return -ENOSPC;
-        (void)!sleep_until(clock_after_ns(3 * NSEC_PER_SEC / 2));
-    }
-    if ((op->kind == IO_DATASYNC || op->kind == IO_SYNC) && l->is_back[op->fd]) {
-        l->back_syncs++;
-        if (l->back_error)
-            return l->back_error;
-    }
-    bool fails = l->left && has_effect(l, op) && --l->left == 0;
-    if (fails && l->fault != FAILS_THOUGH_DONE)
-        return l->fault == FULL ? -ENOSPC : -EIO;
-    if (op->kind == IO_RENAME && is_ours(op->path))
-        CHECK(!l->resized); /* or the new tide file has another size than the image may have */
-    int64_t r = l->real->perform(l->real, op);
-    if (l->as_devices && op->kind == IO_FSTAT && op->fd < FDS && !l->ours[op->fd])
-        ((struct stat *)op->ret)->st_mode = S_IFBLK | 0600;
-    if (op->fd >= 0 && op->fd < FDS && !l->ours[op->fd])
-        l->resized = op->kind == IO_TRUNCATE ||
-                     (l->resized && op->kind != IO_DATASYNC && op->kind != IO_SYNC);
-    if (op->kind == IO_OPEN && r >= 0 && r < FDS) {
-        l->ours[r] = is_ours(op->path);
-        l->tide[r] = l->ours[r] && strstr(op->path, ".tide");
-        l->is_qcow2[r] = strstr(op->path, ".qcow2") && !is_ours(op->path);
-        l->is_back[r] = strstr(op->path, "/back");
-    }
-    return fails && op->kind != IO_OPEN ? -EIO : r;
-}
-
-static int live(void *arg)
-{
-    struct life *l = arg;
-
-    l->g = graph_new();
-    copy_register_drivers(l->g);
-    dirty_init(l->g);
-    persist_init(l->g);
-    persist_set_runtime(l->g, l->no_runtime ? NULL : dir);
-    if (l->small_regions)
-        persist_set_limits(l->g, 16, 8, 8);
-    l->js = jobs_new(l->g);
-    for (unsigned i = 0; i < DISKS; i++) {
-        char json[512];
-        snprintf(json, sizeof json,
-                 "{'driver':'raw','node-name':'d%u','read-only':%s,%s%s"
-                 "'file':{'driver':'file','filename':'%s/%u'}%s}",
-                 i, l->read_only ? "true" : "false", l->below ? "'file':{'driver':'raw'," : "",
-                 l->part ? l->part : "", dir, i, l->below ? "}" : "");
-        l->n[i] = open_ok(l->g, json);
-        l->e[i] =
-            attach(&l->user[i], l->n[i], l->read_only ? PERM_CONSISTENT_READ : PERM_ALL, PERM_ALL);
-    }
-    l->body(l);
-    _exit(KILLED);
-}
-
-static pid_t begin_life(struct life l)
-{
-    pid_t child = fork();
-
-    if (child == 0) {
-        plain_world_init(&l.plain);
-        l.real = &l.plain.world;
-        l.world = (struct world){"faulty", now, wall, dice, perform, turn};
-        (void)loop_run_in(&l.world, live, &l);
-        _exit(1);
-    }
-    assert_true(child > 0);
-    return child;
-}
-
-static void await_end(pid_t child, const struct life *l)
-{
-    int status;
-
-    assert_int_equal(waitpid(child, &status, 0), child);
-    if (!WIFEXITED(status) || WEXITSTATUS(status) != KILLED)
-        fail_msg("fault %d at operation %u: the life ended with status 0x%x", l->fault, l->arm,
-                 status);
-}
-
-static void run_life_with(struct life l)
-{
-    await_end(begin_life(l), &l);
-}
-
-static void run_life(void (*body)(struct life *))
-{
-    run_life_with((struct life){.body = body});
-}
-
-/* ---- what lives do ---- */
-
-/* 'single quotes' stand for "double ones". */
-static struct json_object *parse(char *text)
-{
-    for (char *p = text; (p = strchr(p, '\'')); p++)
-        *p = '"';
-    return json_tokener_parse(text);
-}
-
-static void add_bitmap_action(struct json_object *actions, const char *action, unsigned disk,
-                              char name, const char *more)
-{
-    char text[256];
-
-    snprintf(text, sizeof text,
-             "{'type':'block-dirty-bitmap-%s','data':{'node':'d%u','name':'%c'%s}}", action, disk,
-             name, more);
-    json_object_array_add(actions, parse(text));
-}
-
-static int transact(struct life *l, struct json_object *actions, const char *what)
-{
-    struct error err = ERROR_INIT;
-
-    int r = transaction_run(l->g, l->js, actions, NULL, &err);
-    if (r < 0 && getenv("TELL"))
-        fprintf(stderr, "%s: %s\n", what, err.text);
-    return r;
-}
-
-static int act(struct life *l, unsigned disks, const char *action, const char *more)
-{
-    CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
-
-    for (unsigned i = 0; i < disks; i++)
-        add_bitmap_action(actions, action, i, 'b', more);
-    return transact(l, actions, action);
-}
-
-static int write_at(struct life *l, unsigned i, uint64_t at)
-{
-    uint8_t buf[4096];
-
-    memset(buf, 1, sizeof buf);
-    return edge_write(l->e[i], range_make(at, sizeof buf), buf, 0);
-}
-
-static struct dirty_bitmap *bitmap_of(struct life *l, unsigned i)
-{
-    struct dirty_bitmap *bm = dirty_find(l->n[i], "b");
-
-    CHECK(bm && !dirty_inconsistent(bm));
-    return bm;
-}
-
-static bool is_dirty(struct life *l, unsigned i, uint64_t at)
-{
-    return bitmap_get(dirty_bits(bitmap_of(l, i)), at);
-}
-
-static uint64_t generation_of(struct life *l, unsigned i)
-{
-    struct dirty_state st;
-
-    dirty_get_state(bitmap_of(l, i), &st);
-    return st.generation;
-}
-
-static void add(struct life *l)
-{
-    CHECK(act(l, 1, "add", ",'persistent':true") == 0);
-}
-
-/* ---- files ---- */
-
-static void each_file(const char *with, bool remove_them)
-{
-    DIR *d = opendir(dir);
-    struct dirent *e;
-
-    assert_non_null(d);
-    while ((e = readdir(d)))
-        if (e->d_name[0] != '.' && strstr(e->d_name, with) && remove_them)
-            assert_int_equal(unlinkat(dirfd(d), e->d_name, 0), 0);
-    closedir(d);
-}
-
-static void lose_segments(void)
-{
-    each_file("run-", true);
-}
-
-static void make_disks(void)
-{
-    for (unsigned i = 0; i < DISKS; i++) {
-        char path[80];
-        snprintf(path, sizeof path, "%s/%u", dir, i);
-        int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
-        assert_true(fd >= 0);
-        assert_int_equal(ftruncate(fd, DISK_BYTES), 0);
-        close(fd);
-    }
-}
-
-static int setup(void **state)
-{
-    snprintf(dir, sizeof dir, "%s/breaks-XXXXXX", unit_tmp());
-    assert_non_null(mkdtemp(dir));
-    make_disks();
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    each_file("", true);
-    return rmdir(dir);
-}
 
 /* ---- histories ---- */
 
@@ -375,11 +15,6 @@ static void write_and_disable(struct life *l)
     add(l);
     CHECK(write_at(l, 0, 0) == 0);
     CHECK(act(l, 1, "disable", "") == 0);
-}
-
-static void has_first(struct life *l)
-{
-    CHECK(is_dirty(l, 0, 0));
 }
 
 /* Of a disabled bitmap no hot regions are told after a power loss: so its bits are in the area. */
@@ -406,12 +41,6 @@ static void restart(struct life *l)
     CHECK_OK(dirty_restart(bm, &err), err);
     graph_quiesce_end(l->g, l->n, 1);
     CHECK(write_at(l, 0, 2 * AT) == 0);
-}
-
-static void has_all_three(struct life *l)
-{
-    for (unsigned i = 0; i < 3; i++)
-        CHECK(is_dirty(l, 0, i * AT));
 }
 
 /* Old bits, old successor, new bits, new successor: four sets at once. */
@@ -455,12 +84,6 @@ static void what_is_written_while_a_mirror_runs_is_kept(void **state)
 {
     run_life(write_while_mirrored);
     run_life(has_all_three);
-}
-
-static void write_and_die(struct life *l)
-{
-    add(l);
-    CHECK(write_at(l, 0, 0) == 0);
 }
 
 static void add_on_read_only(struct life *l)
@@ -534,22 +157,6 @@ static void a_second_clear_while_the_first_is_pending(void **state)
 {
     run_life(clear_twice);
     run_life(has_all_since_the_first_clear);
-}
-
-static void reopen_part(struct life *l, bool read_only, const char *part)
-{
-    struct error err = ERROR_INIT;
-    char text[300];
-
-    snprintf(text, sizeof text, "[{'driver':'raw','node-name':'d0','read-only':%s,%s'file':'%s'}]",
-             read_only ? "true" : "false", part, node_name(node_primary(l->n[0])->node));
-    CLEANUP(json_putp) struct json_object *options = parse(text);
-    CHECK_OK(graph_reopen(l->g, options, &err), err);
-}
-
-static void reopen(struct life *l, bool read_only)
-{
-    reopen_part(l, read_only, "");
 }
 
 static void reopen_twice(struct life *l)
@@ -667,8 +274,7 @@ static void another_part_does_not_get_it(void **state)
     for (unsigned i = 0; i < ARRAY_SIZE(cases); i++) {
         const char *parts[] = {FIRST_PART, THIRD_PART};
         bool moves = cases[i].moves, below = cases[i].below;
-        each_file("", true);
-        make_disks();
+        make_new_disks();
         run_life_with((struct life){.body = cases[i].first, .part = parts[0], .below = below});
         run_life_with((struct life){.body = is_not_there, .part = parts[!moves], .below = below});
         run_life_with((struct life){.body = has_it, .part = parts[moves], .below = below});
@@ -703,8 +309,7 @@ static void make_large_disk(void)
 {
     char path[80];
 
-    each_file("", true);
-    make_disks();
+    make_new_disks();
     snprintf(path, sizeof path, "%s/0", dir);
     assert_int_equal(truncate(path, LARGE_BYTES), 0);
 }
@@ -782,13 +387,6 @@ static void a_write_makes_a_disk_larger(void **state)
 {
     run_life_with(
         (struct life){.body = grow_by_a_write, .no_runtime = true, .small_regions = true});
-}
-
-static void is_inconsistent(struct life *l)
-{
-    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
-
-    CHECK(bm && dirty_inconsistent(bm));
 }
 
 static void clear_and_enable_without_settling(struct life *l)
@@ -886,8 +484,7 @@ static void that_others_wrote_is_told_once_and_for_all(void **state)
     char path[80];
 
     for (int full = 0; full < 2; full++) {
-        each_file("", true);
-        make_disks();
+        make_new_disks();
         run_life(write_and_die);
         usleep(100000);
         snprintf(path, sizeof path, "%s/0", dir);
@@ -922,29 +519,6 @@ static void a_session_that_could_not_end(void **state)
     run_life(has_all_three);
 }
 
-static void say(const char *what)
-{
-    char path[80];
-
-    snprintf(path, sizeof path, "%s/said", dir);
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    CHECK(fd >= 0 && write(fd, what, strlen(what)) == (ssize_t)strlen(what));
-    close(fd);
-}
-
-static bool was_said(const char *what)
-{
-    char path[80], text[32] = "";
-
-    snprintf(path, sizeof path, "%s/said", dir);
-    int fd = open(path, O_RDONLY);
-    if (fd >= 0) {
-        CHECK(read(fd, text, sizeof text - 1) >= 0);
-        close(fd);
-    }
-    return strcmp(text, what) == 0;
-}
-
 /* The tide file has to grow with the disk: a new one takes its name, which is not durable. */
 static void grow_badly(struct life *l)
 {
@@ -974,8 +548,7 @@ static void has_what_was_written(struct life *l)
 static void a_new_tide_file_whose_name_is_not_durable(void **state)
 {
     for (unsigned i = 1; i < 4; i++) {
-        each_file("", true);
-        make_disks();
+        make_new_disks();
         run_life_with((struct life){.body = grow_badly, .arm = i == 3 ? 1000 : i});
         lose_segments();
         run_life(has_what_was_written);
@@ -1033,8 +606,7 @@ static void has_all_that_arrived(struct life *l)
 static void a_write_while_the_tide_file_is_given_up(void **state)
 {
     for (int power_loss = 0; power_loss < 2; power_loss++) {
-        each_file("", true);
-        make_disks();
+        make_new_disks();
         run_life_with((struct life){.body = die_while_it_gives_up, .small_regions = true});
         if (power_loss)
             lose_segments();
@@ -1053,43 +625,10 @@ static void die_in_a_write(struct life *l)
     CHECK(!"it ends in that write");
 }
 
-static void has_witness(struct life *l, const char *expected)
-{
-    CLEANUP(json_putp) struct json_object *info = persist_info(l->n[0]);
-
-    CHECK(info);
-    if (strcmp(json_get_string(info, "witness", ""), expected)) {
-        fprintf(stderr, "%s\n", json_object_to_json_string(info));
-        CHECK(!"the witness says so");
-    }
-}
-
-static void has_both_and_the_same_witness(struct life *l)
-{
-    has_witness(l, "same");
-    CHECK(is_dirty(l, 0, 0) && is_dirty(l, 0, AT));
-}
-
 static void has_a_changed_witness(struct life *l)
 {
     has_witness(l, "changed");
     CHECK(dirty_inconsistent(dirty_find(l->n[0], "b")));
-}
-
-static void write_as_another(void)
-{
-    char path[80];
-
-    snprintf(path, sizeof path, "%s/0", dir);
-    int fd = open(path, O_WRONLY);
-    assert_true(fd >= 0);
-    assert_int_equal(pwrite(fd, "x", 1, 3 * AT), 1);
-    close(fd);
-}
-
-static void wait_ms(unsigned ms)
-{
-    usleep(1000 * ms);
 }
 
 /* With writes in flight it is not known when the last one has reached the file; but not long after
@@ -1107,8 +646,7 @@ static void a_kill_in_a_long_write(void **state)
     /* Again where it was later than that, and the last beat may be too old. */
     uint64_t ran_ns = UINT64_MAX;
     for (int tries = 0; tries < 10 && ran_ns > 5 * NSEC_PER_SEC / 2; tries++) {
-        each_file("", true);
-        make_disks();
+        make_new_disks();
         uint64_t begin = clock_now_ns();
         run_life_with((struct life){.body = die_in_a_write, .arm = 17});
         ran_ns = clock_now_ns() - begin;
@@ -1192,8 +730,7 @@ static void a_torn_block_of_the_ring_does_not_stay(void **state)
     };
 
     for (size_t i = 0; i < ARRAY_SIZE(ways); i++) {
-        each_file("", true);
-        make_disks();
+        make_new_disks();
         memset(ring, 0, sizeof ring);
         run_and_tear(write_two, false);
         if (ways[i].power_loss)
@@ -1225,8 +762,7 @@ static void a_kill_that_has_left_no_stamp(void **state)
     run_life(add);
     lose_segments();
     run_life(has_the_same_witness); /* nobody has written at all */
-    each_file("", true);
-    make_disks();
+    make_new_disks();
     run_life(write_and_die);
     lose_segments();
     run_life(has_first_and_no_witness);
@@ -1270,7 +806,7 @@ static void another_writes_while_it_is_read_only(struct life *l)
 static void its_tide_file_goes_while_it_is_read_only(struct life *l)
 {
     has_first(l);
-    each_file(".tide", true);
+    remove_files(".tide");
     goes_on(l);
     is_distrusted(l, "its tide file has gone");
     add(l);
@@ -1291,14 +827,12 @@ static void recovery_is_told_as_it_is_now(void **state)
     run_life(write_and_die);
     run_life_with((struct life){.body = another_writes_while_it_is_read_only, .read_only = true});
     run_life(has_first);
-    each_file("", true);
-    make_disks();
+    make_new_disks();
     run_life(write_and_die);
     run_life_with(
         (struct life){.body = its_tide_file_goes_while_it_is_read_only, .read_only = true});
     run_life(has_first);
-    each_file("", true);
-    make_disks();
+    make_new_disks();
     run_life(nothing_can_be_kept);
 }
 
@@ -1386,8 +920,7 @@ static void look_all(struct life *l)
 static void every_operation_fails_once(enum fault fault, bool power_loss)
 {
     for (unsigned n = 1;; n++) {
-        each_file("", true);
-        make_disks();
+        make_new_disks();
         run_life(begin_all);
         if (getenv("TELL"))
             fprintf(stderr, "-- fault %d, operation %u\n", fault, n);
@@ -1430,8 +963,7 @@ static void a_group_fails_after_one_that_was_undone(void **state)
 {
     for (unsigned n = 2; n == 2 || !was_said("whole"); n += 2)
         for (unsigned again = 1;; again += 3) {
-            each_file("", true);
-            make_disks();
+            make_new_disks();
             run_life(begin_all);
             run_life_with((struct life){
                 .body = clear_and_remove_all, .fault = FAILS, .arm = n, .arm_again = again});
@@ -1511,8 +1043,7 @@ static void has_nothing_to_believe(struct life *l)
 static void a_close_after_what_could_not_be_said(void **state)
 {
     for (unsigned n = 1; n == 1 || !was_said("whole"); n++) {
-        each_file("", true);
-        make_disks();
+        make_new_disks();
         run_life_with((struct life){.body = enable_in_vain_and_close, .fault = FAILS, .arm = n});
         run_life(has_nothing_to_believe);
     }
@@ -1535,12 +1066,6 @@ static void what_a_device_has_lost_is_told_to_its_guest(void **state)
     run_life(add_over_a_loss);
 }
 
-static void begin_one(struct life *l)
-{
-    add(l);
-    CHECK(write_at(l, 0, 0) == 0);
-}
-
 static void clear_one(struct life *l)
 {
     l->left = l->arm;
@@ -1559,9 +1084,8 @@ static void look_at_one(struct life *l)
 static void a_clear_whose_writes_fail_though_they_are_done(void **state)
 {
     for (unsigned n = 1;; n++) {
-        each_file("", true);
-        make_disks();
-        run_life(begin_one);
+        make_new_disks();
+        run_life(write_and_die);
         run_life_with((struct life){.body = clear_one, .fault = FAILS_THOUGH_DONE, .arm = n});
         if (was_said("whole"))
             break;
@@ -1582,9 +1106,8 @@ static void mirror_one(struct life *l)
 static void a_mirror_whose_start_fails(void **state)
 {
     for (unsigned n = 1;; n++) {
-        each_file("", true);
-        make_disks();
-        run_life(begin_one);
+        make_new_disks();
+        run_life(write_and_die);
         run_life_with((struct life){.body = mirror_one, .fault = FAILS_THOUGH_DONE, .arm = n});
         run_life(has_all_three);
         if (was_said("whole"))
@@ -1598,7 +1121,7 @@ static int act_on(struct life *l, const char *action, const char *names, const c
     CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
 
     for (; *names; names++)
-        add_bitmap_action(actions, action, 0, *names, more);
+        add_bitmap_action(actions, action, 0, (char[2]){*names}, more);
     return transact(l, actions, action);
 }
 
@@ -1617,8 +1140,7 @@ static void clear_two_and_add(struct life *l)
 static void a_bitmap_is_added_after_a_change_that_failed(void **state)
 {
     for (unsigned n = 1; n == 1 || !was_said("whole"); n++) {
-        each_file("", true);
-        make_disks();
+        make_new_disks();
         run_life_with((struct life){.body = clear_two_and_add, .fault = FULL, .arm = n});
     }
 }
@@ -1636,25 +1158,6 @@ static void a_group_whose_writes_fail_though_they_are_done(void **state)
 static void a_group_on_full_disks(void **state)
 {
     every_operation_fails_once(FULL, false);
-}
-
-static void is_not_believed(struct life *l)
-{
-    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
-
-    CHECK(bm && dirty_inconsistent(bm));
-}
-
-static void add_to(struct life *l, const char *node)
-{
-    char text[200];
-
-    snprintf(text, sizeof text,
-             "[{'type':'block-dirty-bitmap-add','data':{'node':'%s','name':'b','persistent':true,"
-             "'granularity':512}}]",
-             node);
-    CLEANUP(json_putp) struct json_object *actions = parse(text);
-    CHECK(transact(l, actions, text) == 0);
 }
 
 /* ---- reopens ---- */
@@ -1720,8 +1223,7 @@ static void has_what_grew(struct life *l)
 static void what_changes_while_it_is_read_only_is_kept(void **state)
 {
     for (unsigned i = 0; i < 4; i++) {
-        each_file("", true);
-        make_disks();
+        make_new_disks();
         make_large_disks();
         run_life_with((struct life){.body = add_fine_and_close, .part = LOW_PART});
         run_life_with((struct life){.body = become_writable_elsewhere,
@@ -1777,15 +1279,14 @@ static void others_write_it_meanwhile(struct life *l)
     close(fd);
     wait_ms(100);
     reopen_part(l, false, l->arm ? TWO_PARTS : FIRST_PART);
-    is_not_believed(l);
+    is_inconsistent(l);
 }
 
 /* The image is looked at before a new session takes it for ours. */
 static void others_write_while_it_is_read_only(void **state)
 {
     for (unsigned i = 0; i < 2; i++) {
-        each_file("", true);
-        make_disks();
+        make_new_disks();
         run_life_with(
             (struct life){.body = others_write_it_meanwhile, .part = FIRST_PART, .arm = i});
     }
@@ -1958,14 +1459,14 @@ static void an_image_is_killed_while_it_is_saved(void **state)
 static void image_is_told_to_be_another(struct life *l)
 {
     open_image_in(l, false);
-    is_not_believed(l);
+    is_inconsistent(l);
     say(l->image_syncs ? "synced" : "not synced");
 }
 
 static void image_is_not_believed(struct life *l)
 {
     open_image_in(l, false);
-    is_not_believed(l);
+    is_inconsistent(l);
 }
 
 /* That another program has taken the bit away may be in the page cache only; once that is told, it
@@ -2114,8 +1615,7 @@ static void metadata_is_ours(unsigned closed)
         over_raw = i & 2;
         run_life_with((struct life){.body = q2_write_and_end, .arm = (i & 1) | closed});
         run_life(q2_has_first);
-        each_file("", true);
-        make_disks();
+        make_new_disks();
     }
 }
 
@@ -2180,7 +1680,7 @@ static void add_on_second_and_close(struct life *l)
 {
     CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
 
-    add_bitmap_action(actions, "add", 1, 'b', ",'persistent':true");
+    add_bitmap_action(actions, "add", 1, "b", ",'persistent':true");
     CHECK(transact(l, actions, "add") == 0);
     CHECK(write_at(l, 1, 0) == 0);
     edge_detach(l->e[1]);
@@ -2264,7 +1764,6 @@ static void a_reopen_that_is_refused_asks_no_witness(void **state)
     run_life(has_all_three);
 }
 
-#define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 static const struct CMUnitTest tests[] = {
     T(what_was_marked_before_a_disable_is_durable),
     T(a_mirror_restarts_its_successor),
