@@ -14,36 +14,46 @@ enum fault { NO_FAULT, FAILS, FAILS_THOUGH_DONE, FULL };
 
 struct life {
     struct plain_world plain;
-    enum fault fault;
-    unsigned arm, arm_again; /* so many as LEFT when the body says */
-    unsigned data_syncs;     /* of images, until one fails; 0: none does */
-    unsigned left; /* operations on tide files and segments until one fails; 0: none does */
-    bool no_statx;
-    unsigned bad_dir_syncs; /* so many syncs of directories fail */
-    uint64_t die_after_ns;  /* a write of data takes so long, and then it ends; 0: it does not */
-    bool resized;           /* an image, and that is not durable */
-    bool ours[FDS], tide[FDS];
-    unsigned image_syncs; /* that have been */
-    bool no_new_tide;     /* there is no room for one */
-    bool no_room;         /* nor for more in one that there is */
-    bool slow_tide;       /* its writes, its ring's most of all */
-    bool die_in_truncate; /* of an image, when that is done */
-    bool no_segments;     /* nor for one of these */
-    bool slow_syncs;      /* of images */
-    bool as_devices;      /* they say that they are */
-    bool die_in_unlink;   /* of a tide file: it takes a while, and then the life ends */
-    bool unlinking;       /* that has begun */
-    bool is_qcow2[FDS];
-    bool slow_close;   /* a write of a qcow2 image fails, and what follows takes long */
-    bool is_back[FDS]; /* of a backing image */
-    unsigned back_syncs;
-    int back_error; /* of these */
+    void (*body)(struct life *l);
+
+    /* The disks. */
+    const char *part; /* they are parts of their files; NULL: all */
+    bool below;       /* a node below makes them so */
     bool read_only;
     bool small_regions; /* of 64 KiB */
     bool no_runtime;    /* there is no place for segments */
-    const char *part;   /* the disks are parts of their files; NULL: all */
-    bool below;         /* a node below makes them so */
-    void (*body)(struct life *l);
+    bool as_devices;    /* images say that they are */
+
+    /* What fails. */
+    enum fault fault; /* as LEFT says */
+    unsigned left;    /* operations on tide files and segments until one fails; 0: none does */
+    unsigned arm, arm_again; /* so many as LEFT when the body says; or as it likes */
+    unsigned data_syncs;     /* of images, until one fails; 0: none does */
+    unsigned bad_dir_syncs;  /* so many syncs of directories fail */
+    int back_error;          /* of syncs of backing images */
+    bool no_statx;
+    bool no_new_tide; /* there is no room for a tide file, */
+    bool no_room;     /* for more in one that there is, */
+    bool no_segments; /* for a segment */
+
+    /* What takes long. */
+    bool slow_syncs; /* of images */
+    bool slow_tide;  /* writes of a tide file, its ring's most of all */
+    bool slow_close; /* a write of a qcow2 image fails as LEFT says, and what follows takes long */
+
+    /* What is the last. */
+    uint64_t die_after_ns; /* a write of data takes so long, and then it ends; 0: it does not */
+    bool die_in_truncate;  /* of an image, when that is done */
+    bool die_in_unlink;    /* of a tide file: it takes a while, and then the life ends */
+
+    /* What has been. */
+    bool ours[FDS], tide[FDS]; /* of tide files and segments; of the former */
+    bool is_qcow2[FDS];
+    bool is_back[FDS]; /* of a backing image */
+    unsigned image_syncs, back_syncs;
+    bool resized;   /* an image, and that is not durable */
+    bool unlinking; /* that has begun */
+
     struct graph *g;
     struct jobs *js;
     struct node *n[DISKS];
@@ -76,69 +86,105 @@ static inline bool has_effect(const struct life *l, const struct io_op *op)
     }
 }
 
+static inline bool on_tide(const struct life *l, const struct io_op *op)
+{
+    return op->fd >= 0 && op->fd < FDS && l->tide[op->fd];
+}
+
+/* Or on something else that is not ours. */
+static inline bool on_image(const struct life *l, const struct io_op *op)
+{
+    return op->fd >= 0 && op->fd < FDS && !l->ours[op->fd];
+}
+
+static inline bool is_sync(const struct io_op *op)
+{
+    return op->kind == IO_DATASYNC || op->kind == IO_SYNC;
+}
+
+static inline bool creates(const struct io_op *op, const char *what)
+{
+    return op->kind == IO_OPEN && (op->flags & O_CREAT) && strstr(op->path, what);
+}
+
+/* Of an operation that is not done at all; else 0. */
+static inline int error_of(struct life *l, const struct io_op *op)
+{
+    if (l->no_statx && op->kind == IO_STATX)
+        return -EIO;
+    if ((l->no_new_tide && creates(op, ".tide.new")) || (l->no_segments && creates(op, "/run-")) ||
+        (l->no_room && op->kind == IO_FALLOCATE && on_tide(l, op)))
+        return -ENOSPC;
+    if (l->bad_dir_syncs && op->kind == IO_SYNC_DIR) {
+        l->bad_dir_syncs--;
+        return -EIO;
+    }
+    if (l->data_syncs && is_sync(op) && on_image(l, op) && --l->data_syncs == 0)
+        return -EIO;
+    if (is_sync(op) && on_image(l, op) && l->is_back[op->fd])
+        return l->back_error;
+    if (l->slow_close && op->kind == IO_WRITE && on_image(l, op) && l->is_qcow2[op->fd] &&
+        l->left && --l->left == 0)
+        return -ENOSPC;
+    return 0;
+}
+
+static inline bool is_last(const struct life *l, const struct io_op *op)
+{
+    switch (op->kind) {
+    case IO_WRITE:
+        return l->die_after_ns && on_image(l, op);
+    case IO_TRUNCATE:
+        return l->die_in_truncate && on_image(l, op);
+    case IO_UNLINK:
+        return l->die_in_unlink && !strcmp(strrchr(op->path, '.'), ".tide");
+    default:
+        return false;
+    }
+}
+
+static inline uint64_t delay_ns_of(const struct life *l, const struct io_op *op)
+{
+    if (l->die_after_ns && op->kind == IO_WRITE && on_image(l, op))
+        return l->die_after_ns;
+    if (l->slow_close && op->kind == IO_WRITE && on_image(l, op) && l->is_qcow2[op->fd])
+        return 3 * NSEC_PER_SEC / 2;
+    if (l->slow_syncs && op->kind == IO_DATASYNC && on_image(l, op))
+        return NSEC_PER_SEC / 5;
+    if (l->slow_tide && op->kind == IO_WRITE && on_tide(l, op))
+        return op->offset >= 512 * KiB && op->offset < 768 * KiB ? NSEC_PER_SEC / 2
+                                                                 : NSEC_PER_SEC / 8;
+    return is_last(l, op) && op->kind == IO_UNLINK ? NSEC_PER_SEC / 5 : 0;
+}
+
 static inline int64_t perform(struct world *w, struct io_op *op)
 {
     struct life *l = container_of(w, struct life, plain.world);
 
-    if (l->no_statx && op->kind == IO_STATX)
-        return -EIO;
-    if (l->die_after_ns && op->kind == IO_WRITE && op->fd < FDS && !l->ours[op->fd]) {
-        (void)!sleep_until(clock_after_ns(l->die_after_ns));
+    l->image_syncs += is_sync(op) && on_image(l, op);
+    l->back_syncs += is_sync(op) && on_image(l, op) && l->is_back[op->fd];
+    int error = error_of(l, op);
+    if (error < 0)
+        return error;
+    bool last = is_last(l, op), unlinks = last && op->kind == IO_UNLINK;
+    l->unlinking |= unlinks;
+    uint64_t delay_ns = delay_ns_of(l, op);
+    if (delay_ns)
+        (void)!sleep_until(clock_after_ns(delay_ns));
+    if (last && !unlinks)
         plain_perform(w, op);
+    if (last)
         _exit(KILLED);
-    }
-    if (l->no_new_tide && op->kind == IO_OPEN && (op->flags & O_CREAT) &&
-        strstr(op->path, ".tide.new"))
-        return -ENOSPC;
-    if (l->slow_syncs && op->kind == IO_DATASYNC && op->fd < FDS && !l->ours[op->fd])
-        (void)!sleep_until(clock_after_ns(NSEC_PER_SEC / 5));
-    if (l->no_room && op->kind == IO_FALLOCATE && op->fd < FDS && l->tide[op->fd])
-        return -ENOSPC;
-    if (l->slow_tide && op->kind == IO_WRITE && op->fd < FDS && l->tide[op->fd])
-        (void)!sleep_until(clock_after_ns(op->offset >= 512 * KiB && op->offset < 768 * KiB
-                                              ? NSEC_PER_SEC / 2
-                                              : NSEC_PER_SEC / 8));
-    if (l->die_in_truncate && op->kind == IO_TRUNCATE && op->fd < FDS && !l->ours[op->fd]) {
-        plain_perform(w, op);
-        _exit(KILLED);
-    }
-    if (op->kind == IO_DATASYNC || op->kind == IO_SYNC)
-        l->image_syncs += op->fd < FDS && !l->ours[op->fd];
-    if (l->no_segments && op->kind == IO_OPEN && (op->flags & O_CREAT) && strstr(op->path, "/run-"))
-        return -ENOSPC;
-    if (l->die_in_unlink && op->kind == IO_UNLINK && !strcmp(strrchr(op->path, '.'), ".tide")) {
-        l->unlinking = true;
-        (void)!sleep_until(clock_after_ns(NSEC_PER_SEC / 5));
-        _exit(KILLED);
-    }
-    if (op->kind == IO_SYNC_DIR && l->bad_dir_syncs) {
-        l->bad_dir_syncs--;
-        return -EIO;
-    }
-    if ((op->kind == IO_DATASYNC || op->kind == IO_SYNC) && !l->ours[op->fd] && l->data_syncs &&
-        --l->data_syncs == 0)
-        return -EIO;
-    if (l->slow_close && op->kind == IO_WRITE && l->is_qcow2[op->fd]) {
-        if (l->left && --l->left == 0)
-            return -ENOSPC;
-        (void)!sleep_until(clock_after_ns(3 * NSEC_PER_SEC / 2));
-    }
-    if ((op->kind == IO_DATASYNC || op->kind == IO_SYNC) && l->is_back[op->fd]) {
-        l->back_syncs++;
-        if (l->back_error)
-            return l->back_error;
-    }
     bool fails = l->left && has_effect(l, op) && --l->left == 0;
     if (fails && l->fault != FAILS_THOUGH_DONE)
         return l->fault == FULL ? -ENOSPC : -EIO;
     if (op->kind == IO_RENAME && is_ours(op->path))
         CHECK(!l->resized); /* or the new tide file has another size than the image may have */
     int64_t r = plain_perform(w, op);
-    if (l->as_devices && op->kind == IO_FSTAT && op->fd < FDS && !l->ours[op->fd])
+    if (l->as_devices && op->kind == IO_FSTAT && on_image(l, op))
         ((struct stat *)op->ret)->st_mode = S_IFBLK | 0600;
-    if (op->fd >= 0 && op->fd < FDS && !l->ours[op->fd])
-        l->resized = op->kind == IO_TRUNCATE ||
-                     (l->resized && op->kind != IO_DATASYNC && op->kind != IO_SYNC);
+    if (on_image(l, op))
+        l->resized = op->kind == IO_TRUNCATE || (l->resized && !is_sync(op));
     if (op->kind == IO_OPEN && r >= 0 && r < FDS) {
         l->ours[r] = is_ours(op->path);
         l->tide[r] = l->ours[r] && strstr(op->path, ".tide");
