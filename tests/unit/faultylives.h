@@ -1,5 +1,6 @@
 /* Lives in which operations fail, take long or are the last one, as the fields of their struct say.
- * The disks are raw; a life ends when its body does, as if it was killed. */
+ * The disks are raw, but for the first one's nodes; a life ends when its body does, as if it was
+ * killed. */
 #pragma once
 
 #include "lives.h"
@@ -17,8 +18,9 @@ struct life {
     void (*body)(struct life *l);
 
     /* The disks. */
-    const char *part; /* they are parts of their files; NULL: all */
-    bool below;       /* a node below makes them so */
+    const char *nodes; /* of the first one, "%s" is the directory; NULL: as the others are */
+    const char *part;  /* they are parts of their files; NULL: all */
+    bool below;        /* a node below makes them so */
     bool read_only;
     bool small_regions; /* of 64 KiB */
     bool no_runtime;    /* there is no place for segments */
@@ -194,6 +196,23 @@ static inline int64_t perform(struct world *w, struct io_op *op)
     return fails && op->kind != IO_OPEN ? -EIO : r;
 }
 
+static inline void open_disk(struct life *l, unsigned i)
+{
+    char json[512];
+
+    if (l->nodes && i == 0)
+        snprintf(json, sizeof json, l->nodes, dir, dir);
+    else
+        snprintf(json, sizeof json,
+                 "{'driver':'raw','node-name':'d%u','read-only':%s,%s%s"
+                 "'file':{'driver':'file','filename':'%s/%u'}%s}",
+                 i, l->read_only ? "true" : "false", l->below ? "'file':{'driver':'raw'," : "",
+                 l->part ? l->part : "", dir, i, l->below ? "}" : "");
+    l->n[i] = open_ok(l->g, json);
+    l->e[i] =
+        attach(&l->user[i], l->n[i], l->read_only ? PERM_CONSISTENT_READ : PERM_ALL, PERM_ALL);
+}
+
 static inline int live(void *arg)
 {
     struct life *l = arg;
@@ -206,17 +225,8 @@ static inline int live(void *arg)
     if (l->small_regions)
         persist_set_limits(l->g, 16, 8, 8);
     l->js = jobs_new(l->g);
-    for (unsigned i = 0; i < DISKS; i++) {
-        char json[512];
-        snprintf(json, sizeof json,
-                 "{'driver':'raw','node-name':'d%u','read-only':%s,%s%s"
-                 "'file':{'driver':'file','filename':'%s/%u'}%s}",
-                 i, l->read_only ? "true" : "false", l->below ? "'file':{'driver':'raw'," : "",
-                 l->part ? l->part : "", dir, i, l->below ? "}" : "");
-        l->n[i] = open_ok(l->g, json);
-        l->e[i] =
-            attach(&l->user[i], l->n[i], l->read_only ? PERM_CONSISTENT_READ : PERM_ALL, PERM_ALL);
-    }
+    for (unsigned i = 0; i < DISKS; i++)
+        open_disk(l, i);
     l->body(l);
     _exit(KILLED);
 }
@@ -311,22 +321,21 @@ static inline void add(struct life *l)
     CHECK(act(l, 1, "add", ",'persistent':true") == 0);
 }
 
-static inline void add_to(struct life *l, const char *node)
+static inline void add_fine(struct life *l)
 {
-    char text[200];
-
-    snprintf(text, sizeof text,
-             "[{'type':'block-dirty-bitmap-add','data':{'node':'%s','name':'b','persistent':true,"
-             "'granularity':512}}]",
-             node);
-    CLEANUP(json_putp) struct json_object *actions = parse(text);
-    CHECK(transact(l, actions, text) == 0);
+    CHECK(act(l, 1, "add", ",'persistent':true,'granularity':512") == 0);
 }
 
 static inline void write_and_die(struct life *l)
 {
     add(l);
     CHECK(write_at(l, 0, 0) == 0);
+}
+
+static inline void close_disk(struct life *l, unsigned i)
+{
+    edge_detach(l->e[i]);
+    node_unref(l->n[i]);
 }
 
 static inline void reopen_part(struct life *l, bool read_only, const char *part)

@@ -499,10 +499,8 @@ static void enable_in_vain_and_close(struct life *l)
     l->left = 0;
     for (unsigned i = 0; failed && i < DISKS - 1; i++)
         CHECK(write_at(l, i, AT) == 0);
-    for (unsigned i = 0; i < DISKS; i++) {
-        edge_detach(l->e[i]);
-        node_unref(l->n[i]);
-    }
+    for (unsigned i = 0; i < DISKS; i++)
+        close_disk(l, i);
 }
 
 static void has_nothing_to_believe(struct life *l)

@@ -96,8 +96,7 @@ static void write_copy_and_close(struct life *l)
     CHECK(write_at(l, 0, 0) == 0);
     snprintf(command, sizeof command, "cd %s && mkdir -p saved && cp -p run-* saved/", dir);
     CHECK(system(command) == 0);
-    edge_detach(l->e[0]);
-    node_unref(l->n[0]);
+    close_disk(l, 0);
 }
 
 static void write_second(struct life *l)

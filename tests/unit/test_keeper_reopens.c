@@ -95,8 +95,7 @@ static void what_a_reopen_changes_is_durable(void **state)
 static void move_disk_and_close(struct life *l)
 {
     move_disk(l);
-    edge_detach(l->e[0]);
-    node_unref(l->n[0]);
+    close_disk(l, 0);
 }
 
 static void what_a_reopen_changes_is_closed(void **state)
@@ -109,8 +108,7 @@ static void write_and_close(struct life *l)
 {
     add(l);
     CHECK(write_at(l, 0, 0) == 0);
-    edge_detach(l->e[0]);
-    node_unref(l->n[0]);
+    close_disk(l, 0);
 }
 
 static void is_not_there(struct life *l)
@@ -176,8 +174,7 @@ static void add_on_second_and_close(struct life *l)
     add_bitmap_action(actions, "add", 1, "b", ",'persistent':true");
     CHECK(transact(l, actions, "add") == 0);
     CHECK(write_at(l, 1, 0) == 0);
-    edge_detach(l->e[1]);
-    node_unref(l->n[1]);
+    close_disk(l, 1);
 }
 
 static void is_void(unsigned disk, bool yes)
@@ -207,8 +204,7 @@ static void lead_to_second_and_write(struct life *l)
 {
     char json[200];
 
-    edge_detach(l->e[1]);
-    node_unref(l->n[1]);
+    close_disk(l, 1);
     for (unsigned i = 0; i < 2; i++) {
         snprintf(json, sizeof json, "{'driver':'file','node-name':'f%u','filename':'%s/%u'}", i,
                  dir, i);
@@ -310,7 +306,7 @@ static void a_disk_grows_after_a_reopen(void **state)
 
 static void grow_by_a_reopen(struct life *l)
 {
-    CHECK(act(l, 1, "add", ",'persistent':true,'granularity':512") == 0);
+    add_fine(l);
     CHECK(write_at(l, 0, 0) == 0);
     reopen_part(l, false, ALL_OF_IT);
     CHECK(node_size(l->n[0]) == LARGE_BYTES);
@@ -320,8 +316,7 @@ static void grow_by_a_reopen(struct life *l)
 static void grow_by_a_reopen_and_close(struct life *l)
 {
     grow_by_a_reopen(l);
-    edge_detach(l->e[0]);
-    node_unref(l->n[0]);
+    close_disk(l, 0);
 }
 
 static void has_first_and_all_that_grew(struct life *l)
@@ -331,20 +326,17 @@ static void has_first_and_all_that_grew(struct life *l)
         CHECK(is_dirty(l, 0, at));
 }
 
-static void make_large_disk(void)
+static void make_large_disks(void)
 {
-    char path[80];
-
-    make_new_disks();
-    snprintf(path, sizeof path, "%s/0", dir);
-    assert_int_equal(truncate(path, LARGE_BYTES), 0);
+    remove_files("");
+    make_files(LARGE_BYTES);
 }
 
 /* The areas and segments are as large as the disk was. */
 static void a_disk_grows_by_a_reopen(void **state)
 {
     for (unsigned i = 0; i < 4; i++) {
-        make_large_disk();
+        make_large_disks();
         run_life_with((struct life){.body = i & 1 ? grow_by_a_reopen_and_close : grow_by_a_reopen,
                                     .part = FIRST_PART,
                                     .no_runtime = i & 2});
@@ -354,18 +346,17 @@ static void a_disk_grows_by_a_reopen(void **state)
 
 static void grow_what_is_disabled(struct life *l)
 {
-    CHECK(act(l, 1, "add", ",'persistent':true,'granularity':512") == 0);
+    add_fine(l);
     CHECK(write_at(l, 0, 0) == 0);
     CHECK(act(l, 1, "disable", "") == 0);
     reopen_part(l, false, ALL_OF_IT);
-    edge_detach(l->e[0]);
-    node_unref(l->n[0]);
+    close_disk(l, 0);
 }
 
 static void a_disk_grows_whose_bitmaps_do_not_record(void **state)
 {
     for (unsigned i = 0; i < 2; i++) {
-        make_large_disk();
+        make_large_disks();
         run_life_with(
             (struct life){.body = grow_what_is_disabled, .part = FIRST_PART, .no_runtime = i});
         run_life(has_first);
@@ -388,6 +379,9 @@ static void a_growth_that_nobody_announced_ends_no_write(void **state)
     run_life_with((struct life){.body = has_both_and_the_same_witness, .part = TWO_PARTS});
 }
 
+/* A file node: a write beyond its end makes it larger. */
+static const char file_node[] = "{'driver':'file','node-name':'d0','filename':'%s/0'}";
+
 static int write_last(void *arg)
 {
     struct life *l = arg;
@@ -395,31 +389,25 @@ static int write_last(void *arg)
     return 0;
 }
 
-/* A file node, which a write beyond its end makes larger, beside others that use up the slots. */
-static void grow_by_a_write(struct life *l)
+/* Beside N others, which use up the slots. How many of these fail. */
+static unsigned grow_by_a_write(struct life *l, unsigned n)
 {
-    char json[300];
+    unsigned failed = 0;
 
-    snprintf(json, sizeof json, "%s/9", dir);
-    int fd = open(json, O_RDWR | O_CREAT, 0600);
-    CHECK(fd >= 0 && ftruncate(fd, DISK_BYTES) == 0);
-    close(fd);
-    snprintf(json, sizeof json, "{'driver':'file','node-name':'f','filename':'%s/9'}", dir);
-    edge_detach(l->e[0]);
-    l->n[0] = open_ok(l->g, json);
-    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
-    CLEANUP(json_putp)
-    struct json_object *actions = json_tokener_parse(
-        "[{\"type\":\"block-dirty-bitmap-add\",\"data\":{\"node\":\"f\",\"name\":\"b\","
-        "\"persistent\":true,\"granularity\":512}}]");
-    CHECK(transaction_run(l->g, l->js, actions, NULL, NULL) == 0);
-    CHECK(write_at(l, 0, 0) == 0);
-    l->slow_syncs = true;
     SCOPE(tasks);
     scope_spawn(&tasks, write_last, l);
-    for (unsigned i = 0; i < 40; i++)
-        CHECK(write_at(l, 0, i * 65536) == 0);
+    for (unsigned i = 0; i < n; i++)
+        failed += write_at(l, 0, i * 65536) < 0;
     CHECK(scope_join(&tasks) == 0);
+    return failed;
+}
+
+static void grow_with_slow_syncs(struct life *l)
+{
+    add_fine(l);
+    CHECK(write_at(l, 0, 0) == 0);
+    l->slow_syncs = true;
+    CHECK(grow_by_a_write(l, 40) == 0);
     for (unsigned i = 0; i < 40; i++)
         CHECK(is_dirty(l, 0, i * 65536));
     CHECK(is_dirty(l, 0, LARGE_BYTES - 4096));
@@ -427,55 +415,33 @@ static void grow_by_a_write(struct life *l)
 
 static void a_write_makes_a_disk_larger(void **state)
 {
-    run_life_with(
-        (struct life){.body = grow_by_a_write, .no_runtime = true, .small_regions = true});
+    run_life_with((struct life){.body = grow_with_slow_syncs,
+                                .nodes = file_node,
+                                .no_runtime = true,
+                                .small_regions = true});
 }
 
-static void grow_by_a_write_without_room(struct life *l)
+static void grow_without_room(struct life *l)
 {
-    char text[300];
-
-    snprintf(text, sizeof text, "%s/9", dir);
-    int fd = open(text, O_RDWR | O_CREAT, 0600);
-    CHECK(fd >= 0 && ftruncate(fd, DISK_BYTES) == 0);
-    close(fd);
-    snprintf(text, sizeof text, "{'driver':'file','node-name':'f','filename':'%s/9'}", dir);
-    edge_detach(l->e[0]);
-    l->n[0] = open_ok(l->g, text);
-    l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
-    add_to(l, "f");
+    add_fine(l);
     CHECK(write_at(l, 0, 0) == 0);
     l->slow_syncs = l->no_room = l->slow_tide = true;
-    SCOPE(tasks);
-    scope_spawn(&tasks, write_last, l);
-    for (unsigned i = 0; i < 12; i++)
-        (void)!write_at(l, 0, i * 65536);
-    CHECK(scope_join(&tasks) == 0);
+    (void)grow_by_a_write(l, 12);
 }
 
 static void a_tide_file_is_given_up_while_it_is_written(void **state)
 {
-    run_life_with((struct life){.body = grow_by_a_write_without_room, .small_regions = true});
+    run_life_with(
+        (struct life){.body = grow_without_room, .nodes = file_node, .small_regions = true});
 }
 
 /* ---- what changes while a disk is read-only ---- */
 
-static void make_large_disks(void)
-{
-    char path[80];
-
-    for (unsigned i = 0; i < DISKS; i++) {
-        snprintf(path, sizeof path, "%s/%u", dir, i);
-        assert_int_equal(truncate(path, LARGE_BYTES), 0);
-    }
-}
-
 static void add_fine_and_close(struct life *l)
 {
-    CHECK(act(l, 1, "add", ",'persistent':true,'granularity':512") == 0);
+    add_fine(l);
     CHECK(write_at(l, 0, 0) == 0);
-    edge_detach(l->e[0]);
-    node_unref(l->n[0]);
+    close_disk(l, 0);
 }
 
 /* ARM: it moves first; ARM_AGAIN: and is closed. */
@@ -491,17 +457,14 @@ static void become_writable_elsewhere(struct life *l)
     l->e[0] = attach(&l->user[0], l->n[0], PERM_ALL, PERM_ALL);
     CHECK(write_at(l, 0, 0) == 0);
     is_all_dirty(l);
-    if (!closes)
-        return;
-    edge_detach(l->e[0]);
-    node_unref(l->n[0]);
+    if (closes)
+        close_disk(l, 0);
 }
 
 /* Nothing of a read-only node can be made durable: it is when the node has become writable. */
 static void what_changes_while_it_is_read_only_is_kept(void **state)
 {
     for (unsigned i = 0; i < 4; i++) {
-        make_new_disks();
         make_large_disks();
         run_life_with((struct life){.body = add_fine_and_close, .part = LOW_PART});
         run_life_with((struct life){.body = become_writable_elsewhere,
