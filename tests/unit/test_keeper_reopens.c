@@ -158,7 +158,8 @@ static void put_a_part_between(struct life *l)
     snprintf(json, sizeof json, "[{'driver':'raw','node-name':'d0',%s'file':'l'}]", FIRST_PART);
     CLEANUP(json_putp) struct json_object *options = parse(json);
     CHECK(graph_reopen(l->g, options, &err) < 0);
-    error_clear(&err);
+    CHECK_TEXT(err, "Node 'd0' has, or had, persistent bitmaps, which are of the image that it was "
+                    "opened with: 'file' of node 'd0' cannot become another");
 }
 
 /* It is no filter, whose disk is the same. */
@@ -427,12 +428,14 @@ static void grow_without_room(struct life *l)
     CHECK(write_at(l, 0, 0) == 0);
     l->slow_syncs = l->no_room = l->slow_tide = true;
     (void)grow_by_a_write(l, 12);
+    is_inconsistent(l);
 }
 
 static void a_tide_file_is_given_up_while_it_is_written(void **state)
 {
     run_life_with(
         (struct life){.body = grow_without_room, .nodes = file_node, .small_regions = true});
+    run_life_with((struct life){.body = is_not_there, .nodes = file_node});
 }
 
 /* ---- what changes while a disk is read-only ---- */
