@@ -1,7 +1,7 @@
 /* A group of disks in doubt: the program was killed in its middle, and the tide file that knows is
  * not there. Both outcomes are kept until it is, and can be told apart then. See persist/group.c.
  */
-#include "livesutil.h"
+#include "killedlives.h"
 
 static unsigned doubts, answers[2]; /* that lives have seen: no, yes */
 
@@ -35,17 +35,10 @@ static int act(struct life *l, const char *action, const char *name, unsigned di
     CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
     struct error err = ERROR_INIT;
 
-    for (unsigned i = 0; i < DISKS; i++) {
-        char text[256], *p;
-        if (!(disks & 1u << i))
-            continue;
-        snprintf(text, sizeof text,
-                 "{'type':'block-dirty-bitmap-%s','data':{'node':'d%u','name':'%s'%s}}", action, i,
-                 name, strcmp(action, "add") ? "" : ",'persistent':true");
-        while ((p = strchr(text, '\'')))
-            *p = '"';
-        json_object_array_add(actions, json_tokener_parse(text));
-    }
+    for (unsigned i = 0; i < DISKS; i++)
+        if (disks & 1u << i)
+            add_bitmap_action(actions, action, i, name,
+                              strcmp(action, "add") ? "" : ",'persistent':true");
     int r = transaction_run(l->g, l->js, actions, NULL, &err);
     if (r == -EBUSY)
         CHECK(strstr(err.text, "0.tide") != NULL);
@@ -143,7 +136,7 @@ static void kill_and_doubt(void (*body)(struct life *), void (*during)(struct li
     static unsigned first[2]; /* a clear's doubts begin with this operation */
     unsigned *begins = &first[!strcmp(format, "qcow2")];
     for (unsigned n = body == clear_all && *begins > 1 ? *begins - 1 : 1;; n += STEP) {
-        files(true);
+        remove_files("");
         make_disks();
         assert_false(run_life(begin, 0, false, 0));
         if (!run_life(body, n, false, 0))
@@ -173,7 +166,7 @@ static void kill_and_doubt(void (*body)(struct life *), void (*during)(struct li
         answers[1] += counted("yes");
     }
     assert_true(doubts > 0);
-    files(true);
+    remove_files("");
     rmdir(dir);
 }
 
@@ -322,7 +315,7 @@ static void a_segment_in_doubt_is_gone(void **state)
     for (unsigned n = 1; killed; n += STEP) {
         bool more = true;
         for (unsigned k = 0; more; k++) {
-            files(true);
+            remove_files("");
             make_disks();
             assert_false(run_life(begin, 0, false, 0));
             killed = run_life(clear_all, n, false, 0);
@@ -339,7 +332,7 @@ static void a_segment_in_doubt_is_gone(void **state)
         }
     }
     assert_true(seen);
-    files(true);
+    remove_files("");
     rmdir(dir);
 }
 
@@ -384,14 +377,14 @@ static void what_one_disk_has_changed_alone_is_in_no_doubt(void **state)
         for (unsigned away = 0; away < 2; away++) {
             char name[16];
             snprintf(name, sizeof name, "%u.tide", away);
-            files(true);
+            remove_files("");
             make_disks();
             assert_false(run_life(begin_alone, 0, false, 4));
             killed = run_life(begin_something_new, n, false, 4);
             assert_true(move(name, "away"));
             run_life(in_no_doubt_alone, 0, false, 4 | 1u << away);
         }
-    files(true);
+    remove_files("");
     rmdir(dir);
 }
 
@@ -438,7 +431,7 @@ static void a_new_tide_file_of_the_first_image_knows(void **state)
     make_dir();
     doubts = answers[0] = answers[1] = 0;
     for (unsigned n = 1; !doubts || idle <= 12 / STEP; n += STEP) {
-        files(true);
+        remove_files("");
         make_disks();
         assert_false(run_life(begin, 0, false, 0));
         if (!run_life(clear_all, n, false, 0))
@@ -460,7 +453,7 @@ static void a_new_tide_file_of_the_first_image_knows(void **state)
         assert_false(run_life(nothing, 0, false, 0));
     }
     assert_true(doubts > 0 && answers[0] > 0 && answers[1] > 0);
-    files(true);
+    remove_files("");
     rmdir(dir);
     format = "raw";
 }
@@ -510,7 +503,7 @@ static void the_first_bitmaps_of_images_are_a_groups(void **state)
     make_dir();
     answers[0] = answers[1] = 0;
     for (unsigned n = 1; killed; n += STEP) {
-        files(true);
+        remove_files("");
         make_disks();
         killed = run_life(add_first, n, false, 0);
         assert_true(run_life(add_another, 0, false, 0));
@@ -519,7 +512,7 @@ static void the_first_bitmaps_of_images_are_a_groups(void **state)
         assert_false(run_life(have_another, 0, false, 0));
     }
     assert_true(answers[0] > 0 && answers[1] > 0);
-    files(true);
+    remove_files("");
     rmdir(dir);
     format = "raw";
 }

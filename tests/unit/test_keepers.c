@@ -1,19 +1,6 @@
 /* Bitmaps of several raw disks through kills at each operation. After each, what the clients of the
  * disks must find: all of a group or nothing, no write forgotten, and nothing left over. */
-#include "livesutil.h"
-
-static bool was_said(const char *what)
-{
-    char path[80], text[32] = "";
-
-    snprintf(path, sizeof path, "%s/said", dir);
-    int fd = open(path, O_RDONLY);
-    if (fd >= 0) {
-        CHECK(read(fd, text, sizeof text - 1) >= 0);
-        close(fd);
-    }
-    return strcmp(text, what) == 0;
-}
+#include "killedlives.h"
 
 /* One disk alone: its bitmap has whatever it must have, whether it is busy (in doubt) or not. */
 static void look_at_one(struct life *l)
@@ -151,7 +138,7 @@ static void kill_at_every_operation_of(const struct course *c, enum between betw
     make_dir();
     for (unsigned after = 0; after < (between == NOTHING ? 2 : 1); after++) {
         for (unsigned n = 1;; n += step) {
-            files(true);
+            remove_files("");
             make_disks();
             assert_false(run_life(begin, 0, false, c->hidden));
             bool killed = run_life(c->body, n, after, c->hidden);
@@ -166,12 +153,12 @@ static void kill_at_every_operation_of(const struct course *c, enum between betw
                     run_life(look_at_one, 0, false, ~(1u << i));
             assert_false(run_life(c->look, 0, false, c->hidden));
             assert_false(run_life(c->look_again, 0, false, c->hidden));
-            assert_int_equal(files(false), 0);
+            assert_int_equal(leftovers(), 0);
             if (!killed)
                 break;
         }
     }
-    files(true);
+    remove_files("");
     rmdir(dir);
 }
 
@@ -197,16 +184,16 @@ static void cut_again_and_again_inside_recovery(void **state)
 
     make_dir();
     for (unsigned n = 1; killed; n++) {
-        files(true);
+        remove_files("");
         make_disks();
         assert_false(run_life(begin, 0, false, OTHERS));
         assert_true(run_life(look_at_one, 3, false, OTHERS));
         for (unsigned i = 0; i < 6 && killed; i++)
             killed = run_life(look_at_one, n, false, OTHERS);
         assert_false(run_life(look_at_one_again, 0, false, OTHERS));
-        assert_int_equal(files(false), 0);
+        assert_int_equal(leftovers(), 0);
     }
-    files(true);
+    remove_files("");
     rmdir(dir);
 }
 
@@ -255,7 +242,7 @@ static void an_image_that_others_write_after_a_kill(void **state)
     snprintf(path, sizeof path, "%s/0", dir);
     assert_int_equal(utimensat(AT_FDCWD, path, later, 0), 0);
     assert_false(run_life(all_but_the_first_are_believed, 0, false, 0));
-    files(true);
+    remove_files("");
     rmdir(dir);
     format = "raw";
 }

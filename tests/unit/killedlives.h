@@ -1,31 +1,16 @@
-/* Bitmaps of several disks through kills: each life is a process of its own, which ends for
- * good at the N-th operation that has an effect. What the lives, and the parent between them,
- * share. */
+/* Bitmaps of several disks through kills: each life ends at the N-th operation that has an effect.
+ */
 #pragma once
 
-#include "blockutil.h"
-#include "plainworld.h"
+#include "lives.h"
 
-#include "dirty/dirty.h"
-#include "job/transaction.h"
-#include "persist/persist.h"
-#include "rt/world.h"
+enum { WRITE_AT = 1 << 20 };
 
-#include <dirent.h>
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <sys/wait.h>
-
-enum { DISKS = 3, KILLED = 77, WRITE_AT = 1 << 20 };
-#define DISK_BYTES (4 * MiB)
-
-static char dir[64];
 static const char *format = "raw"; /* of the disks; or qcow2 */
 
 /* ---- a life ---- */
 
 struct life {
-    struct world world, *real;
     struct plain_world plain;
     unsigned left;   /* operations until it ends; 0: it lives on */
     bool after;      /* it ends when the operation has been done */
@@ -38,30 +23,6 @@ struct life {
     struct test_user user[DISKS];
 };
 
-static inline uint64_t now(struct world *w)
-{
-    struct life *l = container_of(w, struct life, world);
-    return l->real->now_ns(l->real);
-}
-
-static inline uint64_t wall(struct world *w)
-{
-    struct life *l = container_of(w, struct life, world);
-    return l->real->wall_us(l->real);
-}
-
-static inline void dice(struct world *w, void *buf, size_t n)
-{
-    struct life *l = container_of(w, struct life, world);
-    l->real->random(l->real, buf, n);
-}
-
-static inline bool turn(struct world *w, uint64_t deadline_ns)
-{
-    struct life *l = container_of(w, struct life, world);
-    return l->real->turn(l->real, deadline_ns);
-}
-
 static inline bool has_effect(const struct io_op *op)
 {
     return op->kind == IO_WRITE || op->kind == IO_UNLINK || op->kind == IO_RENAME ||
@@ -70,12 +31,12 @@ static inline bool has_effect(const struct io_op *op)
 
 static inline int64_t perform(struct world *w, struct io_op *op)
 {
-    struct life *l = container_of(w, struct life, world);
+    struct life *l = container_of(w, struct life, plain.world);
 
     if (!l->left || !has_effect(op) || --l->left)
-        return l->real->perform(l->real, op);
+        return plain_perform(w, op);
     if (l->after)
-        l->real->perform(l->real, op);
+        plain_perform(w, op);
     _exit(KILLED);
 }
 
@@ -122,9 +83,9 @@ static inline bool run_life(void (*body)(struct life *), unsigned n, bool after,
     if (child == 0) {
         struct life l = {.left = n, .after = after, .hidden = hidden, .body = body};
         plain_world_init(&l.plain);
-        l.real = &l.plain.world;
-        l.world = (struct world){"killing", now, wall, dice, perform, turn};
-        _exit(loop_run_in(&l.world, live, &l) == 0 ? 0 : 1);
+        l.plain.world.name = "killing";
+        l.plain.world.perform = perform;
+        _exit(loop_run_in(&l.plain.world, live, &l) == 0 ? 0 : 1);
     }
     assert_true(child > 0);
     assert_int_equal(waitpid(child, &status, 0), child);
@@ -136,22 +97,15 @@ static inline bool run_life(void (*body)(struct life *), unsigned n, bool after,
 
 /* ---- what lives do ---- */
 
-static inline void transact(struct life *l, const char *action, ...)
+static inline void transact(struct life *l, const char *action)
 {
     CLEANUP(json_putp) struct json_object *actions = json_object_new_array();
     struct error err = ERROR_INIT;
 
-    for (unsigned i = 0; i < DISKS; i++) {
-        char text[256], *p;
-        if (!l->n[i])
-            continue;
-        snprintf(text, sizeof text,
-                 "{'type':'block-dirty-bitmap-%s','data':{'node':'d%u','name':'b'%s}}", action, i,
-                 strcmp(action, "add") ? "" : ",'persistent':true");
-        while ((p = strchr(text, '\'')))
-            *p = '"';
-        json_object_array_add(actions, json_tokener_parse(text));
-    }
+    for (unsigned i = 0; i < DISKS; i++)
+        if (l->n[i])
+            add_bitmap_action(actions, action, i, "b",
+                              strcmp(action, "add") ? "" : ",'persistent':true");
     int r = transaction_run(l->g, l->js, actions, NULL, &err);
     CHECK_OK(r, err);
 }
@@ -197,17 +151,6 @@ static inline struct bitmap *recorded(struct dirty_bitmap *bm)
     return st.successor ? st.successor : st.current;
 }
 
-/* Told by the file `said`: the client's belief between lives. */
-static inline void say(const char *what)
-{
-    char path[80];
-
-    snprintf(path, sizeof path, "%s/said", dir);
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    CHECK(fd >= 0 && write(fd, what, strlen(what)) == (ssize_t)strlen(what));
-    close(fd);
-}
-
 static inline void say_number(const char *name, uint64_t number)
 {
     char path[80];
@@ -241,30 +184,19 @@ static inline void clear_all(struct life *l)
 
 /* ---- files ---- */
 
-static inline void make_dir(void)
-{
-    snprintf(dir, sizeof dir, "%s/lives-XXXXXX", unit_tmp());
-    assert_non_null(mkdtemp(dir));
-}
-
-static inline unsigned files(bool remove)
+/* What is left of tide files and segments. */
+static inline unsigned leftovers(void)
 {
     unsigned n = 0;
     DIR *d = opendir(dir);
     struct dirent *e;
 
     assert_non_null(d);
-    while ((e = readdir(d))) {
-        if (e->d_name[0] == '.')
-            continue;
-        if (!remove) {
-            if (strstr(e->d_name, "run-") || strstr(e->d_name, ".tide"))
-                print_message("left: %s\n", e->d_name);
-            n += strstr(e->d_name, "run-") || strstr(e->d_name, ".tide");
-            continue;
+    while ((e = readdir(d)))
+        if (e->d_name[0] != '.' && (strstr(e->d_name, "run-") || strstr(e->d_name, ".tide"))) {
+            print_message("left: %s\n", e->d_name);
+            n++;
         }
-        assert_int_equal(unlinkat(dirfd(d), e->d_name, 0), 0);
-    }
     closedir(d);
     return n;
 }
@@ -272,14 +204,12 @@ static inline unsigned files(bool remove)
 static inline void make_image(struct life *l, unsigned i)
 {
     struct error err = ERROR_INIT;
-    char text[256], *p;
+    char text[256];
 
     snprintf(text, sizeof text,
              "{'driver':'qcow2','file':{'driver':'file','filename':'%s/%u'},'size':%llu}", dir, i,
              (unsigned long long)DISK_BYTES);
-    while ((p = strchr(text, '\'')))
-        *p = '"';
-    CLEANUP(json_putp) struct json_object *o = json_tokener_parse(text);
+    CLEANUP(json_putp) struct json_object *o = parse(text);
     int r = graph_create(l->g, o, &err);
     CHECK_OK(r, err);
 }
@@ -294,27 +224,9 @@ static inline void make_disks(void)
 {
     const bool raw = !strcmp(format, "raw");
 
-    for (unsigned i = 0; i < DISKS; i++) {
-        char path[80];
-        snprintf(path, sizeof path, "%s/%u", dir, i);
-        int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
-        assert_true(fd >= 0);
-        assert_int_equal(ftruncate(fd, raw ? DISK_BYTES : 0), 0);
-        close(fd);
-    }
+    make_files(raw ? DISK_BYTES : 0);
     if (!raw)
         assert_false(run_life(make_images, 0, false, (1u << DISKS) - 1));
-}
-
-static inline void lose_segments(void)
-{
-    DIR *d = opendir(dir);
-    struct dirent *e;
-
-    while ((e = readdir(d)))
-        if (strncmp(e->d_name, "run-", 4) == 0)
-            assert_int_equal(unlinkat(dirfd(d), e->d_name, 0), 0);
-    closedir(d);
 }
 
 /* The K-th one; false: there are not so many. */
