@@ -15,8 +15,9 @@
  *
  * Block s of a session is in place s modulo 64, one is in flight at a time, and each carries a
  * slice of the table: so the table is what the last few say, and the one block that a crash can
- * tear is the one after the newest. It is written again with the same sequence: left behind, it
- * would be a hole among the last ones later. A hole there is nothing that a crash makes. */
+ * tear is the one after the newest (a session's first, which is empty, is durable before it
+ * begins). It is written again with the same sequence: left behind, it would be a hole among the
+ * last ones later. A hole there is nothing that a crash makes. */
 #include "base/broken.h"
 #include "base/cursor.h"
 #include "persist/crc.h"
@@ -154,10 +155,13 @@ int ring_rebuild(const struct ring_block *blocks, size_t n, uint64_t first_seque
         if (blocks[i].sequence >= first_sequence &&
             (!newest || blocks[i].sequence > newest->sequence))
             newest = &blocks[i];
-    if (!newest) {
+    if (!newest && BROKEN(lost_ring_is_empty)) {
         *next = first_sequence;
         return 0;
     }
+    if (!newest)
+        return error_set(err, EBADMSG, "the hot ring is lost: it has no transaction from %llu on",
+                         (unsigned long long)first_sequence);
     for (size_t i = 0; i < n; i++) {
         uint64_t back = newest->sequence - blocks[i].sequence;
         if (blocks[i].sequence >= first_sequence && back < TIDE_RING_BLOCKS)

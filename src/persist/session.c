@@ -190,7 +190,7 @@ void keeper_session_begun(struct keeper *k)
     k->next_session = k->next_uuid = (struct tide_id){{0}};
     k->in_use = true;
     k->stale = k->void_tide = false;
-    k->ring_next = s->ring_sequence;
+    k->ring_next = s->ring_sequence + (s->level == TIDE_POWER); /* which has opened the ring */
     if (k->options.level == TIDE_POWER)
         k->hot = hot_new(
             &(struct hot_options){s->region_bits, s->slots, k->options.checkpoints.marked_max},

@@ -91,7 +91,7 @@ struct super {
     uint64_t resizing_bytes; /* being resized to this; equal to size_bytes: it is not */
     unsigned region_bits;    /* a hot region is 1 << this bytes */
     uint32_t slots;          /* of the hot table: TIDE_SLOTS_MIN .. TIDE_SLOTS_MAX */
-    uint64_t ring_sequence;  /* of this session's first transaction */
+    uint64_t ring_sequence;  /* of this session's first transaction; clean: of the next one's */
     uint64_t next_epoch;     /* not used so far */
     uint64_t extents_end;    /* where the next extent goes */
     struct witness witness;
@@ -157,8 +157,8 @@ enum ring_state ring_decode(const uint8_t buf[RING_BLOCK], const struct tide_id 
 /* How many transactions together hold the whole table of SLOTS entries. */
 unsigned ring_full_table(unsigned slots, unsigned slice);
 /* The table after the newest of BLOCKS (N of them, any order, all of one session): made of the
- * fewest last ones whose slices are all of it, or of all since FIRST_SEQUENCE, when it was empty.
- * -EBADMSG: one of those is missing, or says what cannot be. *NEXT: the sequence to go on at, which
+ * fewest last ones whose slices are all of it, or of all since FIRST_SEQUENCE, before which it was
+ * empty. -EBADMSG: one of those is missing, or there is none, or says what cannot be. *NEXT: the sequence to go on at, which
  * is that of a torn block. Regions are not compared with the disk, which may have been shrunk. */
 int ring_rebuild(const struct ring_block *blocks, size_t n, uint64_t first_sequence,
                  uint32_t *table, unsigned slots, uint64_t *next, struct error *err) MUST_CHECK;

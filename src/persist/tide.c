@@ -337,6 +337,49 @@ int tide_remove(struct tide *t, struct error *err)
     return r;
 }
 
+/* ---- the ring is written ---- */
+
+static uint64_t ring_place(const struct ring_block *b, unsigned slots)
+{
+    unsigned blocks = BROKEN(ring_of_c_blocks) && b->slice_length
+                          ? ring_full_table(slots, b->slice_length)
+                          : TIDE_RING_BLOCKS;
+    return b->sequence % blocks * RING_BLOCK;
+}
+
+int tide_write_ring(struct tide *t, const struct ring_block *b)
+{
+    assert(!t->writing_ring);
+    SHIELD();
+    uint8_t *buf = t->buf + TIDE_SUPER_BYTES;
+    t->writing_ring = true;
+    ring_encode(b, buf);
+    int r = write_durable(t, buf, RING_BLOCK, TIDE_RING_OFFSET + ring_place(b, t->super.slots));
+    t->writing_ring = false;
+    return r;
+}
+
+/* The first transaction of session S changes nothing; because of it a ring in which there is none
+ * of the session is a lost one, and not an empty table. */
+static bool has_opening(const struct super *s)
+{
+    return s->level == TIDE_POWER && s->in_use && !BROKEN(lost_ring_is_empty);
+}
+
+static struct ring_block *make_opening(const struct super *s)
+{
+    struct ring_block *b = xnew(struct ring_block);
+    b->session = s->session;
+    b->sequence = s->ring_sequence;
+    return b;
+}
+
+static int open_ring(struct tide *t, const struct super *s)
+{
+    CLEANUP(memory_freep) struct ring_block *b = make_opening(s);
+    return tide_write_ring(t, b);
+}
+
 /* ---- what decides ---- */
 
 int tide_sync(struct tide *t)
@@ -362,8 +405,15 @@ static int write_super(struct tide *t, struct super *s, struct error *err)
     int r = super_encode(s, t->buf, &length, err);
     if (r < 0)
         return error_wrap(err, "writing tide file '%s'", t->path);
+    /* Durable before the superblock: from then on a ring without it is not believed. */
+    const bool begins = !tide_id_equal(&s->session, &t->super.session) && has_opening(s);
+    if (begins && !BROKEN(ring_opened_late))
+        r = open_ring(t, s);
     unsigned slot = BROKEN(superblock_same_slot) ? t->slot : !t->slot;
-    r = write_durable(t, t->buf, length, slot * TIDE_SUPER_BYTES);
+    if (r == 0)
+        r = write_durable(t, t->buf, length, slot * TIDE_SUPER_BYTES);
+    if (r == 0 && begins && BROKEN(ring_opened_late))
+        r = open_ring(t, s);
     if (r < 0)
         return error_set_errno(err, -r, "writing the superblock of tide file '%s'", t->path);
     super_fini(&t->super);
@@ -462,26 +512,7 @@ int tide_allocate(struct tide *t, struct super *s, uint64_t bytes, uint64_t *off
     return 0;
 }
 
-/* ---- the ring ---- */
-
-static uint64_t ring_place(const struct ring_block *b, unsigned slots)
-{
-    unsigned blocks =
-        BROKEN(ring_of_c_blocks) ? ring_full_table(slots, b->slice_length) : TIDE_RING_BLOCKS;
-    return b->sequence % blocks * RING_BLOCK;
-}
-
-int tide_write_ring(struct tide *t, const struct ring_block *b)
-{
-    assert(!t->writing_ring);
-    SHIELD();
-    uint8_t *buf = t->buf + TIDE_SUPER_BYTES;
-    t->writing_ring = true;
-    ring_encode(b, buf);
-    int r = write_durable(t, buf, RING_BLOCK, TIDE_RING_OFFSET + ring_place(b, t->super.slots));
-    t->writing_ring = false;
-    return r;
-}
+/* ---- the ring is read ---- */
 
 /* The blocks of this session that are in BUF; damaged ones, and good ones in a wrong place, are
  * marked in BAD. */
@@ -616,15 +647,14 @@ static int draft_area(struct draft *d, const struct super *s, const struct tide_
 
 static void draft_ring(struct draft *d, const struct super *s, const uint32_t *table)
 {
-    struct ring_block *b = xnew(struct ring_block);
-    unsigned n = table ? ring_full_table(s->slots, RING_SLICE) : 0;
-    b->session = s->session;
+    CLEANUP(memory_freep) struct ring_block *b = make_opening(s);
+    unsigned n = table ? ring_full_table(s->slots, RING_SLICE) : has_opening(s);
     for (unsigned i = 0; i < n; i++) {
         b->sequence = s->ring_sequence + i;
-        ring_slice(b, table, s->slots, RING_SLICE);
+        if (table)
+            ring_slice(b, table, s->slots, RING_SLICE);
         ring_encode(b, d->head + TIDE_RING_OFFSET + ring_place(b, s->slots));
     }
-    free(b);
 }
 
 static int draft_make(struct draft *d, const struct super *s, const struct bitmap *const *current,

@@ -28,7 +28,7 @@ struct tide;
  * whose extents it places) with the contents of CURRENT[i] and SUCCESSOR[i] (NULL: clean; and so
  * may be the array) for S->table.items[i], and with a ring that says TABLE (S->slots entries) from
  * S->ring_sequence on, in ring_full_table(S->slots, RING_SLICE) transactions, after which the
- * caller goes on; NULL: empty, in none. Level process: the areas of a file that is in use are not
+ * caller goes on; NULL: empty, in one if S is in use at level power. Level process: the areas of a file that is in use are not
  * placed. It is written under a name of its own, PATH.new, synced, renamed, its directory synced.
  * The sets are copied before the first wait. S becomes what was written; a bitmap of S->next shares
  * the extents of those of S->table that it named before, and new ones of its own are clean. On
@@ -63,7 +63,8 @@ const struct super *tide_super(const struct tide *t);
 /* Writes S with the next sequence number into the older slot, and when it is durable adopts it:
  * then tide_super() is equal to S, whose content is stolen (what tide_super() pointed to is freed).
  * On error S stays the caller's. One at a time: a second caller waits (and its S should have been
- * made from what the first one wrote). -ENOSPC, -EINVAL: S cannot be written, see super_encode();
+ * made from what the first one wrote). If S begins a session at level power, its ring is opened
+ * before, by an empty transaction with S->ring_sequence; the caller goes on behind it. -ENOSPC, -EINVAL: S cannot be written, see super_encode();
  * nothing has happened and the file is as good as it was. Anything else: it has failed. */
 int tide_write_super(struct tide *t, struct super *s, struct error *err) MUST_CHECK;
 

@@ -346,6 +346,11 @@ static void write_two(struct life *l)
     CHECK(write_at(l, 0, AT) == 0);
 }
 
+static void has_both(struct life *l)
+{
+    CHECK(is_dirty(l, 0, 0) && is_dirty(l, 0, AT));
+}
+
 static void write_third(struct life *l)
 {
     bitmap_of(l, 0);
@@ -401,6 +406,26 @@ static void a_torn_block_of_the_ring_does_not_stay(void **state)
         run_and_tear(ways[i].second, ways[i].read_only);
         lose_segments();
         run_life(ways[i].third);
+    }
+}
+
+/* Zeroes are not an empty table, which a ring tells that has been opened. */
+static void a_ring_that_is_lost_is_not_believed(void **state)
+{
+    for (int lost = 0; lost < 2; lost++) {
+        make_new_disks();
+        memset(ring, 0, sizeof ring);
+        run_and_tear(write_two, false);
+        lose_segments();
+        if (lost) {
+            char path[80];
+            snprintf(path, sizeof path, "%s/0.tide", dir);
+            int fd = open(path, O_RDWR);
+            memset(ring, 0, sizeof ring);
+            assert_true(fd >= 0 && pwrite(fd, ring, sizeof ring, RING_AT) == sizeof ring);
+            close(fd);
+        }
+        run_life(lost ? is_inconsistent : has_both);
     }
 }
 
@@ -638,6 +663,7 @@ static const struct CMUnitTest tests[] = {
     T(a_first_tide_file_whose_name_is_not_durable),
     T(a_write_while_the_tide_file_is_given_up),
     T(a_torn_block_of_the_ring_does_not_stay),
+    T(a_ring_that_is_lost_is_not_believed),
     T(a_clear_whose_writes_fail_though_they_are_done),
     T(a_mirror_whose_start_fails),
     T(a_bitmap_is_added_after_a_change_that_failed),

@@ -477,7 +477,7 @@ TIDE_TEST(the_ring_tells_what_was_hot)
 {
     struct error err = ERROR_INIT;
     struct super s;
-    struct session h = {.sequence = 1000};
+    struct session h = {.sequence = 1001}; /* behind the one that opens it */
     uint64_t next;
     small_super(p, &s, GiB);
     memset(h.table, 0xff, sizeof h.table);
@@ -501,7 +501,7 @@ TIDE_TEST(the_ring_tells_what_was_hot)
     /* two of them cannot be */
     scribble(p, TIDE_RING_OFFSET + (h.sequence + 1) % 64 * 4096 + 77, 1);
     CHECK(tide_read_ring(t, h.read, &next, &err) == -EBADMSG);
-    CHECK(strstr(err.text, "two blocks of the hot ring are damaged after transaction 1199"));
+    CHECK(strstr(err.text, "two blocks of the hot ring are damaged after transaction 1200"));
     error_clear(&err);
     CHECK(transact(p, t, &h) == 0);
     expect_ring(t, &h);
@@ -509,7 +509,8 @@ TIDE_TEST(the_ring_tells_what_was_hot)
     CHECK(transact(p, t, &h) == 0);
     scribble(p, TIDE_RING_OFFSET + (h.sequence - 2) % 64 * 4096 + 77, 1);
     CHECK(tide_read_ring(t, h.read, &next, &err) == -EBADMSG);
-    CHECK(strstr(err.text, "the hot ring has a hole: transaction 1200 is missing"));
+    CHECK(strstr(err.text, "the hot ring has a hole: transaction 1201 is missing"));
+    error_clear(&err);
     tide_close(t);
 
     /* a new session knows nothing of all that */
@@ -518,11 +519,25 @@ TIDE_TEST(the_ring_tells_what_was_hot)
     super_copy(&again, tide_super(t));
     again.session = some_id(&p->rng);
     again.ring_sequence = h.sequence;
+    p->spy->n = 0;
     CHECK(tide_write_super(t, &again, NULL) == 0);
+    /* the ring is opened before */
+    CHECK(p->spy->n == 2 && p->spy->ops[0].flags == RWF_DSYNC && p->spy->ops[1].flags == RWF_DSYNC);
+    CHECK(p->spy->ops[0].offset == TIDE_RING_OFFSET + h.sequence % 64 * 4096);
+    CHECK(p->spy->ops[1].offset < TIDE_RING_OFFSET);
+    h.sequence++;
     memset(h.table, 0xff, sizeof h.table);
     expect_ring(t, &h);
     CHECK(transact(p, t, &h) == 0);
     expect_ring(t, &h);
+
+    /* a ring of zeroes is not a new one */
+    static const uint8_t zeroes[TIDE_RING_BLOCKS * RING_BLOCK];
+    int fd = open(p->path, O_RDWR);
+    CHECK(pwrite(fd, zeroes, sizeof zeroes, TIDE_RING_OFFSET) == (ssize_t)sizeof zeroes);
+    CHECK(fsync(fd) == 0 && close(fd) == 0);
+    CHECK(tide_read_ring(t, h.read, &next, &err) == -EBADMSG);
+    CHECK(strstr(err.text, "the hot ring is lost: it has no transaction from 1203 on"));
     tide_close(t);
     super_fini(&s);
 }

@@ -500,6 +500,7 @@ static void one_history(uint64_t seed)
         h.torn = false; /* or of the life before, which does not matter */
         for (unsigned i = 0; i < h.slots; i++)
             h.table[i] = REGION_NONE;
+        transact(&h, false); /* there is one in every session */
         for (int crash = 0; crash < 3; crash++) {
             for (uint64_t n = rng_below(&h.rng, 150 >> rng_below(&h.rng, 7)); n--;)
                 transact(&h, false);
@@ -544,13 +545,18 @@ static void the_ring_tells_the_table(void **state)
             one_history(seed);
 }
 
-static void an_unwritten_ring_is_an_empty_table(void **state)
+static void a_ring_without_a_transaction_is_lost(void **state)
 {
+    struct error err = ERROR_INIT;
     uint32_t table[16];
     uint64_t next = 0;
+    struct ring_block opening = {.sequence = 77};
     memset(table, 0, sizeof table);
-    assert_int_equal(ring_rebuild(NULL, 0, 77, table, ARRAY_SIZE(table), &next, NULL), 0);
-    assert_int_equal(next, 77);
+    assert_int_equal(ring_rebuild(NULL, 0, 77, table, ARRAY_SIZE(table), &next, &err), -EBADMSG);
+    assert_string_equal(err.text, "the hot ring is lost: it has no transaction from 77 on");
+    error_clear(&err);
+    assert_int_equal(ring_rebuild(&opening, 1, 77, table, ARRAY_SIZE(table), &next, NULL), 0);
+    assert_int_equal(next, 78);
     for (size_t i = 0; i < ARRAY_SIZE(table); i++)
         assert_int_equal(table[i], REGION_NONE);
 }
@@ -569,15 +575,16 @@ static void hostile_transactions_are_refused(void **state)
     b.slice_length = 17;
     assert_int_equal(ring_rebuild(&b, 1, 5, table, 16, &next, &err), -EBADMSG);
     assert_string_equal(err.text, "transaction 5 of the hot ring holds 17 slots from 0 on, of 16");
+    error_clear(&err);
     b.slice_length = 16;
     b.slice_first = 16;
     assert_int_equal(ring_rebuild(&b, 1, 5, table, 16, &next, NULL), -EBADMSG);
     b.slice_first = 15;
     assert_int_equal(ring_rebuild(&b, 1, 5, table, 16, &next, NULL), 0);
     /* from before the session's first one: not of it, whatever its id says */
-    assert_int_equal(ring_rebuild(&b, 1, 6, table, 16, &next, NULL), 0);
-    assert_int_equal(next, 6);
-    assert_int_equal(table[15], REGION_NONE);
+    assert_int_equal(ring_rebuild(&b, 1, 6, table, 16, &next, &err), -EBADMSG);
+    assert_string_equal(err.text, "the hot ring is lost: it has no transaction from 6 on");
+    error_clear(&err);
 }
 
 /* ---- areas ---- */
@@ -638,7 +645,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(random_fields_do_no_harm),
     cmocka_unit_test(ring_blocks_come_back_whole_or_not),
     cmocka_unit_test(the_ring_tells_the_table),
-    cmocka_unit_test(an_unwritten_ring_is_an_empty_table),
+    cmocka_unit_test(a_ring_without_a_transaction_is_lost),
     cmocka_unit_test(hostile_transactions_are_refused),
     cmocka_unit_test(sectors_hold_for_one_place_and_epoch),
     cmocka_unit_test(areas_have_room_for_each_bit),
