@@ -426,7 +426,7 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
                       : start_backup(c, l, bitmap_action, mode, &err);
     }
     if (r < 0) {
-        if (!c->h->with_faults && !(r == -EBUSY && history_in_doubt(c->d->n)))
+        if (!history_may_refuse(c->h, r) && !(r == -EBUSY && history_in_doubt(c->d->n)))
             violation(c->h, "no backup can be started: %s", err.text);
         end_backup(c);
     } else {
@@ -505,7 +505,7 @@ static void compare(struct client *c, struct life *l)
             &err);
     }
     if (r < 0) {
-        if (!c->h->with_faults && !(r == -EBUSY && history_in_doubt(c->d->n)))
+        if (!history_may_refuse(c->h, r) && !(r == -EBUSY && history_in_doubt(c->d->n)))
             violation(c->h, "no comparison can be started: %s", err.text);
         end_backup(c);
     } else {
@@ -537,7 +537,7 @@ static void remove_bitmap(struct client *c, struct life *l)
         transaction_run_one(l->g, l->js, "block-dirty-bitmap-remove",
                             history_json("{'node':'%s','name':'%s'}", c->d->node, c->bitmap), &err);
     c->has_chain = false;
-    if (r < 0 && !c->h->with_faults)
+    if (r < 0 && !history_may_refuse(c->h, r))
         violation(c->h, "'%s' cannot be removed: %s", c->bitmap, err.text);
 }
 

@@ -138,6 +138,11 @@ bool history_is_loss(const struct history *h, enum life_end end, bool power, boo
            (h->faulty && end == END_KILLED);
 }
 
+bool history_may_refuse(const struct history *h, int r)
+{
+    return h->with_faults || (h->no_memory && r == -ENOSPC);
+}
+
 uint64_t history_budget(const struct disk *d, uint64_t granularity, unsigned losses)
 {
     return losses * d->slots * max_u64(d->region_bytes, granularity);
@@ -435,7 +440,9 @@ static void set_size(struct life *l, struct disk *d, uint64_t to)
     /* A root: beside another kind of parent no mirror begins. */
     int r = edge_attach_user(&u, d->n, "root", PERM_RESIZE, PERM_ALL, &e, &err);
     if (r == 0) {
+        l->h->m.store.free_memory += INT32_MAX; /* on a full tmpfs it is refused, which is dull */
         r = edge_truncate(e, to, false, &err);
+        l->h->m.store.free_memory -= INT32_MAX;
         edge_detach(e);
     }
     d->cut_in_flight = cut_before;
@@ -800,6 +807,8 @@ static void between(struct history *h, enum life_end end, bool faulty)
     h->faulty = faulty;
     h->m.faults = (struct faults){.path = ""};
     enough_room(h);
+    if (h->m.store.free_memory < INT32_MAX / 2)
+        h->m.store.free_memory += INT32_MAX;
     for (unsigned i = 0; i < h->n_disks; i++) {
         /* Who opened a file again after a failed sync would find in the page cache, clean, what the
          * disk never got, and nobody could tell: so then the machine goes down. */
@@ -829,7 +838,7 @@ static void between(struct history *h, enum life_end end, bool faulty)
     }
     for (unsigned i = 0; i < h->n_disks; i++)
         come_and_go(h, &h->disks[i], false);
-    bool no_segments = others_disturb_segments(h) || !h->with_runtime;
+    bool no_segments = others_disturb_segments(h) || !h->with_runtime || h->no_memory;
     ALL_CLIENTS(h, ended, end, power, no_segments);
     others_between(h, end, power);
     machine_pass_time(&h->m, dice_below(&h->dice, 10) * NSEC_PER_SEC / 4);
@@ -933,6 +942,24 @@ static void draw_checkpoints(struct history *h)
     h->checkpoints.rest_ns = 1000 * rest_us[dice_below(&d, ARRAY_SIZE(rest_us))];
 }
 
+/* A tmpfs that is full at times: then there are no run segments, or some. */
+static void draw_memory(struct history *h)
+{
+    h->memory_dice = (struct dice){h->seed ^ 0x7f5};
+    h->memory_short = settings.persist && !settings.exhaustive && one_in(&h->memory_dice, 6);
+}
+
+static void take_memory(struct history *h)
+{
+    h->no_memory = h->memory_short && one_in(&h->memory_dice, 2);
+    if (!h->no_memory)
+        return;
+    h->m.store.free_memory = (int64_t)dice_below(&h->memory_dice, 12) * SIM_BLOCK;
+    h->runtime_disturbed = true; /* there may be no place for a stamp */
+    machine_note(&h->m, "%llu bytes of tmpfs are free",
+                 (unsigned long long)h->m.store.free_memory);
+}
+
 static struct faults draw_faults(struct history *h)
 {
     static const unsigned rates[] = {0, 0, 50, 200, 1000};
@@ -1000,6 +1027,8 @@ static void one_life(struct history *h, unsigned number)
                  l.foreign ? "foreign " : "", number, (unsigned long long)kill_at, l.faults.read,
                  l.faults.write, l.faults.sync, l.faults.space);
     h->m.kill_near = settings.persist && one_in(&h->more_dice, 3) ? ".tide" : NULL;
+    if (number)
+        take_memory(h);
     int r = machine_live(&h->m, kill_at, life_main, &l);
     if (r < 0 && r != -EOWNERDEAD)
         violation(h, "the program ended with %s", strerror(-r));
@@ -1028,11 +1057,12 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     h->with_faults = one_in(&h->dice, 4) && !settings.no_faults && !settings.exhaustive;
     h->n_disks = one_in(&h->dice, 3) ? 2 : 1;
     h->n_guests = 1 + (unsigned)dice_below(&h->dice, MAX_GUESTS);
-    h->lives = 1 + (unsigned)dice_below(&h->dice, 5);
+    h->lives = 3 + (unsigned)dice_below(&h->dice, 3);
     h->m.slow = (unsigned)dice_below(&h->dice, 20000);
     draw_mood(h);
     draw_limits(h);
     draw_checkpoints(h);
+    draw_memory(h);
     h->with_runtime = !one_in(&h->dice, 6);
     if (settings.groups) {
         h->n_disks = 2 + one_in(&h->more_dice, 3);

@@ -1,8 +1,8 @@
-/* A history: one to five lives of the program on one simulated machine, drawn from one seed, and
+/* A history: some lives of the program on one simulated machine, drawn from one seed, and
  * what must be true of them.
  *
  *     life 0      makes the images, and ends well
- *     life 1..n   opens them; judges what it finds against what the guests know (model.h); then
+ *     life 1..n   (3 to 5) opens them; judges what it finds against what the guests know (model.h); then
  *                 guests, the disks' clients and their jobs, until all have done enough (a clean
  *                 close), or the machine kills it at some event; then maybe the power goes
  *
@@ -99,6 +99,9 @@ struct history {
     bool with_faults;         /* I/O errors may have made anything fail */
     bool after_foreign;       /* the last life was another program's */
     bool with_runtime;        /* there is a directory for run segments */
+    bool memory_short;        /* in some lives tmpfs is full, or nearly so ... */
+    bool no_memory;           /* ... as in this one */
+    struct dice memory_dice;
     bool runtime_disturbed;   /* at some time segments were lost, or old ones came back */
     bool faulty;              /* the last life had I/O errors: perhaps when it made its segments */
     bool clock_set;           /* at some time */
@@ -159,6 +162,10 @@ static inline bool with_others(void)
 {
     return settings.persist && !settings.groups;
 }
+
+/* May a command fail with R? By an I/O error; or there is no room for the run segment of what it
+ * makes. */
+bool history_may_refuse(const struct history *h, int r);
 
 /* Runs one; returns the hash of its trace. */
 uint64_t history_run(uint64_t seed, struct history *totals);

@@ -185,7 +185,9 @@ static struct inode *proc_file(struct machine *m, const char *path)
     (void)!store_create(&m->store, "/run/.proc", false, &i);
     (void)!store_unlink(&m->store, "/run/.proc.now");
     (void)!store_rename(&m->store, "/run/.proc", "/run/.proc.now");
+    m->store.free_memory += MiB; /* it is no file of tmpfs, and has room when that is full */
     (void)!inode_write(i, text, strlen(text), 0, false, NULL);
+    m->store.free_memory -= MiB;
     return i;
 }
 
@@ -329,7 +331,7 @@ static int64_t do_write(struct machine *m, struct operation *o)
     if (faulty(m, o, m->faults.space))
         return -ENOSPC;
     int64_t n = inode_write_parcel(i, o->data, direct, NULL);
-    m->n_full += n == -ENOSPC;
+    m->n_full += n == -ENOSPC && !i->in_memory;
     if (n > 0 && (o->op.flags & (RWF_DSYNC | RWF_SYNC)))
         inode_sync_range(i, o->op.offset, (size_t)n, store_moment(&m->store));
     return n;
@@ -404,7 +406,7 @@ static int64_t take_effect(struct machine *m, struct operation *o)
         if (!(o->op.flags & FALLOC_FL_PUNCH_HOLE) && faulty(m, o, m->faults.space))
             return -ENOSPC;
         r = inode_allocate(f->inode, o->op.flags, o->op.offset, o->op.length);
-        m->n_full += r == -ENOSPC;
+        m->n_full += r == -ENOSPC && !f->inode->in_memory;
         return r;
     case IO_TRUNCATE:
         return inode_resize(f->inode, o->op.offset);
