@@ -40,13 +40,15 @@ static inline bool one_in(struct dice *d, uint64_t n)
 }
 
 /* All outcomes of a row of choices, one after the other: the first run takes 0 everywhere, each
- * further one the next in order. */
+ * further one the next in order. Where all that can be is the same there is no choice: a sector
+ * is asked for by its contents, not its versions, and one that is cut off not at all. */
 struct choices {
     struct {
         uint32_t taken, of;
     } * row;
     size_t n, capacity, at;
     bool exhaustive;
+    bool power_goes; /* exhaustive: after the kill; so what is in flight is one more version */
     struct dice *dice;
     /* when by dice: how likely something lands, and whether it is the newest; drawn anew for each
      * crash, so that there are crashes of which nothing survives, and all */

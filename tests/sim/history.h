@@ -2,9 +2,9 @@
  * what must be true of them.
  *
  *     life 0      makes the images, and ends well
- *     life 1..n   (3 to 5) opens them; judges what it finds against what the guests know (model.h); then
- *                 guests, the disks' clients and their jobs, until all have done enough (a clean
- *                 close), or the machine kills it at some event; then maybe the power goes
+ *     life 1..n   (3 to 5) opens them; judges what it finds against what the guests know (model.h);
+ * then guests, the disks' clients and their jobs, until all have done enough (a clean close), or
+ * the machine kills it at some event; then maybe the power goes
  *
  * What is asked beyond the guests' content is asked by clients (client_ops): a client belongs to a
  * disk, outlives the lives, and believes what it was told. Its functions run inside the life
@@ -96,11 +96,11 @@ struct history {
         struct disk *disk;
     } clients[MAX_CLIENTS];
     unsigned n_clients;
-    bool with_faults;         /* I/O errors may have made anything fail */
-    bool after_foreign;       /* the last life was another program's */
-    bool with_runtime;        /* there is a directory for run segments */
-    bool memory_short;        /* in some lives tmpfs is full, or nearly so ... */
-    bool no_memory;           /* ... as in this one */
+    bool with_faults;   /* I/O errors may have made anything fail */
+    bool after_foreign; /* the last life was another program's */
+    bool with_runtime;  /* there is a directory for run segments */
+    bool memory_short;  /* in some lives tmpfs is full, or nearly so ... */
+    bool no_memory;     /* ... as in this one */
     struct dice memory_dice;
     bool runtime_disturbed;   /* at some time segments were lost, or old ones came back */
     bool faulty;              /* the last life had I/O errors: perhaps when it made its segments */
@@ -149,6 +149,7 @@ struct settings {
     bool persist;         /* persistent bitmaps on raw images, too */
     bool strict;          /* a kill must not cost a bitmap */
     bool groups;          /* several raw disks, whose bitmaps change together */
+    bool small;           /* so little that all can be enumerated that a crash may leave */
     const char *qemu_img; /* a directory: images are dumped there and checked by qemu-img */
     unsigned qemu_img_every;
     uint64_t kill_at;           /* of life 1, by event; 0: drawn */
@@ -160,7 +161,7 @@ extern struct settings settings;
  * other. */
 static inline bool with_others(void)
 {
-    return settings.persist && !settings.groups;
+    return settings.persist && !settings.groups && !settings.small;
 }
 
 /* May a command fail with R? By an I/O error; or there is no room for the run segment of what it

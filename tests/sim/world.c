@@ -604,19 +604,23 @@ void machine_kill(struct machine *m)
     loop_die();
 }
 
-/* What was in flight lands or not; a write, sector by sector. */
+/* What was in flight lands or not; a write, sector by sector. If all is enumerated and the power
+ * goes next, it lands, and that decides. */
 static void land(struct machine *m)
 {
     struct operation *o;
+    if (m->choices.exhaustive)
+        m->choices.power_goes = choose(&m->choices, 2);
+    const bool all = m->choices.exhaustive && m->choices.power_goes;
     while ((o = TAILQ_FIRST(&m->in_flight))) {
         TAILQ_REMOVE(&m->in_flight, o, link);
         if (o->op.kind == IO_WRITE && o->file) {
             if ((o->file->flags & (O_RDWR | O_WRONLY)) && !misaligned(o))
                 (void)!inode_write_parcel(o->file->inode, o->data, o->file->flags & O_DIRECT,
-                                          &m->choices);
+                                          all ? NULL : &m->choices);
         } else if (o->op.kind == IO_FALLOCATE || o->op.kind == IO_TRUNCATE ||
                    o->op.kind == IO_UNLINK || o->op.kind == IO_RENAME || o->op.kind == IO_LINK) {
-            if ((o->file || !needs_file(o->op.kind)) && choose_lands(&m->choices))
+            if ((o->file || !needs_file(o->op.kind)) && (all || choose_lands(&m->choices)))
                 (void)!take_effect(m, o);
         }
         operation_free(m, o);
