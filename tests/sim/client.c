@@ -114,6 +114,7 @@ static void judge_bitmap(struct client *c, const char *when, bool exact)
         violation(c->h, "%s cannot be read %s: %s", c->d->node, when, strerror(-r));
     if (!exact && c->losses && !c->h->m.n_faults)
         budget = history_budget(c->d, outwards, c->losses);
+    exact = exact && !c->h->spoiled;
     for (uint64_t i = 0; i < c->d->model.n; i++) {
         uint32_t stamp;
         (void)!stamp_read(buf + i * MODEL_SECTOR, &stamp);

@@ -389,6 +389,12 @@ static int64_t write_memory(struct inode *i, const struct parcel *p)
     return (int64_t)p->n;
 }
 
+bool inode_unreadable(const struct inode *i, uint64_t at, uint64_t n)
+{
+    const uint64_t bad = (i->bad_sector - 1) * SIM_SECTOR;
+    return i->bad_sector && at < bad + SIM_SECTOR && at + n > bad;
+}
+
 int64_t inode_write_parcel(struct inode *i, const struct parcel *p, bool direct,
                            struct choices *lands)
 {
@@ -408,6 +414,8 @@ int64_t inode_write_parcel(struct inode *i, const struct parcel *p, bool direct,
         if (!lands || (lands->exhaustive && at + here <= i->size && same(after, i->now[s])) ||
             choose_lands(lands)) {
             put(i, s, after, direct);
+            if (i->bad_sector == s + 1)
+                i->bad_sector = 0;
             if (at + here > i->size)
                 set_size(i, at + here);
             modified(i);

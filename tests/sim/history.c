@@ -836,6 +836,7 @@ static void between(struct history *h, enum life_end end, bool faulty)
         h->kills++;
     if (power) {
         machine_lose_power(&h->m);
+        others_spoil(h);
         for (unsigned i = 0; i < h->n_disks; i++) {
             h->disks[i].left = LEFT_POWERLESS;
             h->disks[i].cut_in_flight = false;

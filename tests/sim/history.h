@@ -102,6 +102,8 @@ struct history {
     bool memory_short;  /* in some lives tmpfs is full, or nearly so ... */
     bool no_memory;     /* ... as in this one */
     struct dice memory_dice;
+    struct dice bad_dice;     /* of bad sectors: */
+    bool spoiled;             /* there are or were some, and what they had counts as dirty */
     bool runtime_disturbed;   /* at some time segments were lost, or old ones came back */
     bool faulty;              /* the last life had I/O errors: perhaps when it made its segments */
     bool clock_set;           /* at some time */
@@ -181,6 +183,8 @@ _Noreturn void violation_at(const char *file, int line, struct history *h, const
 bool others_disturb_segments(struct history *h);
 /* At the end of a life; they may come back later. */
 void others_copy_segments(struct history *h);
+/* The power has gone: one sector of a tide file may be bad, of an area or an older ring block. */
+void others_spoil(struct history *h);
 void others_between(struct history *h, enum life_end end, bool power);
 /* D is read-only, its tide file closed. */
 void others_while_closed(struct history *h, struct disk *d);

@@ -394,7 +394,7 @@ static int64_t take_effect(struct machine *m, struct operation *o)
     case IO_OPEN:
         return do_open(m, o->path, o->op.flags);
     case IO_READ:
-        if (faulty(m, o, m->faults.read))
+        if (faulty(m, o, m->faults.read) || inode_unreadable(f->inode, o->op.offset, o->op.length))
             return -EIO;
         return (int64_t)inode_read(f->inode, o->op.buf, o->op.length, o->op.offset);
     case IO_WRITE:
