@@ -427,7 +427,7 @@ static void act(struct actor *a, struct life *l)
         model_instant(&a->d->model, a->doing.from, &a->doing.instant);
     }
     machine_note(&a->h->m, "client %u: %s: %d", a->number, kinds[a->doing.kind], r);
-    if (r < 0 && !a->h->with_faults && !(r == -EBUSY && history_in_doubt(a->d->n)))
+    if (r < 0 && !history_may_refuse(a->h, r) && !(r == -EBUSY && history_in_doubt(a->d->n)))
         violation(a->h, "%s: %s", kinds[a->doing.kind], err.text);
     if (r == 0)
         follow(a);

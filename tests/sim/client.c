@@ -114,6 +114,7 @@ static void judge_bitmap(struct client *c, const char *when, bool exact)
         violation(c->h, "%s cannot be read %s: %s", c->d->node, when, strerror(-r));
     if (!exact && c->losses && !c->h->m.n_faults)
         budget = history_budget(c->d, outwards, c->losses);
+    exact = exact && !c->h->spoiled;
     for (uint64_t i = 0; i < c->d->model.n; i++) {
         uint32_t stamp;
         (void)!stamp_read(buf + i * MODEL_SECTOR, &stamp);
@@ -426,7 +427,7 @@ static void back_up(struct client *c, struct life *l, const char *bitmap_action)
                       : start_backup(c, l, bitmap_action, mode, &err);
     }
     if (r < 0) {
-        if (!c->h->with_faults && !(r == -EBUSY && history_in_doubt(c->d->n)))
+        if (!history_may_refuse(c->h, r) && !(r == -EBUSY && history_in_doubt(c->d->n)))
             violation(c->h, "no backup can be started: %s", err.text);
         end_backup(c);
     } else {
@@ -505,7 +506,7 @@ static void compare(struct client *c, struct life *l)
             &err);
     }
     if (r < 0) {
-        if (!c->h->with_faults && !(r == -EBUSY && history_in_doubt(c->d->n)))
+        if (!history_may_refuse(c->h, r) && !(r == -EBUSY && history_in_doubt(c->d->n)))
             violation(c->h, "no comparison can be started: %s", err.text);
         end_backup(c);
     } else {
@@ -537,7 +538,7 @@ static void remove_bitmap(struct client *c, struct life *l)
         transaction_run_one(l->g, l->js, "block-dirty-bitmap-remove",
                             history_json("{'node':'%s','name':'%s'}", c->d->node, c->bitmap), &err);
     c->has_chain = false;
-    if (r < 0 && !c->h->with_faults)
+    if (r < 0 && !history_may_refuse(c->h, r))
         violation(c->h, "'%s' cannot be removed: %s", c->bitmap, err.text);
 }
 

@@ -92,6 +92,11 @@ static struct payload *payload_with(struct payload *p, struct payload *from, siz
     return payload_new(bytes);
 }
 
+static bool same(const struct payload *a, const struct payload *b)
+{
+    return a == b || (a && b && memcmp(a->bytes, b->bytes, SIM_SECTOR) == 0);
+}
+
 /* ---- parcels ---- */
 
 struct parcel {
@@ -384,6 +389,12 @@ static int64_t write_memory(struct inode *i, const struct parcel *p)
     return (int64_t)p->n;
 }
 
+bool inode_unreadable(const struct inode *i, uint64_t at, uint64_t n)
+{
+    const uint64_t bad = (i->bad_sector - 1) * SIM_SECTOR;
+    return i->bad_sector && at < bad + SIM_SECTOR && at + n > bad;
+}
+
 int64_t inode_write_parcel(struct inode *i, const struct parcel *p, bool direct,
                            struct choices *lands)
 {
@@ -398,12 +409,18 @@ int64_t inode_write_parcel(struct inode *i, const struct parcel *p, bool direct,
         size_t in, here;
         struct payload *from = piece(p, at, &in, &here);
         here = min_u64(here, end - at);
-        if (!lands || choose_lands(lands)) {
-            uint64_t s = at / SIM_SECTOR;
-            put(i, s, payload_with(i->now[s], from, in, here), direct);
+        uint64_t s = at / SIM_SECTOR;
+        struct payload *after = payload_with(i->now[s], from, in, here);
+        if (!lands || (lands->exhaustive && at + here <= i->size && same(after, i->now[s])) ||
+            choose_lands(lands)) {
+            put(i, s, after, direct);
+            if (i->bad_sector == s + 1)
+                i->bad_sector = 0;
             if (at + here > i->size)
                 set_size(i, at + here);
             modified(i);
+        } else {
+            payload_unref(after);
         }
         at += here;
     }
@@ -571,6 +588,25 @@ static size_t surviving_sizes(const struct inode *i, struct choices *c)
     return n;
 }
 
+/* One of those of different content: HAVE, or a version between FROM and TO. */
+static struct payload *one_of_all(struct choices *c, const struct sector *sec, uint64_t from,
+                                  uint64_t to, struct payload *have)
+{
+    enum { MOST = 32 };
+    struct payload *all[MOST] = {have};
+    uint32_t n = 1;
+    for (const struct version *v = sec->versions; v; v = v->newer) {
+        bool known = v->order <= from || v->order >= to;
+        for (uint32_t k = 0; k < n && !known; k++)
+            known = same(all[k], v->payload);
+        if (known)
+            continue;
+        assert(n < MOST);
+        all[n++] = v->payload;
+    }
+    return all[choose(c, n)];
+}
+
 /* What the medium has of a sector, when the first SIZES changes of the size are there. */
 static struct payload *survivor(const struct inode *i, const struct sector *sec, size_t sizes,
                                 struct choices *c)
@@ -588,6 +624,9 @@ static struct payload *survivor(const struct inode *i, const struct sector *sec,
             to = min_u64(to, i->resizings[k].order);
         }
     }
+    uint64_t size = sizes ? i->resizings[sizes - 1].size : i->durable_size;
+    if (c->exhaustive) /* what is behind the end is nothing, whatever it was */
+        return size <= at ? NULL : one_of_all(c, sec, from, to, survives);
     uint32_t n = 0;
     struct version *v;
     for (v = sec->versions; v; v = v->newer)
@@ -656,7 +695,9 @@ void content_lose_power(struct inode *i)
         if (i->now[k])
             written_again(i, k / (SIM_BLOCK / SIM_SECTOR));
     }
-    if (choose_lands(c))
+    bool differ = i->times.mtime_ns != i->durable_times.mtime_ns ||
+                  i->times.ctime_ns != i->durable_times.ctime_ns;
+    if ((differ || !c->exhaustive) && choose_lands(c))
         i->durable_times = i->times;
     i->times = i->durable_times;
 }

@@ -40,13 +40,15 @@ static inline bool one_in(struct dice *d, uint64_t n)
 }
 
 /* All outcomes of a row of choices, one after the other: the first run takes 0 everywhere, each
- * further one the next in order. */
+ * further one the next in order. Where all that can be is the same there is no choice: a sector
+ * is asked for by its contents, not its versions, and one that is cut off not at all. */
 struct choices {
     struct {
         uint32_t taken, of;
     } * row;
     size_t n, capacity, at;
     bool exhaustive;
+    bool power_goes; /* exhaustive: after the kill; so what is in flight is one more version */
     struct dice *dice;
     /* when by dice: how likely something lands, and whether it is the newest; drawn anew for each
      * crash, so that there are crashes of which nothing survives, and all */
@@ -115,6 +117,7 @@ struct inode {
     uint8_t *blocks; /* of SIM_BLOCK bytes: BLOCK_* */
     size_t n_blocks;
     uint64_t syncs_failed; /* that had something to make durable */
+    uint64_t bad_sector;   /* one more than its number: cannot be read, until it is written */
     /* in memory */
     uint8_t *bytes;
     uint64_t capacity;
@@ -179,6 +182,7 @@ struct parcel;
 struct parcel *parcel_new(const void *buf, size_t n, uint64_t at);
 void parcel_free(struct parcel *p); /* NULL is allowed */
 /* The sectors for which LANDS (NULL: all) says true. Bytes written, or -ENOSPC. */
+bool inode_unreadable(const struct inode *i, uint64_t at, uint64_t n);
 int64_t inode_write_parcel(struct inode *i, const struct parcel *p, bool direct,
                            struct choices *lands);
 int64_t inode_write(struct inode *i, const void *buf, size_t n, uint64_t at, bool direct,

@@ -598,7 +598,7 @@ static void change_now(struct groups *c, struct life *l, enum change what)
     }
     c->commanded = r == 0;
     c->removal_cut &= r < 0;
-    if (r < 0 && !c->h->with_faults && !(r == -EBUSY && somebody_doubts(c)))
+    if (r < 0 && !history_may_refuse(c->h, r) && !(r == -EBUSY && somebody_doubts(c)))
         violation(c->h, "%s of '%s': %s", changes[what], c->bitmap, err.text);
     if (r == 0 && copies)
         await_jobs(c, l);
@@ -650,7 +650,7 @@ static void remove_in_doubt(struct groups *c, struct life *l)
             l->g, l->js, "block-dirty-bitmap-remove",
             history_json("{'node':'%s','name':'%s'}", s->d->node, c->bitmap), &err);
         bm = bitmap_of(c, s); /* the answer may have come meanwhile */
-        if (r < 0 && bm && dirty_held(bm) && !c->h->with_faults)
+        if (r < 0 && bm && dirty_held(bm) && !history_may_refuse(c->h, r))
             violation(c->h, "'%s', in doubt, cannot be removed: %s", c->bitmap, err.text);
     }
 }
@@ -667,7 +667,7 @@ static void remove_rest(struct groups *c, struct life *l)
         int r = transaction_run_one(
             l->g, l->js, "block-dirty-bitmap-remove",
             history_json("{'node':'%s','name':'%s'}", s->d->node, c->bitmap), &err);
-        if (r < 0 && !c->h->with_faults)
+        if (r < 0 && !history_may_refuse(c->h, r))
             violation(c->h, "'%s' cannot be removed: %s", c->bitmap, err.text);
     }
     for (struct side *s = first_side(c); s; s = next_side(c, s))

@@ -122,6 +122,8 @@ bool history_job_ready(struct life *l, const char *id)
 
 void history_nap(struct life *l, uint64_t max_us)
 {
+    if (settings.small) /* so that clients do something while there are guests */
+        max_us = min_u64(max_us, 2000);
     (void)!sleep_until(clock_after_ns(1000 * dice_below(&l->h->dice, max_us + 1)));
 }
 
@@ -136,6 +138,11 @@ bool history_is_loss(const struct history *h, enum life_end end, bool power, boo
 {
     return power || (no_segments && (end == END_KILLED || h->with_faults)) ||
            (h->faulty && end == END_KILLED);
+}
+
+bool history_may_refuse(const struct history *h, int r)
+{
+    return h->with_faults || (h->no_memory && r == -ENOSPC);
 }
 
 uint64_t history_budget(const struct disk *d, uint64_t granularity, unsigned losses)
@@ -166,6 +173,8 @@ static void somewhere(struct dice *d, unsigned hot, uint64_t sectors, uint64_t *
     *n = 1 + dice_below(d, lengths[dice_below(d, ARRAY_SIZE(lengths))]);
     *first =
         dice_below(d, 100) < hot ? dice_below(d, min_u64(16, sectors)) : dice_below(d, sectors);
+    if (settings.small)
+        *n = 1 + *n % 2;
     *n = min_u64(*n, sectors - *first);
 }
 
@@ -435,7 +444,9 @@ static void set_size(struct life *l, struct disk *d, uint64_t to)
     /* A root: beside another kind of parent no mirror begins. */
     int r = edge_attach_user(&u, d->n, "root", PERM_RESIZE, PERM_ALL, &e, &err);
     if (r == 0) {
+        l->h->m.store.free_memory += INT32_MAX; /* on a full tmpfs it is refused, which is dull */
         r = edge_truncate(e, to, false, &err);
+        l->h->m.store.free_memory -= INT32_MAX;
         edge_detach(e);
     }
     d->cut_in_flight = cut_before;
@@ -692,7 +703,9 @@ static void live(struct life *l)
                 while (d->absent)
                     d = &h->disks[dice_below(&h->dice, h->n_disks)];
                 guests[i] = (struct guest){
-                    l, d, 4 + (unsigned)dice_below(&h->dice, settings.exhaustive ? 4 : 40)};
+                    l, d,
+                    4 + (unsigned)dice_below(&h->dice,
+                                             settings.small || settings.exhaustive ? 4 : 40)};
                 scope_spawn(&guest_tasks, guest_task, &guests[i]);
             }
             for (unsigned i = 0; i < h->n_clients; i++) {
@@ -795,12 +808,15 @@ static void sync_failed(void *opaque, const char *path)
 
 static void between(struct history *h, enum life_end end, bool faulty)
 {
-    bool power =
-        one_in(&h->dice, end == END_CLEAN ? 4 : 2) || (settings.exhaustive && end == END_KILLED);
+    bool power = one_in(&h->dice, end == END_CLEAN ? 4 : 2);
+    if (settings.exhaustive)
+        power = end == END_KILLED && h->m.choices.power_goes;
     h->life = NULL;
     h->faulty = faulty;
     h->m.faults = (struct faults){.path = ""};
     enough_room(h);
+    if (h->m.store.free_memory < INT32_MAX / 2)
+        h->m.store.free_memory += INT32_MAX;
     for (unsigned i = 0; i < h->n_disks; i++) {
         /* Who opened a file again after a failed sync would find in the page cache, clean, what the
          * disk never got, and nobody could tell: so then the machine goes down. */
@@ -821,6 +837,7 @@ static void between(struct history *h, enum life_end end, bool faulty)
         h->kills++;
     if (power) {
         machine_lose_power(&h->m);
+        others_spoil(h);
         for (unsigned i = 0; i < h->n_disks; i++) {
             h->disks[i].left = LEFT_POWERLESS;
             h->disks[i].size_settles = true;
@@ -831,7 +848,7 @@ static void between(struct history *h, enum life_end end, bool faulty)
     }
     for (unsigned i = 0; i < h->n_disks; i++)
         come_and_go(h, &h->disks[i], false);
-    bool no_segments = others_disturb_segments(h) || !h->with_runtime;
+    bool no_segments = others_disturb_segments(h) || !h->with_runtime || h->no_memory;
     ALL_CLIENTS(h, ended, end, power, no_segments);
     others_between(h, end, power);
     machine_pass_time(&h->m, dice_below(&h->dice, 10) * NSEC_PER_SEC / 4);
@@ -884,6 +901,10 @@ static void draw_disk(struct history *h, unsigned number)
         if (one_in(more, 16)) /* bits of more than one sector */
             d->size += 2 * MiB;
     }
+    if (settings.small) {
+        d->size = 16 * MODEL_SECTOR;
+        d->cluster = 512;
+    }
     d->slots = 1024;
     d->region_bytes = 16 * MiB;
     if (settings.persist)
@@ -933,6 +954,23 @@ static void draw_checkpoints(struct history *h)
     h->checkpoints.idle_ns = 1000 * idle_us[dice_below(&d, ARRAY_SIZE(idle_us))];
     h->checkpoints.period_ns = 1000 * period_us[dice_below(&d, ARRAY_SIZE(period_us))];
     h->checkpoints.rest_ns = 1000 * rest_us[dice_below(&d, ARRAY_SIZE(rest_us))];
+}
+
+/* A tmpfs that is full at times: then there are no run segments, or some. */
+static void draw_memory(struct history *h)
+{
+    h->memory_dice = (struct dice){h->seed ^ 0x7f5};
+    h->memory_short = settings.persist && !settings.exhaustive && one_in(&h->memory_dice, 6);
+}
+
+static void take_memory(struct history *h)
+{
+    h->no_memory = h->memory_short && one_in(&h->memory_dice, 2);
+    if (!h->no_memory)
+        return;
+    h->m.store.free_memory = (int64_t)dice_below(&h->memory_dice, 12) * SIM_BLOCK;
+    h->runtime_disturbed = true; /* there may be no place for a stamp */
+    machine_note(&h->m, "%llu bytes of tmpfs are free", (unsigned long long)h->m.store.free_memory);
 }
 
 static struct faults draw_faults(struct history *h)
@@ -1002,6 +1040,10 @@ static void one_life(struct history *h, unsigned number)
                  l.foreign ? "foreign " : "", number, (unsigned long long)kill_at, l.faults.read,
                  l.faults.write, l.faults.sync, l.faults.space);
     h->m.kill_near = settings.persist && one_in(&h->more_dice, 3) ? ".tide" : NULL;
+    if (settings.exhaustive)
+        h->m.kill_near = NULL; /* each event once */
+    if (number)
+        take_memory(h);
     int r = machine_live(&h->m, kill_at, life_main, &l);
     if (r < 0 && r != -EOWNERDEAD)
         violation(h, "the program ended with %s", strerror(-r));
@@ -1017,6 +1059,19 @@ static void add_client(struct history *h, struct disk *d, const struct client_op
     h->n_clients++;
 }
 
+/* So little that all can be tried that a crash may leave: a disk or two of 16 sectors, writes of
+ * one or two, one client whose commands copy nothing. */
+static void draw_small(struct history *h)
+{
+    h->n_disks = settings.groups ? 2 : 1;
+    h->n_guests = 1;
+    h->lives = 1;
+    h->mood.flushes = 30;
+    h->limits.region_bits = 10;
+    h->limits.slots = 4;
+    h->limits.slice = 1 + h->limits.slice % 2;
+}
+
 uint64_t history_run(uint64_t seed, struct history *totals)
 {
     struct history *h = xnew(struct history);
@@ -1030,28 +1085,35 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     h->with_faults = one_in(&h->dice, 4) && !settings.no_faults && !settings.exhaustive;
     h->n_disks = one_in(&h->dice, 3) ? 2 : 1;
     h->n_guests = 1 + (unsigned)dice_below(&h->dice, MAX_GUESTS);
-    h->lives = 1 + (unsigned)dice_below(&h->dice, 5);
+    h->lives = 3 + (unsigned)dice_below(&h->dice, 3);
     h->m.slow = (unsigned)dice_below(&h->dice, 20000);
     draw_mood(h);
     draw_limits(h);
     draw_checkpoints(h);
+    draw_memory(h);
     h->with_runtime = !one_in(&h->dice, 6);
     if (settings.groups) {
         h->n_disks = 2 + one_in(&h->more_dice, 3);
         h->lives += 3;
         h->m.glimpses = 1000;
     }
+    if (settings.small)
+        draw_small(h);
     for (unsigned i = 0; i < h->n_disks; i++) {
         draw_disk(h, i);
         struct disk *d = &h->disks[i];
-        if (settings.groups && !one_in(&h->more_dice, 4))
+        if (settings.small && !settings.groups)
+            add_client(h, d, &bitmap_client);
+        if (settings.small || (settings.groups && !one_in(&h->more_dice, 4)))
             continue; /* few have one of its own */
         for (unsigned k = one_in(&h->dice, 3) ? 2 : 1; k; k--)
             add_client(h, d, &backup_client);
         for (unsigned k = with_others() ? 2 : 0; k && one_in(&h->more_dice, 2); k--)
             add_client(h, d, &bitmap_client);
     }
-    for (unsigned k = settings.groups ? 1 + (unsigned)dice_below(&h->more_dice, 3) : 0;
+    for (unsigned k = !settings.groups ? 0
+                      : settings.small ? 1
+                                       : 1 + (unsigned)dice_below(&h->more_dice, 3);
          k && h->n_clients < MAX_CLIENTS; k--) {
         h->clients[h->n_clients].ops = &groups_client;
         h->clients[h->n_clients].self = groups_client.start(h, NULL);
@@ -1059,7 +1121,7 @@ uint64_t history_run(uint64_t seed, struct history *totals)
     }
     if (settings.exhaustive) {
         h->lives = 1;
-        h->n_guests = 1 + h->n_guests % 2;
+        h->n_guests = settings.small ? 1 : 1 + h->n_guests % 2;
         h->m.choices = *settings.exhaustive;
         *settings.exhaustive = (struct choices){0};
     }

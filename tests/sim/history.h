@@ -1,10 +1,10 @@
-/* A history: one to five lives of the program on one simulated machine, drawn from one seed, and
+/* A history: some lives of the program on one simulated machine, drawn from one seed, and
  * what must be true of them.
  *
  *     life 0      makes the images, and ends well
- *     life 1..n   opens them; judges what it finds against what the guests know (model.h); then
- *                 guests, the disks' clients and their jobs, until all have done enough (a clean
- *                 close), or the machine kills it at some event; then maybe the power goes
+ *     life 1..n   (3 to 5) opens them; judges what it finds against what the guests know (model.h);
+ * then guests, the disks' clients and their jobs, until all have done enough (a clean close), or
+ * the machine kills it at some event; then maybe the power goes
  *
  * What is asked beyond the guests' content is asked by clients (client_ops): a client belongs to a
  * disk, outlives the lives, and believes what it was told. Its functions run inside the life
@@ -97,9 +97,14 @@ struct history {
         struct disk *disk;
     } clients[MAX_CLIENTS];
     unsigned n_clients;
-    bool with_faults;         /* I/O errors may have made anything fail */
-    bool after_foreign;       /* the last life was another program's */
-    bool with_runtime;        /* there is a directory for run segments */
+    bool with_faults;   /* I/O errors may have made anything fail */
+    bool after_foreign; /* the last life was another program's */
+    bool with_runtime;  /* there is a directory for run segments */
+    bool memory_short;  /* in some lives tmpfs is full, or nearly so ... */
+    bool no_memory;     /* ... as in this one */
+    struct dice memory_dice;
+    struct dice bad_dice;     /* of bad sectors: */
+    bool spoiled;             /* there are or were some, and what they had counts as dirty */
     bool runtime_disturbed;   /* at some time segments were lost, or old ones came back */
     bool faulty;              /* the last life had I/O errors: perhaps when it made its segments */
     bool clock_set;           /* at some time */
@@ -147,6 +152,7 @@ struct settings {
     bool persist;         /* persistent bitmaps on raw images, too */
     bool strict;          /* a kill must not cost a bitmap */
     bool groups;          /* several raw disks, whose bitmaps change together */
+    bool small;           /* so little that all can be enumerated that a crash may leave */
     const char *qemu_img; /* a directory: images are dumped there and checked by qemu-img */
     unsigned qemu_img_every;
     uint64_t kill_at;           /* of life 1, by event; 0: drawn */
@@ -158,8 +164,12 @@ extern struct settings settings;
  * other. */
 static inline bool with_others(void)
 {
-    return settings.persist && !settings.groups;
+    return settings.persist && !settings.groups && !settings.small;
 }
+
+/* May a command fail with R? By an I/O error; or there is no room for the run segment of what it
+ * makes. */
+bool history_may_refuse(const struct history *h, int r);
 
 /* Runs one; returns the hash of its trace. */
 uint64_t history_run(uint64_t seed, struct history *totals);
@@ -174,6 +184,8 @@ _Noreturn void violation_at(const char *file, int line, struct history *h, const
 bool others_disturb_segments(struct history *h);
 /* At the end of a life; they may come back later. */
 void others_copy_segments(struct history *h);
+/* The power has gone: one sector of a tide file may be bad, of an area or an older ring block. */
+void others_spoil(struct history *h);
 void others_between(struct history *h, enum life_end end, bool power);
 /* D is read-only, its tide file closed. */
 void others_while_closed(struct history *h, struct disk *d);

@@ -100,6 +100,89 @@ static void somebody_writes(struct history *h, struct disk *d, bool told)
     d->blind |= !told;
 }
 
+/* ---- a sector goes bad ---- */
+
+/* The block of the ring in which a sector may go, and the rest tell of it: not the newest, and not
+ * what follows it, which is where a torn one would be. -1: there is none. */
+static int older_block(struct history *h, const uint8_t *bytes, uint64_t size,
+                       const struct super *s)
+{
+    struct ring_block b;
+    uint64_t newest = 0;
+    int older[TIDE_RING_BLOCKS], n = 0;
+
+    for (unsigned pass = 0; pass < 2; pass++)
+        for (int i = 0; i < TIDE_RING_BLOCKS && size >= TIDE_EXTENTS_OFFSET; i++) {
+            const uint8_t *at = bytes + TIDE_RING_OFFSET + (uint64_t)i * RING_BLOCK;
+            if (ring_decode(at, &s->session, &b) != RING_OURS)
+                continue;
+            if (!pass)
+                newest = max_u64(newest, b.sequence);
+            else if (b.sequence < newest)
+                older[n++] = i;
+        }
+    return n ? older[dice_below(&h->bad_dice, (uint64_t)n)] : -1;
+}
+
+/* An area that is in use; 0: there is none. */
+static uint64_t some_area(struct history *h, const struct super *s)
+{
+    uint64_t all[64];
+    unsigned n = 0;
+    for (size_t i = 0; i < s->table.n; i++) {
+        const struct tide_bitmap *b = &s->table.items[i];
+        const struct tide_area areas[] = {b->current, b->successor};
+        for (unsigned k = 0; k < ARRAY_SIZE(areas) && n < ARRAY_SIZE(all); k++)
+            if (areas[k].epoch && b->extent[areas[k].extent])
+                all[n++] = b->extent[areas[k].extent];
+    }
+    return n ? all[dice_below(&h->bad_dice, n)] : 0;
+}
+
+static void spoil(struct history *h, const struct disk *d)
+{
+    char path[SIM_PATH + 8];
+    uint8_t junk[SIM_SECTOR];
+    uint64_t size, at = 0;
+    struct super s = {0};
+
+    if (!read_super(h, d, &s))
+        return;
+    snprintf(path, sizeof path, "%s.tide", d->path);
+    uint8_t *bytes = machine_dump(&h->m, path, &size);
+    int block = older_block(h, bytes, size, &s);
+    if (block >= 0 && one_in(&h->bad_dice, 2))
+        at = TIDE_RING_OFFSET + (uint64_t)block * RING_BLOCK;
+    else
+        at = some_area(h, &s);
+    super_fini(&s);
+    free(bytes);
+    if (!at || at + SIM_SECTOR > size)
+        return;
+    HEAP_OF_THE_MACHINE();
+    struct inode *i = store_find(&h->m.store, path);
+    const bool readable = one_in(&h->bad_dice, 2);
+    for (size_t k = 0; k < sizeof junk; k++)
+        junk[k] = (uint8_t)dice_next(&h->bad_dice);
+    (void)!inode_write(i, junk, sizeof junk, at, true, NULL);
+    inode_sync(i, store_moment(&h->m.store), true);
+    if (!readable)
+        i->bad_sector = at / SIM_SECTOR + 1;
+    h->spoiled = true;
+    h->m.n_faults++; /* its bitmaps may be lost */
+    machine_note(&h->m, "%s: sector %llu is %s", path, (unsigned long long)(at / SIM_SECTOR),
+                 readable ? "garbage" : "unreadable");
+}
+
+void others_spoil(struct history *h)
+{
+    h->bad_dice = (struct dice){h->seed ^ 0xbad5ec ^ h->m.events};
+    if (!settings.persist || settings.no_faults || settings.exhaustive || !one_in(&h->bad_dice, 12))
+        return;
+    for (unsigned i = 0; i < h->n_disks; i++)
+        spoil(h, &h->disks[i]);
+}
+
 /* ---- run segments ---- */
 
 struct saved_file {

@@ -1,7 +1,7 @@
 /* sim: histories of the real program on a simulated machine (history.h).
  *
  *     sim [--seed N] [--offset N] [--count N] [--trace] [--no-faults] [--persist] [--groups]
- *         [--strict] [--twice] [--quiet] [--kill-at EVENT] [--exhaustive N]
+ *         [--strict] [--twice] [--quiet] [--kill-at EVENT] [--small] [--exhaustive N|all]
  *         [--qemu-img DIR [EVERY]]
  *
  *     --seed N       the first seed ($TIDEMARK_SEED, or 1)
@@ -14,8 +14,9 @@
  *     --groups       several raw disks, whose bitmaps change together; some are absent at times
  *     --strict       a bitmap must come through a kill
  *     --kill-at E    the first life after the images are made dies at its event E
- *     --exhaustive N each history small, its one life killed at each of its events, and then all
- * that a power loss can leave, one after the other; at most N of each event
+ *     --small        a disk of 16 sectors (groups: two), one guest, few writes, no backups
+ *     --exhaustive N the one life is killed at each of its events, and then all that the kill, or a
+ * loss of power then, can leave, one after the other; at most N of each event (all: all of them)
  *     --qemu-img D   in directory D, qemu-img check judges every 50th (or EVERYth) image, too */
 #include "history.h"
 
@@ -29,7 +30,7 @@ static int usage(void)
 {
     fprintf(stderr, "usage: sim [--seed N] [--offset N] [--count N] [--trace] [--no-faults] "
                     "[--persist] [--groups] [--strict] [--twice] [--quiet]"
-                    " [--kill-at EVENT] [--exhaustive N] [--qemu-img DIR [EVERY]]\n");
+                    " [--kill-at EVENT] [--small] [--exhaustive N|all] [--qemu-img DIR [EVERY]]\n");
     return 2;
 }
 
@@ -54,6 +55,9 @@ static void lives(uint64_t seed, char **argv)
         snprintf(again + n, sizeof again - n, " --seed %llu\n", (unsigned long long)seed);
 }
 
+/* Events at which there was more than was tried; and the most that was tried at one. */
+static uint64_t cut_short, at_most;
+
 /* The row of choices is enumerated by running the history anew for each. */
 static uint64_t exhaust(uint64_t seed, uint64_t most, struct history *totals)
 {
@@ -61,11 +65,16 @@ static uint64_t exhaust(uint64_t seed, uint64_t most, struct history *totals)
     for (settings.kill_at = 1;; settings.kill_at++) {
         struct choices c = {.exhaustive = true};
         uint64_t n = 0;
+        bool more;
         settings.exhaustive = &c;
         do {
             history_run(seed, totals);
             n++;
-        } while (choices_next(&c) && n < most);
+            more = choices_next(&c);
+        } while (more && n < most);
+        cut_short += more;
+        if (n > at_most)
+            at_most = n;
         choices_fini(&c);
         runs += n;
         if (totals->last_life_events < settings.kill_at)
@@ -93,6 +102,8 @@ int main(int argc, char **argv)
             settings.persist = true;
         else if (!strcmp(argv[i], "--groups"))
             settings.groups = settings.persist = true;
+        else if (!strcmp(argv[i], "--small"))
+            settings.small = true;
         else if (!strcmp(argv[i], "--strict"))
             settings.strict = true;
         else if (!strcmp(argv[i], "--twice"))
@@ -106,7 +117,7 @@ int main(int argc, char **argv)
         else if (!strcmp(argv[i], "--count") && next)
             count = strtoull(argv[++i], NULL, 0);
         else if (!strcmp(argv[i], "--exhaustive") && next)
-            exhaustive = strtoull(argv[++i], NULL, 0);
+            exhaustive = strcmp(argv[++i], "all") ? strtoull(argv[i], NULL, 0) : UINT64_MAX;
         else if (!strcmp(argv[i], "--kill-at") && next)
             settings.kill_at = strtoull(argv[++i], NULL, 0);
         else if (!strcmp(argv[i], "--qemu-img") && next) {
@@ -160,6 +171,9 @@ int main(int argc, char **argv)
                (unsigned long long)totals.checkpoints_done.period,
                (unsigned long long)totals.checkpoints_done.flush,
                (unsigned long long)totals.checkpoints_done.left);
+    if (!quiet && exhaustive)
+        printf("of a crash at each event at most %llu outcomes were tried, which were %s\n",
+               (unsigned long long)at_most, cut_short ? "not always all" : "all that there are");
     if (!quiet && settings.groups)
         printf("%llu changes of several disks, %llu bitmaps found in doubt\n",
                (unsigned long long)totals.groups, (unsigned long long)totals.doubts);

@@ -185,7 +185,9 @@ static struct inode *proc_file(struct machine *m, const char *path)
     (void)!store_create(&m->store, "/run/.proc", false, &i);
     (void)!store_unlink(&m->store, "/run/.proc.now");
     (void)!store_rename(&m->store, "/run/.proc", "/run/.proc.now");
+    m->store.free_memory += MiB; /* it is no file of tmpfs, and has room when that is full */
     (void)!inode_write(i, text, strlen(text), 0, false, NULL);
+    m->store.free_memory -= MiB;
     return i;
 }
 
@@ -329,7 +331,7 @@ static int64_t do_write(struct machine *m, struct operation *o)
     if (faulty(m, o, m->faults.space))
         return -ENOSPC;
     int64_t n = inode_write_parcel(i, o->data, direct, NULL);
-    m->n_full += n == -ENOSPC;
+    m->n_full += n == -ENOSPC && !i->in_memory;
     if (n > 0 && (o->op.flags & (RWF_DSYNC | RWF_SYNC)))
         inode_sync_range(i, o->op.offset, (size_t)n, store_moment(&m->store));
     return n;
@@ -392,7 +394,7 @@ static int64_t take_effect(struct machine *m, struct operation *o)
     case IO_OPEN:
         return do_open(m, o->path, o->op.flags);
     case IO_READ:
-        if (faulty(m, o, m->faults.read))
+        if (faulty(m, o, m->faults.read) || inode_unreadable(f->inode, o->op.offset, o->op.length))
             return -EIO;
         return (int64_t)inode_read(f->inode, o->op.buf, o->op.length, o->op.offset);
     case IO_WRITE:
@@ -404,7 +406,7 @@ static int64_t take_effect(struct machine *m, struct operation *o)
         if (!(o->op.flags & FALLOC_FL_PUNCH_HOLE) && faulty(m, o, m->faults.space))
             return -ENOSPC;
         r = inode_allocate(f->inode, o->op.flags, o->op.offset, o->op.length);
-        m->n_full += r == -ENOSPC;
+        m->n_full += r == -ENOSPC && !f->inode->in_memory;
         return r;
     case IO_TRUNCATE:
         return inode_resize(f->inode, o->op.offset);
@@ -602,19 +604,23 @@ void machine_kill(struct machine *m)
     loop_die();
 }
 
-/* What was in flight lands or not; a write, sector by sector. */
+/* What was in flight lands or not; a write, sector by sector. If all is enumerated and the power
+ * goes next, it lands, and that decides. */
 static void land(struct machine *m)
 {
     struct operation *o;
+    if (m->choices.exhaustive)
+        m->choices.power_goes = choose(&m->choices, 2);
+    const bool all = m->choices.exhaustive && m->choices.power_goes;
     while ((o = TAILQ_FIRST(&m->in_flight))) {
         TAILQ_REMOVE(&m->in_flight, o, link);
         if (o->op.kind == IO_WRITE && o->file) {
             if ((o->file->flags & (O_RDWR | O_WRONLY)) && !misaligned(o))
                 (void)!inode_write_parcel(o->file->inode, o->data, o->file->flags & O_DIRECT,
-                                          &m->choices);
+                                          all ? NULL : &m->choices);
         } else if (o->op.kind == IO_FALLOCATE || o->op.kind == IO_TRUNCATE ||
                    o->op.kind == IO_UNLINK || o->op.kind == IO_RENAME || o->op.kind == IO_LINK) {
-            if ((o->file || !needs_file(o->op.kind)) && choose_lands(&m->choices))
+            if ((o->file || !needs_file(o->op.kind)) && (all || choose_lands(&m->choices)))
                 (void)!take_effect(m, o);
         }
         operation_free(m, o);

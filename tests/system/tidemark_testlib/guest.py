@@ -263,7 +263,7 @@ class GuestPlace:
             [QEMU, "-M", "q35,accel=tcg", "-cpu", "max", "-m", "768", "-smp", "1", "-nodefaults",
              "-no-user-config", "-no-reboot", "-display", "none", "-rtc", f"base={now}", "-kernel", find_kernel()[0],
              "-initrd", str(self.tmp / "initramfs"), "-append",
-             "console=ttyS0 quiet panic=-1 random.trust_cpu=on mitigations=off",
+             "console=ttyS0 quiet panic=-1 random.trust_cpu=on mitigations=off no_timer_check",
              "-serial", f"file:{self.console}", *drives,
              "-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{monitor}-:{QMP_PORT},"
              f"hostfwd=tcp:127.0.0.1:{self.port}-:{NBD_PORT}",
