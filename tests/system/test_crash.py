@@ -35,18 +35,20 @@ def history_of(place, seed, fmt, **more):
         not_allowed(str(error), error.what)
 
 
-def again(fmt, seed):
-    return f"repeat it with: tests/system/crash.py --format {fmt} --seed {seed} --verbose"
+def again(fmt, seed, more=""):
+    return f"repeat it with: tests/system/crash.py --format {fmt} --seed {seed} --verbose{more}"
 
 
 @pytest.mark.parametrize("number", range(2))
 @pytest.mark.parametrize("fmt", [*FORMATS, "device"])
 def test_killed_at_any_moment(place, fmt, number):
-    seed = SEED + number
-    print(again(fmt, seed))
-    history = history_of(place, seed, fmt)
+    """One history of each format that images have is at level `process`."""
+    seed, level = SEED + number, "process" if number and fmt != "device" else "power"
+    print(again(fmt, seed, f" --level {level}"))
+    history = history_of(place, seed, fmt, level=level)
     history.run(6)
-    print(history.found.table())
+    print(history.found.table("killed"))
+    assert history.found.lives["killed"] and history.found.whole("killed", fmt)
 
 
 @pytest.mark.parametrize("fmt", [*FORMATS, "device"])
@@ -55,10 +57,12 @@ def test_killed_again_and_again_inside_recovery(place, fmt):
     print(again(fmt, SEED))
     history = history_of(place, f"recovery-{SEED}", fmt)
     history.start()
-    history.live(recovery_kills=12)
+    history.live("lost", recovery_kills=12)
     history.verify()
     place.stop()
     history.check_leftovers()
+    print(history.found.table())
+    assert history.found.recovery_kills
 
 
 def test_qemu_writes_between_a_kill_and_the_restart(place, fmt):

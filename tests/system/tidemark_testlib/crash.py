@@ -22,19 +22,32 @@ QEMU's do: what they had flushed). A qcow2 disk is clean for qemu-img, but for l
 close no tide file is beside it and no bitmap in use. And, with the clients at rest, one more backup
 onto each chain makes the chain equal to the disk, judged by qemu-img.
 
+A life ends in one of the ways of ENDS, and only one of them is what a place is about, a *round*: on a host
+a SIGKILL whose run segments are there, in a machine a loss of power. The others happen besides, and are
+counted apart. After each of them all of the above is looked at; a check is counted where it is made, so
+that the summary shows, for each, in how many of the rounds.
+
+A kill is *inside recovery* if it is known that it was: the daemon had the tide file open, and had not yet
+told what it has found, or not yet kept it; and the last start, which nobody cuts, had to recover.
+
+At level `process` a kill is as exact, and bitmaps whose run segments are lost are not believed.
+
 The format "device" is raw on a block device (here a loop device, in a machine a drive of its own),
 with its tide file in a state directory. Nothing tells whether others have written it after a crash.
 
-In a *foreign* round QEMU opens the crashed image for writing before the daemon is back: then nothing
-is believed, and `tide` is made anew by a comparison with its chain. QEMU's reading changes nothing.
+In a *foreign* life QEMU opens the crashed image for writing before the daemon is back, or dd changes a
+raw one: then nothing is believed, and `tide` is made anew by a comparison with its chain. QEMU's reading
+changes nothing.
 """
 
+import collections
 import contextlib
 import json
 import math
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -166,23 +179,34 @@ class Load:
                 most.update(granules(at, length))
         return surely, most
 
-    def forget(self, at, length):
-        """Somebody else has written there."""
-        for client in self.clients:
-            for block in range(at // BLOCK, (at + length) // BLOCK):
-                client.now.pop(block, None)
+    def touched(self):
+        """Blocks that a request was sent for."""
+        return {block for client in self.clients for at, length, *_ in client.log
+                for block in range(at // BLOCK, (at + length) // BLOCK)}
 
-    def check(self, uri, flushed_only):
-        """What was answered is there."""
-        handle = connect(uri)
-        for client in self.clients:
-            for block, data in client.now.items():
-                if flushed_only and block in client.unflushed:
-                    continue
-                must(handle.pread(BLOCK, block * BLOCK) == data,
-                     f"the {'flushed' if flushed_only else 'answered'} write to {block * BLOCK} is "
-                     "not there")
-        handle.shutdown()
+    def answered(self, flushed_only):
+        """What they were answered, block by block; or what of it they have flushed."""
+        return {block: data for client in self.clients for block, data in client.now.items()
+                if not (flushed_only and block in client.unflushed)}
+
+
+def check_content(uri, known):
+    """The disk has KNOWN, a dict of blocks; read in runs of at most 256 KiB."""
+    handle, run = connect(uri), []
+
+    def look():
+        data = handle.pread(len(run) * BLOCK, run[0] * BLOCK)
+        for i, block in enumerate(run):
+            must(data[i * BLOCK:(i + 1) * BLOCK] == known[block],
+                 f"what was written to {block * BLOCK}, and answered or flushed, is not there")
+    for block in sorted(known):
+        if run and (block != run[-1] + 1 or len(run) == 64):
+            look()
+            run = []
+        run.append(block)
+    if run:
+        look()
+    handle.shutdown()
 
 
 # --- where it runs -------------------------------------------------------------------------------
@@ -229,9 +253,20 @@ class HostPlace:
         self.cut_at = time.monotonic()
         self.daemon.process.send_signal(signal.SIGKILL)
 
+    def recovering(self):
+        """Does it have a tide file open?"""
+        fds = f"/proc/{self.daemon.pid}/fd"
+        for name in os.listdir(fds):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"{fds}/{name}").endswith(".tide"):
+                    return True
+        return False
+
     def after_cut(self, lose):
         """LOSE: and the run segments are gone."""
         status = self.daemon.process.wait(60)
+        while self.qmp.pump(10):     # what it had answered
+            pass
         self.slow = time.monotonic() - self.cut_at > 0.8
         self.daemon.kill()
         must(status == -9, f"the daemon ended with status {status}: {self.daemon.stderr}")
@@ -277,28 +312,95 @@ class HostPlace:
 # --- the backup program and the story ------------------------------------------------------------
 
 
+BY_DD, BY_QEMU = "dd changed the disk", "QEMU opened it for writing"
+ENDS = {
+    "killed": "killed, the run segments there",
+    "power": "losses of power",
+    "closed": "ended cleanly",
+    "lost": "killed, the run segments lost",
+    "foreign": "killed, and written to by others",
+    "slow": "killed too slowly for the witness",
+}
+CHECKS = {     # what a life's end is followed by
+    "exact": "recovered exactly, 0 bytes too many",
+    "superset": "a superset, of no more than the regions written to",
+    "clean": "told to be clean",
+    "none": "not believed",
+    "image": "clean for qemu-img check (but for leaks)",
+    "content": "had all that clients know of its content",
+    "extents": "dirty as far as clients have written",
+    "anew": "bitmap made anew by a comparison",
+    "tide": "chain and one more increment equal to the disk, by one bitmap",
+    "full": "that chain begun anew (the end has cut a full backup)",
+    "marks": "chain and one more increment equal to the disk, by a bitmap for each",
+    "point": "that chain begun anew",
+    "increment": "at least one of the two had its increment",
+}
+ROUND = {end: (state, "content", "extents", "increment")
+         for end, state in (("killed", "exact"), ("power", "superset"))}
+CUTS = {       # kills while the disk was opened again
+    "verdict": "before its verdict",
+    "kept": "before what it found was kept",
+    "early": "before it began",
+    "asked": "after it was asked to open, nobody knows whether it had begun",
+    "late": "after it",
+    "nothing": "with nothing to recover",
+}
+INSIDE = ("verdict", "kept")
+
+
 class Found:
-    """What the rounds of many histories have seen."""
+    """What many histories have seen."""
 
     def __init__(self):
-        self.rounds = self.recovery_kills = self.kept = self.dropped = self.backups = 0
-        self.most_added = self.leaks = self.orphans = 0
-        self.foreign = self.rebuilt = self.gone = self.extents = 0
-        self.states = {}
+        self.lives = collections.Counter()      # by ENDS
+        self.checks = collections.defaultdict(collections.Counter)     # by ENDS, by CHECKS
+        self.cuts = collections.Counter()       # by CUTS
+        self.foreign, self.noticed = collections.Counter(), collections.Counter()   # by the program
+        self.kept = self.dropped = self.most_added = self.leaks = self.orphans = 0
+        self.rebuilt = self.gone = 0
 
-    def table(self):
-        states = ", ".join(f"{n} {state}" for state, n in sorted(self.states.items()))
-        return (f"rounds {self.rounds}, kills inside recovery {self.recovery_kills}, foreign writers "
-                f"{self.foreign}, after which {self.rebuilt} bitmaps were made anew ({self.gone} were gone)\n"
-                f"{self.extents} times the dirty extents were what clients had written\n"
-                f"found: {states}; added at most {self.most_added / MiB:g} MiB\n"
-                f"{self.backups} chains compared equal; of the backups under way {self.kept} had "
-                f"advanced and were kept, {self.dropped} dropped; {self.leaks} leaked clusters; "
-                f"{self.orphans} segments left on tmpfs")
+    @property
+    def recovery_kills(self):
+        return sum(self.cuts[name] for name in INSIDE)
+
+    def whole(self, about, fmt):
+        """Has each round of a place been looked at in all ways, and each other writer been noticed?"""
+        return self.noticed == self.foreign and all(
+            self.checks[about][name] == self.lives[about]
+            for name in (*ROUND[about], *(["image"] if fmt == "qcow2" else [])))
+
+    def table(self, about=None):
+        """ABOUT: what a place is about, whose checks have a line each."""
+        lines = []
+        for end, n in sorted(self.lives.items(), key=lambda item: item[0] != about):
+            checks = {name: self.checks[end][name] for name in CHECKS
+                      if self.checks[end][name] or (end == about and name in ROUND[about])}
+            if end == about:
+                lines += [f"{n} rounds: {ENDS[end]}",
+                          *(f"    {checks[name]} of {n} {CHECKS[name]}" for name in checks)]
+            else:
+                told = ", ".join(f"{name} {checks[name]}" for name in checks)
+                lines.append(f"besides, {n} {ENDS[end]}: {told}")
+        inside = ", ".join(f"{self.cuts[name]} {CUTS[name]}" for name in INSIDE)
+        others = ", ".join(f"{n} {CUTS[name]}" for name, n in self.cuts.items() if name not in INSIDE)
+        lines.append(f"{self.recovery_kills} kills inside recovery: {inside}"
+                     f"{f' (not counted: {others})' if others else ''}")
+        for who, n in sorted(self.foreign.items()):
+            lines.append(f"{n} times {who}: noticed {self.noticed[who]}")
+        lines.append(f"{self.rebuilt} bitmaps made anew ({self.gone} were gone); "
+                     f"added at most {self.most_added / MiB:g} MiB; of the backups under way "
+                     f"{self.kept} had advanced and were kept, {self.dropped} dropped; {self.leaks} leaked "
+                     f"clusters; {self.orphans} segments left on tmpfs")
+        return "\n".join(lines)
 
 
 class History:
-    def __init__(self, place, seed, fmt="raw", size=256 * MiB, found=None, say=None, foreign=0.0):
+    def __init__(self, place, seed, fmt="raw", size=None, found=None, say=None, foreign=0.0,
+                 level="power"):
+        self.level = level
+        # (All of a device is read, holes or not, and a machine is slow.)
+        size = size or (128 if place.power or fmt == "device" else 256) * MiB
         self.place, self.fmt, self.size = place, "raw" if fmt == "device" else fmt, size
         self.device = place.device(size) if fmt == "device" else None
         self.rng = random.Random(f"crash-{seed}")
@@ -308,17 +410,23 @@ class History:
         self.chain, self.generation, self.pending = [], None, None
         self.marks, self.mark_chain, self.mark_pending = [], [], None
         self.load = None
+        self.known = {}          # block -> what it must read as, by all lives
         self.regions = set()     # that recovery may call dirty
         self.possible = set()    # what recovery may say
-        self.superset = False    # segments were lost in this life
+        self.lost = False        # run segments were, in this life
         self.closed = False      # it ended well
-        self.cut_recoveries = 0  # after it
+        self.cuts = []           # of the openings after it, by CUTS
         self.last_events = []    # of its end
         self.recovery_kills = 0
+        # Seconds within which a recovery is killed as likely as not.
+        self.window = 0.3 if place.power else 0.004
         self.share_foreign = foreign    # of the crashes, a foreign writer follows
         # QEMU keeps the bitmaps of a qcow2 image that has been idle for so many milliseconds: never.
-        self.idle = 0 if foreign else None
-        self.was_foreign = False        # in this life
+        self.idle = 0 if foreign or level == "process" else None
+        self.foreign = None      # who has written the disk after this life
+        self.disbelieved = False        # no bitmap is believed after it
+        self.doubtful = False           # or perhaps none
+        self.end = None          # how it ended, by ENDS
         self.dirty = set()       # granules of `tide` when the load began
         self.base = (0.0, 0.0)   # and its base is an instant between these
         self.disk_leaks = 0      # clusters of the disk
@@ -368,6 +476,8 @@ class History:
                 "file": {"driver": "file", "filename": self.place.path("disk")}}
         if self.idle is not None:
             disk["x-tidemark-persist"] = {"checkpoint-idle": self.idle}
+        if self.level != "power":
+            disk.setdefault("x-tidemark-persist", {})["level"] = self.level
         if self.device:
             disk["file"] = {"driver": "host_device", "filename": self.device}
             disk.setdefault("x-tidemark-persist", {})["state-directory"] = self.place.path("state")
@@ -596,10 +706,11 @@ class History:
         if self.device and state != "clean":
             must(info["witness"] == "none", f"after a crash a device has no witness: {info}")
         self.say(f"recovery: {info}")
-        self.found.states[state] = self.found.states.get(state, 0) + 1
+        self.end = self.how_it_ended(state)
+        self.found.lives[self.end] += 1
         self.found.most_added = max(self.found.most_added, added)
         must(state in self.possible, f"recovery says {info}, not {sorted(self.possible)}")
-        self.was_foreign |= state == "none"
+        self.disbelieved |= state == "none"
         must(bool(info.get("reason")) == (state not in ("clean", "new")), f"recovery says {info}")
         if state == "superset":
             n = sum(b["recording"] for b in node.get("dirty-bitmaps", []))
@@ -607,16 +718,34 @@ class History:
                  f"{added} bytes added to {n} bitmaps; written to: {len(self.regions)} regions")
         else:
             must(added == 0, f"recovery says {info}")
+        self.checked(state)
+        for cut in self.cuts:
+            self.found.cuts[cut if state in ("exact", "superset", "none") else "nothing"] += 1
+
+    def how_it_ended(self, state):
+        if self.closed:
+            return "closed"
+        if self.foreign:
+            return "foreign"
+        if self.place.power:
+            return "power"
+        if self.lost:
+            return "lost"
+        return "slow" if state == "none" else "killed"
+
+    def checked(self, name):
+        self.found.checks[self.end][name] += 1
 
     def look_at_disk(self):
         """QEMU finds nothing wrong with the disk, which is closed."""
         if self.fmt != "qcow2":
-            return
+            return False
         leaks = self.check_images(["disk"])
         if "clean" in self.possible:
             # What a crash has leaked stays; a clean close leaks nothing.
             must(leaks <= self.disk_leaks, f"{leaks} leaked clusters; {self.disk_leaks} before")
         self.disk_leaks = leaks
+        return True
 
     def look_at_closed(self):
         """After a clean close the image is QEMU's, alone."""
@@ -654,31 +783,46 @@ class History:
         surely, most = self.load.changed_since(*self.base)
         missed = (self.dirty | surely) - found
         must(not missed, f"written since the base of 'tide', and not dirty: granules {sorted(missed)}")
-        if self.superset:
+        if self.lost:
             most = most | {g for r in self.regions for g in granules(r * REGION, REGION)}
         added = found - self.dirty - most
         must(not added, f"nobody has written to the dirty granules {sorted(added)}")
         self.dirty, self.base = found, (0.0, 0.0)
-        self.found.extents += 1
+        self.checked("extents")
 
     def come_back(self):
         self.place.boot()
-        self.look_at_disk()
+        clean = self.look_at_disk()
         if self.possible == {"clean"}:    # and nobody has opened it since
             self.look_at_closed()
         self.open()
         self.check_recovery()
+        if clean:
+            self.checked("image")
         bitmaps = self.bitmaps()
         must(not any(b["busy"] for b in bitmaps.values()), f"busy: {bitmaps}")
         if "x" in bitmaps:
             self.execute("block-dirty-bitmap-remove", node="disk", name="x")
-        self.load.check(self.place.uri("disk"), self.place.power or self.fmt == "qcow2")
-        if self.was_foreign:
+        check_content(self.place.uri("disk"), self.known)
+        self.checked("content")
+        if self.disbelieved or (self.doubtful and bitmaps.get("tide", {}).get("inconsistent")):
             self.begin_anew(bitmaps)
             return
         self.resolve_tide(bitmaps)
         self.resolve_marks(bitmaps)
         self.check_extents()
+
+    def remember(self):
+        """What clients know of the disk's content after this life."""
+        for block in self.load.touched():
+            self.known.pop(block, None)
+        after_flush = (self.place.power or self.fmt == "qcow2") and not self.closed
+        self.known.update(self.load.answered(after_flush))
+
+    def forget(self, at, length):
+        """Somebody else has written there."""
+        for block in range(at // BLOCK, (at + length) // BLOCK):
+            self.known.pop(block, None)
 
     # -- other programs
 
@@ -696,7 +840,7 @@ class History:
         kind = self.rng.choice(("qemu-io", "qemu-io", "qsd", "qsd", "open"))
         if self.fmt != "qcow2":
             # Its file has only times to tell of it: not within the slack for requests in flight.
-            kind = kind.replace("open", "qemu-io")
+            kind = self.rng.choice(("dd", "dd", "dd", "dd", "qemu-io", "qsd"))
             time.sleep(2)
         self.say(f"foreign writer: {kind} at {at}")
         if kind == "qsd":
@@ -712,13 +856,17 @@ class History:
                 handle.shutdown()
                 if self.rng.random() < 0.5:
                     daemon.kill()
+        elif kind == "dd":
+            run_tool("dd", "if=/dev/urandom", f"of={path}", f"bs={GRANULE}", "count=1",
+                     f"seek={at // GRANULE}", "conv=notrunc", "status=none")
         else:
             command = f"write -P 70 {at} {GRANULE}" if kind == "qemu-io" else f"read {at} {GRANULE}"
             run_tool("qemu-io", "-f", self.fmt, "-c", command, path)
         if kind != "open":
-            self.load.forget(at, GRANULE)
-        self.found.foreign += 1
-        self.was_foreign = True
+            self.forget(at, GRANULE)
+        self.foreign = BY_DD if kind == "dd" else BY_QEMU
+        self.found.foreign[self.foreign] += 1
+        self.disbelieved = True
         self.possible = {"none"}
 
     def begin_anew(self, bitmaps):
@@ -728,8 +876,10 @@ class History:
                  f"'{name}' is believed after a foreign writer: {bitmap}")
         # Killed once more before the image could name the file that says so: of what only such files
         # have had, nobody knows the names.
-        must("tide" in bitmaps or (self.fmt == "qcow2" and self.cut_recoveries),
+        must("tide" in bitmaps or (self.fmt == "qcow2" and self.cuts),
              f"'tide' is gone: {sorted(bitmaps)}")
+        if self.foreign:
+            self.found.noticed[self.foreign] += 1
         if "tide" not in bitmaps:
             self.execute("block-dirty-bitmap-add", node="disk", name="tide", persistent=True,
                          granularity=GRANULE)
@@ -770,6 +920,7 @@ class History:
         self.generation = bitmap["x-tidemark-generation"]
         self.dirty, self.base = self.observe(), (0.0, 0.0)
         self.found.rebuilt += 1
+        self.checked("anew")
 
     def compare(self, chain):
         """qemu-img finds the disk and CHAIN equal."""
@@ -778,10 +929,10 @@ class History:
                             timeout=300)
         must(done.returncode == 0, f"chain {chain} against the disk: {done.stdout.decode()}"
              f"{done.stderr.decode()}")
-        self.found.backups += 1
 
     def verify(self):
         """One more backup onto each chain, nobody writing: the chains equal the disk."""
+        chains = ["tide" if self.chain else "full", "marks" if self.marks else "point"]
         if not self.chain:
             self.begin_chain()
         else:
@@ -790,6 +941,10 @@ class History:
         self.begin_mark()
         self.compare(self.mark_chain)
         self.check_images(self.chain[-1:] + self.mark_chain[-1:])
+        for name in chains:
+            self.checked(name)
+        if chains != ["full", "point"]:
+            self.checked("increment")
 
     def check_images(self, names):
         """How many clusters are leaked; more is a violation."""
@@ -826,12 +981,9 @@ class History:
         elif kind == "unmark":
             self.begin_unmark()
 
-    def crash_during(self, call, most):
-        """The end comes at a random moment of CALL, or after it. True: what is on tmpfs is lost."""
+    def crash_during(self, call, most, lose):
+        """The end comes at a random moment of CALL, or after it. LOSE: what is on tmpfs is lost."""
         delay = self.rng.random() ** 2 * most
-        lose = self.place.power or self.rng.random() < 0.3
-        if self.was_foreign and self.fmt != "qcow2":
-            lose = False    # as below: `witness: none`
         timer = threading.Timer(delay, self.place.cut)
         timer.start()
         with contextlib.suppress(*GONE):
@@ -839,59 +991,107 @@ class History:
         timer.join()
         self.place.after_cut(lose)
         self.say(f"crash after {delay * 1000:.0f} ms{', segments lost' if lose else ''}")
-        return lose
 
-    def live(self, recovery_kills=None):
+    def lose(self):
+        """The run segments are gone: what recovery may say from now on."""
+        self.lost = True
+        if self.level == "power":
+            self.possible = (self.possible & {"clean", "none"}) | {"superset"}
+        else:
+            self.possible = (self.possible & {"clean"}) | {"none"}
+            self.doubtful = True
+
+    def live(self, end=None, recovery_kills=None):
+        """A life that ends so (one of ENDS; by chance), and what follows it until the disk is open."""
+        if not end:
+            end = self.rng.choices(("killed", "lost", "closed"), (7, 2, 1))[0]
         windows = self.windows()
         flushes = self.rng.choice((0, 0.003, 0.1))      # of all requests
         self.load = Load(self.place.uri("disk"), self.rng.random(), windows, flushes)
         self.load.wait_written(self.rng.randint(1, 60), self.place.patience * 3)
         self.regions = {start // REGION for start, size in windows}   # of this session
-        self.superset = self.was_foreign = self.closed = False
-        self.cut_recoveries = 0
-        if self.rng.random() < 0.1:
+        self.lost = self.disbelieved = self.doubtful = self.closed = False
+        self.end, self.foreign, self.cuts = None, None, []
+        if end == "closed":
             self.operation()
             self.place.stop()
             self.possible, self.closed = {"clean"}, True
             self.last_events = list(self.qmp.events)
         else:
-            self.superset = self.crash_during(self.operation, 1.5 if self.place.power else 0.4)
-            self.possible = {"superset" if self.superset else "exact"}
+            # Segments are lost by the kill, or by one of those that follow.
+            lose = self.place.power or (end == "lost" and self.rng.random() < 0.6)
+            self.crash_during(self.operation, 1.5 if self.place.power else 0.4, lose)
+            self.possible = {"exact"}
+            if lose:
+                self.lose()
+                self.disbelieved = self.level == "process"
             if self.place.slow and not self.device:
                 self.possible.add("none")
+                self.doubtful = True
         self.load.end()
-        if not self.place.power and self.possible != {"clean"}:
+        self.remember()
+        if not self.place.power and not self.closed:
             self.read_by_qemu()
             # A raw file has only its times, which need our stamp; it was on tmpfs.
-            told = self.fmt == "qcow2" or not (self.superset or self.device)
+            told = self.fmt == "qcow2" or not (self.lost or self.device)
             if told and self.rng.random() < self.share_foreign:
                 self.foreign_writer()
-        while self.rng.random() < 0.3 if recovery_kills is None else recovery_kills > 0:
-            self.kill_in_recovery()
-            self.cut_recoveries += 1
+        share = 0.25 if self.place.power else 0.4     # (a machine takes long to boot)
+        while self.rng.random() < share if recovery_kills is None else recovery_kills > 0:
+            self.kill_in_recovery(self.place.power or (end != "killed" and self.rng.random() < 0.5))
             recovery_kills = recovery_kills and recovery_kills - 1
         self.come_back()
-        self.found.rounds += 1
 
-    def kill_in_recovery(self):
+    def kill_in_recovery(self, lose):
         """Once more while the disk is opened, or while what was found is written anew."""
-        self.found.recovery_kills += 1
+        if self.foreign and self.fmt != "qcow2":
+            lose = False    # as for a foreign writer: `witness: none`
         self.recovery_kills += 1
         self.place.boot()
-
-        def opening():
-            self.send_open()
-            self.qmp.send("block-dirty-bitmap-add", {"node": "disk", "name": "x", "persistent": True})
-            self.qmp.send("block-dirty-bitmap-remove", {"node": "disk", "name": "x"})
-        if self.crash_during(opening, 0.3 if self.place.power else 0.03):
-            self.superset = True
-            self.possible = (self.possible & {"clean", "none"}) | {"superset"}
-            if self.was_foreign:
-                # If it was kept before the kill that no bitmap is believed, none has a set that a
-                # segment would have to hold: what the last program knew is known exactly.
-                self.possible.add("exact")
-        else:
+        node = {"node": "disk", "name": "x"}
+        opened, _ = self.send_open()
+        changes = [self.qmp.send("block-dirty-bitmap-add", {**node, "persistent": True}),
+                   self.qmp.send("block-dirty-bitmap-remove", node)]
+        begun = self.cut_opening()
+        self.place.after_cut(lose)
+        cut = self.where_cut(begun, opened, changes)
+        self.cuts.append(cut)
+        self.say(f"killed {CUTS[cut]}{', segments lost' if lose else ''}")
+        self.window *= 0.8 if cut == "late" else 1.3 if cut == "asked" else 1.1
+        if lose:
+            self.lose()
+        if not lose or self.disbelieved or "none" in self.possible:
+            # (If it was kept before the kill that no bitmap is believed, none has a set that a
+            # segment would have to hold: what the last program knew is known exactly.)
             self.possible = self.possible | {"exact"}
+
+    def cut_opening(self):
+        """The end, mostly within the recovery. Had it begun? None: nobody knows."""
+        if self.place.power:
+            time.sleep(self.rng.random() * self.window)
+            self.place.cut()
+            return None
+        if self.rng.random() < 0.2:
+            time.sleep(self.rng.random() ** 2 * 0.03)
+        else:
+            until = time.monotonic() + 1
+            while not self.place.recovering() and time.monotonic() < until:
+                pass
+            time.sleep(self.rng.random() * self.window)
+        begun = self.place.recovering()
+        self.place.cut()
+        return begun
+
+    def where_cut(self, begun, opened, changes):
+        """Of CUTS; by what the daemon that is no more has answered, and what it has logged."""
+        answers = [self.qmp.poll_answer(ident) for ident in changes]
+        if any(answer and "return" in answer for answer in answers):
+            return "late"
+        if re.search(r"'disk': \d+ bitmap\(s\) (recovered|are inconsistent)", self.place.said()):
+            return "kept"
+        if self.qmp.poll_answer(opened):
+            return "nothing"
+        return "asked" if begun is None else "verdict" if begun else "early"
 
     def check_leftovers(self):
         """A session that was cut before the tide file named it leaves its segments on tmpfs for
@@ -907,15 +1107,15 @@ class History:
         self.begin_chain()
         self.begin_mark()
 
-    def run(self, lives):
+    def run(self, lives, enough=lambda: False, **life):
+        """So many LIVES, or until it is ENOUGH; each is a live(**LIFE)."""
         self.start()
         for number in range(lives):
             self.say(f"--- life {number}")
-            self.live()
-            if number == lives - 1 or self.rng.random() < 0.6:
-                self.verify()
-            elif not self.chain:
-                self.begin_chain()
+            self.live(**life)
+            self.verify()
+            if enough():
+                break
         self.place.stop()
         self.place.boot()
         self.possible = {"clean"}

@@ -290,6 +290,8 @@ class GuestPlace:
 
     def after_cut(self, lose):
         self.qemu.wait(60)
+        while self.qmp.pump(10):     # what was answered
+            pass
         must("ENDED" not in self.said(), f"tidemarkd had ended: {self.said()}")
         must("BUG:" not in self.said(), self.said())
         self.end_drive()

@@ -90,6 +90,10 @@ class QMP:
             return None
         return self._wait(find, f"the answer to {ident}", timeout)
 
+    def poll_answer(self, ident):
+        """The answer to the command with this id if it has been read, else None."""
+        return next((message for message in self._answers if message.get("id") == ident), None)
+
     def next_answer(self, timeout=None):
         """The oldest answer not yet taken, whatever its id."""
         return self._wait(lambda: self._answers.pop(0) if self._answers else None, "an answer",
