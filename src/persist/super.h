@@ -158,8 +158,9 @@ enum ring_state ring_decode(const uint8_t buf[RING_BLOCK], const struct tide_id 
 unsigned ring_full_table(unsigned slots, unsigned slice);
 /* The table after the newest of BLOCKS (N of them, any order, all of one session): made of the
  * fewest last ones whose slices are all of it, or of all since FIRST_SEQUENCE, before which it was
- * empty. -EBADMSG: one of those is missing, or there is none, or says what cannot be. *NEXT: the sequence to go on at, which
- * is that of a torn block. Regions are not compared with the disk, which may have been shrunk. */
+ * empty. -EBADMSG: one of those is missing, or there is none, or says what cannot be. *NEXT: the
+ * sequence to go on at, which is that of a torn block. Regions are not compared with the disk,
+ * which may have been shrunk. */
 int ring_rebuild(const struct ring_block *blocks, size_t n, uint64_t first_sequence,
                  uint32_t *table, unsigned slots, uint64_t *next, struct error *err) MUST_CHECK;
 

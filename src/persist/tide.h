@@ -28,12 +28,12 @@ struct tide;
  * whose extents it places) with the contents of CURRENT[i] and SUCCESSOR[i] (NULL: clean; and so
  * may be the array) for S->table.items[i], and with a ring that says TABLE (S->slots entries) from
  * S->ring_sequence on, in ring_full_table(S->slots, RING_SLICE) transactions, after which the
- * caller goes on; NULL: empty, in one if S is in use at level power. Level process: the areas of a file that is in use are not
- * placed. It is written under a name of its own, PATH.new, synced, renamed, its directory synced.
- * The sets are copied before the first wait. S becomes what was written; a bitmap of S->next shares
- * the extents of those of S->table that it named before, and new ones of its own are clean. On
- * error S is as it was, what was at PATH is still there, or nobody knows (ERR says which), and
- * nothing is open. -EBUSY: somebody else is making one. */
+ * caller goes on; NULL: empty, in one if S is in use at level power. Level process: the areas of a
+ * file that is in use are not placed. It is written under a name of its own, PATH.new, synced,
+ * renamed, its directory synced. The sets are copied before the first wait. S becomes what was
+ * written; a bitmap of S->next shares the extents of those of S->table that it named before, and
+ * new ones of its own are clean. On error S is as it was, what was at PATH is still there, or
+ * nobody knows (ERR says which), and nothing is open. -EBUSY: somebody else is making one. */
 int tide_create(const char *path, struct super *s, const struct bitmap *const *current,
                 const struct bitmap *const *successor, const uint32_t *table, struct tide **ret,
                 struct error *err) MUST_CHECK;
@@ -64,8 +64,9 @@ const struct super *tide_super(const struct tide *t);
  * then tide_super() is equal to S, whose content is stolen (what tide_super() pointed to is freed).
  * On error S stays the caller's. One at a time: a second caller waits (and its S should have been
  * made from what the first one wrote). If S begins a session at level power, its ring is opened
- * before, by an empty transaction with S->ring_sequence; the caller goes on behind it. -ENOSPC, -EINVAL: S cannot be written, see super_encode();
- * nothing has happened and the file is as good as it was. Anything else: it has failed. */
+ * before, by an empty transaction with S->ring_sequence; the caller goes on behind it. -ENOSPC,
+ * -EINVAL: S cannot be written, see super_encode(); nothing has happened and the file is as good as
+ * it was. Anything else: it has failed. */
 int tide_write_super(struct tide *t, struct super *s, struct error *err) MUST_CHECK;
 
 /* Room for an extent where neither tide_super() nor S has one (so what was given before is in S by
