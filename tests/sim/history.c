@@ -534,7 +534,7 @@ static void open_disk(struct life *l, struct disk *d)
     if (d->size_settles)
         d->n_other_sizes = 0;
     d->size_settles = false;
-    if (found != d->size) {   /* cut while it was resized */
+    if (found != d->size) { /* cut while it was resized */
         note_size(d, found);
         set_size(l, d, d->size);
     }
