@@ -376,7 +376,7 @@ static int look_at(struct keeper *k, const struct tide_member *who, const struct
 
     struct keeper *here;
     LIST_FOREACH (here, k->options.peers, in_peers)
-        if (here != k && here->tide &&
+        if (here != k && here->tide && !tide_is_doubtful(here->tide) &&
             (tide_id_equal(&tide_super(here->tide)->uuid, &who->uuid) ||
              (!strcmp(here->options.path, who->path) &&
               is_its(tide_super(here->tide), who, group)))) {
@@ -386,9 +386,10 @@ static int look_at(struct keeper *k, const struct tide_member *who, const struct
     int r = tide_open(who->path, true, &t, &err);
     if (r < 0)
         return -ENOENT;
+    const bool doubtful = tide_is_doubtful(t);
     super_copy(ret, tide_super(t));
     tide_close(t);
-    if (is_its(ret, who, group))
+    if (!doubtful && is_its(ret, who, group))
         return 0;
     super_fini(ret);
     return -ENOENT;

@@ -86,6 +86,15 @@ static int drop_stray_guard(struct keeper *k, struct error *err)
     return r;
 }
 
+/* Bitmaps that have never been saved are nowhere but in the tide file. One that the image names
+ * and that is not there had some, or a close that had nothing to save was cut before its end. */
+static bool names_missing_tide(const struct keeper *k)
+{
+    struct qcow2_guard g = {0};
+
+    return !k->tide && qcow2_guard_read(k->node, &g, NULL) == 0 && g.named && g.set;
+}
+
 int keeper_recover_image(struct keeper *k, struct error *err)
 {
     struct image *image = k->options.image;
@@ -95,8 +104,13 @@ int keeper_recover_image(struct keeper *k, struct error *err)
         log_warning("Node '%s': %s", node_name(k->node), k->recovery.reason);
     }
     int r = image_load_rest(image, k->from_tide, err);
-    if (r == 0 && k->recovery.verdict == RECOVERY_NEW && keeper_has_bitmaps(k))
+    if (r == 0 && k->recovery.verdict == RECOVERY_NEW && keeper_has_bitmaps(k)) {
         keeper_decide(k, RECOVERY_CLEAN, "");
+    } else if (r == 0 && k->recovery.verdict == RECOVERY_NEW && names_missing_tide(k)) {
+        keeper_decide(k, RECOVERY_NONE, "the image names a tide file, and there is none");
+        log_warning("Node '%s': %s: bitmaps that were only there are lost", node_name(k->node),
+                    k->recovery.reason);
+    }
     return r < 0 ? r : drop_stray_guard(k, err);
 }
 

@@ -131,6 +131,11 @@ static int weigh(struct keeper *k, struct found *f, struct error *err)
                    : 0;
     if (BROKEN(torn_block_stays))
         k->ring_next = s->ring_sequence;
+    if (tide_is_doubtful(k->tide)) {
+        keeper_decide(k, RECOVERY_NONE,
+                      "a superblock of the tide file, which may be the newest, cannot be read");
+        return 0;
+    }
     if (s->size_bytes != node_size(k->node) && s->resizing_bytes != node_size(k->node)) {
         keeper_decide(k, RECOVERY_NONE, "the disk has another size");
         return 0;

@@ -53,6 +53,11 @@ bool tide_read_only(const struct tide *t)
     return t->read_only;
 }
 
+bool tide_is_doubtful(const struct tide *t)
+{
+    return t->doubtful;
+}
+
 bool tide_is_beside_writer(const struct tide *t)
 {
     return t->beside_writer;
@@ -194,17 +199,12 @@ int tide_read_blocks(struct tide *t, void *buf, size_t n, uint64_t offset, bool 
     return 0;
 }
 
-/* One slot: 0, -EBADMSG (WHY says), or another error of reading. */
+/* One slot: 0, -EBADMSG (WHY says), or another error: it cannot be read. */
 static int read_slot(struct tide *t, unsigned slot, struct super *s, struct error *why)
 {
     int r = io_pread_full(t->fd, t->buf, TIDE_SUPER_BYTES, slot * TIDE_SUPER_BYTES);
-    if (r == -ECANCELED)
-        return error_set_errno(why, -r, "reading it");
-    if (r < 0) {
-        error_set_errno(why, -r, "reading it");
-        return -EBADMSG;
-    }
-    return super_decode(t->buf, TIDE_SUPER_BYTES, s, why);
+    return r < 0 ? error_set_errno(why, -r, "reading it")
+                 : super_decode(t->buf, TIDE_SUPER_BYTES, s, why);
 }
 
 /* A crash has torn what is in the slot that does not count. The superblock that is written there
@@ -225,7 +225,8 @@ static void void_torn(struct tide *t)
         log_warning("Tide file '%s': a torn superblock cannot be taken away", t->path);
 }
 
-/* The valid superblock of the higher sequence. TORN: what is in the other slot is none. */
+/* The valid superblock of the higher sequence. TORN: what is in the other slot is none. One that
+ * cannot be read is no torn one: it may be the newer. */
 static int read_super(struct tide *t, bool *torn, struct error *err)
 {
     struct super s[2] = {{.sequence = 0}, {.sequence = 0}};
@@ -236,14 +237,19 @@ static int read_super(struct tide *t, bool *torn, struct error *err)
 
     int result = 0;
     if (r[0] < 0 && r[1] < 0) {
-        result = r[0] == -EBADMSG ? r[1] : r[0];
+        result = r[0] == -ECANCELED || r[1] == -ECANCELED ? -ECANCELED : -EBADMSG;
         error_set(err, -result,
                   "tide file '%s' has no valid superblock: of the first, %s; of the second, %s",
                   t->path, why[0].text, why[1].text);
     } else {
         t->slot = r[0] < 0 || (r[1] == 0 && s[1].sequence > s[0].sequence);
         super_copy(&t->super, &s[t->slot]);
-        *torn = r[!t->slot] < 0;
+        *torn = r[!t->slot] == -EBADMSG;
+        t->doubtful = r[!t->slot] < 0 && !*torn;
+        if (r[!t->slot] == -ECANCELED)
+            result = error_set_errno(err, ECANCELED, "reading tide file '%s'", t->path);
+        else if (t->doubtful && BROKEN(unread_superblock_is_torn))
+            t->doubtful = !(*torn = true);
     }
     super_fini(&s[0]);
     super_fini(&s[1]);

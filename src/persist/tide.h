@@ -55,6 +55,8 @@ bool tide_failed(const struct tide *t);
 /* It has failed, too, when its name means another file: nobody would find what is written to it. */
 void tide_check_name(struct tide *t);
 bool tide_read_only(const struct tide *t);
+/* One of the two superblocks could not be read, and may be newer than tide_super(). */
+bool tide_is_doubtful(const struct tide *t);
 /* It was read without its lock while a program with a session had it. */
 bool tide_is_beside_writer(const struct tide *t);
 /* The last one that is known to be durable. */

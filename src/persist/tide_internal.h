@@ -9,6 +9,7 @@ struct tide {
     int fd;
     bool direct; /* O_DIRECT: each operation has the errors of its own */
     bool read_only, beside_writer;
+    bool doubtful; /* a superblock, perhaps the newer one, cannot be read */
     bool failed;
     bool writing_ring;
     struct super super; /* the adopted one */

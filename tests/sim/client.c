@@ -742,7 +742,8 @@ static void opened(void *self, struct life *l)
     }
     bm = bitmap(c);
     count_bitmaps(c, bm);
-    if (c->clean && c->had_bitmap && (!bm || dirty_inconsistent(bm)) && !c->d->foreign)
+    if (c->clean && c->had_bitmap && (!bm || dirty_inconsistent(bm)) && !c->d->foreign &&
+        !c->h->spoiled)
         violation(c->h, "'%s' of %s was closed well, and is %s", c->bitmap, c->d->node,
                   bm ? "inconsistent" : "gone");
     if (!bm || dirty_inconsistent(bm) || c->d->blind)

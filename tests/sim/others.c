@@ -151,17 +151,20 @@ static void spoil(struct history *h, const struct disk *d)
     snprintf(path, sizeof path, "%s.tide", d->path);
     uint8_t *bytes = machine_dump(&h->m, path, &size);
     int block = older_block(h, bytes, size, &s);
-    if (block >= 0 && one_in(&h->bad_dice, 2))
+    const bool readable = one_in(&h->bad_dice, 2);
+    bool found = true;
+    if (!readable && one_in(&h->bad_dice, 3)) /* garbage would be a torn one */
+        at = dice_below(&h->bad_dice, 2) * TIDE_SUPER_BYTES;
+    else if (block >= 0 && one_in(&h->bad_dice, 2))
         at = TIDE_RING_OFFSET + (uint64_t)block * RING_BLOCK;
     else
-        at = some_area(h, &s);
+        found = (at = some_area(h, &s)) != 0;
     super_fini(&s);
     free(bytes);
-    if (!at || at + SIM_SECTOR > size)
+    if (!found || at + SIM_SECTOR > size)
         return;
     HEAP_OF_THE_MACHINE();
     struct inode *i = store_find(&h->m.store, path);
-    const bool readable = one_in(&h->bad_dice, 2);
     for (size_t k = 0; k < sizeof junk; k++)
         junk[k] = (uint8_t)dice_next(&h->bad_dice);
     (void)!inode_write(i, junk, sizeof junk, at, true, NULL);

@@ -44,6 +44,25 @@ static void a_raw_node_below_an_image_is_nothing(void **state)
     run_life_with((struct life){.body = has_first, .nodes = qcow2_over_raw});
 }
 
+static void tells_of_a_lost_tide_file(struct life *l)
+{
+    CLEANUP(json_putp) struct json_object *info = persist_info(l->n[0]);
+
+    CHECK(info && !strcmp(json_get_string(info, "state", ""), "none"));
+    CHECK(!strcmp(json_get_string(info, "reason", ""),
+                  "the image names a tide file, and there is none"));
+    CHECK(!dirty_find(l->n[0], "b"));
+}
+
+/* Bitmaps that were never saved were nowhere else. */
+static void an_image_whose_tide_file_has_gone_tells_it(void **state)
+{
+    make_image("image.qcow2");
+    run_life_with((struct life){.body = write_and_die, .nodes = qcow2});
+    in_dir("rm image.qcow2.tide");
+    run_life_with((struct life){.body = tells_of_a_lost_tide_file, .nodes = qcow2});
+}
+
 static void die_in_the_close_of_an_image(struct life *l)
 {
     has_first(l);
@@ -231,6 +250,7 @@ static void a_format_writes_its_metadata_when_it_is_closed(void **state)
 
 static const struct CMUnitTest tests[] = {
     T(a_raw_node_below_an_image_is_nothing),
+    T(an_image_whose_tide_file_has_gone_tells_it),
     T(an_image_is_killed_while_it_is_saved),
     T(a_verdict_on_an_image_is_kept),
     T(a_save_that_fails_in_a_slow_close),

@@ -542,6 +542,31 @@ TIDE_TEST(the_ring_tells_what_was_hot)
     super_fini(&s);
 }
 
+/* It may be the newer one: who opens the file hears of it, and does not take it away as torn. */
+TIDE_TEST(a_superblock_that_cannot_be_read_is_in_doubt)
+{
+    struct error err = ERROR_INIT;
+    for (unsigned slot = 0; slot < 2; slot++) {
+        struct super s, next;
+        small_super(p, &s, GiB);
+        struct tide *t = create(p, &s);
+        super_copy(&next, tide_super(t));
+        CHECK(tide_write_super(t, &next, NULL) == 0);
+        const uint64_t newest = tide_super(t)->sequence;
+        tide_close(t);
+
+        p->spy->n = 0;
+        fail_next(p->spy, IO_READ, slot * TIDE_SUPER_BYTES, -EIO, false);
+        CHECK_OK(tide_open(p->path, false, &t, &err), err);
+        CHECK(p->spy->error == 0 && tide_is_doubtful(t));
+        CHECK(find_op(p->spy, IO_WRITE, 0, 0) < 0);
+        t = reopen(p, t);
+        CHECK(!tide_is_doubtful(t) && tide_super(t)->sequence == newest);
+        tide_close(t);
+        super_fini(&s);
+    }
+}
+
 TIDE_TEST(a_new_file_tells_the_table_too)
 {
     struct error err = ERROR_INIT;
@@ -587,6 +612,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(room_is_durable_before_it_is_named),
     cmocka_unit_test(room_is_used_again),
     cmocka_unit_test(the_ring_tells_what_was_hot),
+    cmocka_unit_test(a_superblock_that_cannot_be_read_is_in_doubt),
     cmocka_unit_test(a_new_file_tells_the_table_too),
 };
 
