@@ -214,8 +214,8 @@ static void read_sparse(struct pending *p)
     uint64_t at = p->rq.offset, end = at + p->rq.length;
 
     while (at < end) {
-        uint64_t run_end;
-        bool zero;
+        uint64_t run_end = at; /* gcc -O1 does not see that next_run() sets both */
+        bool zero = false;
         int r = next_run(e, at, end, &zero, &run_end);
         if (r < 0) {
             reply_failed(p, r, "unable to check for holes");
