@@ -114,7 +114,7 @@ def busy_flush_time(tmp, side, fio_args):
     """The same while SIDE, which has no bitmaps, is being written."""
     busy = threading.Thread(target=side.fio, args=fio_args)
     busy.start()
-    time.sleep(args.seconds / 2)    # until fio has begun
+    time.sleep(max(0.5, args.seconds / 2))    # until fio has begun
     spent = flush_time(tmp)
     busy.join()
     return spent
