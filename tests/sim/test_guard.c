@@ -89,6 +89,8 @@ static const char *const names[BITMAPS] = {"a", "b"};
 static struct {
     const char *script, *options;
     bool foreign, read_only, no_runtime;
+    unsigned tide_writes; /* it is killed at one of the first so many after it was opened; 0: not */
+    uint64_t opened;      /* the event at which it was */
     struct graph *g;
     struct jobs *js;
     struct node *n;
@@ -582,6 +584,9 @@ static int live(void *arg)
     }
     if (!now.read_only)
         use();
+    now.opened = m.events - m.life_events;
+    if (now.tide_writes)
+        m.doomed = 1 + (unsigned)dice_below(&m.dice, now.tide_writes);
     words = xstrdup(now.script);
     for (word = strtok_r(words, " ", &rest_of); word; word = strtok_r(NULL, " ", &rest_of))
         do_word(word);
@@ -644,40 +649,61 @@ struct course {
     const char *between; /* another program's script, before SCRIPT */
     bool foreign, no_runtime;
     unsigned dices; /* different ends; 0: one */
+    /* What only a kill and a power loss soon afterwards tell: AFTER is killed at one of its first
+     * so many writes to the tide file, SCRIPT at each event since the opening. */
+    unsigned again;
 };
 
 enum after { KILLED, POWERLESS, KILLED_TWICE, AFTERS };
+
+/* True: the script came to its end. */
+static bool begin_course(const struct course *c, uint64_t seed, uint64_t kill_at)
+{
+    start(seed);
+    now.options = c->options ? c->options : "";
+    now.no_runtime = c->no_runtime;
+    run(c->before, 0);
+    if (c->between) {
+        now.foreign = true;
+        run(c->between, 0);
+    }
+    now.foreign = c->foreign;
+    bool ended = run(c->script, kill_at);
+    now.foreign = false;
+    return ended;
+}
+
+static uint64_t events_of_opening(const struct course *c)
+{
+    begin_course(c, 1, 0);
+    machine_fini(&m);
+    return now.opened;
+}
 
 static void a_course(const struct course *c)
 {
     static const char *const afters[] = {"killed", "powerless", "killed, and powerless later"};
     static char where[400];
-    const char *only = getenv("ONLY_AT"), *more = getenv("TEST_DICE");
+    const char *only = getenv("ONLY_AT"), *more = getenv(c->again ? "TEST_HISTORIES" : "TEST_DICE");
     const unsigned dices = more ? (unsigned)atoi(more) : c->dices ? c->dices : 1;
 
     place_in_time = where;
-    for (unsigned after = 0; after < AFTERS; after++) {
+    for (unsigned after = c->again ? KILLED_TWICE : 0; after < AFTERS; after++) {
         bool ended = false;
-        for (uint64_t n = only ? strtoull(only, NULL, 0) : 1; !ended; n++) {
+        uint64_t first = c->again ? events_of_opening(c) : 1;
+        for (uint64_t n = only ? strtoull(only, NULL, 0) : first; !ended; n++) {
             for (unsigned dice = 0; dice < (after == KILLED ? 1 : dices); dice++) {
                 snprintf(where, sizeof where, "'%s' | '%s', %s at event %llu, dice %u, then '%s'",
                          c->before, c->script, afters[after], (unsigned long long)n, dice,
                          c->after);
-                start(n * 1000 + dice);
-                now.options = c->options ? c->options : "";
-                now.no_runtime = c->no_runtime;
-                run(c->before, 0);
-                if (c->between) {
-                    now.foreign = true;
-                    run(c->between, 0);
-                }
-                now.foreign = c->foreign;
-                ended = run(c->script, n);
-                now.foreign = false;
+                ended = begin_course(c, n * 1000 + dice, n);
                 if (after == POWERLESS)
                     lose_power();
-                run(c->after,
-                    after == KILLED_TWICE && (n + dice) % 2 ? 1 + dice_below(&m.dice, 400) : 0);
+                now.tide_writes = c->again;
+                run(c->after, after == KILLED_TWICE && !c->again && (n + dice) % 2
+                                  ? 1 + dice_below(&m.dice, 400)
+                                  : 0);
+                now.tide_writes = 0;
                 if (after == KILLED_TWICE)
                     lose_power();
                 now.read_only = true;
@@ -714,6 +740,8 @@ COURSE(closes_unchanged, "+a +db w1 k", "", "w5 k")
 COURSE(reopens, "+a w1", "w2 ro rw w3 ro", "w5 k")
 COURSE(grows, "+a +db w1", "w2 r128 w100 i r120 w99", "w5 k")
 COURSE(shrinks, "+a w1 w60 f", "r32 w2 i r64 w50", "w5 k")
+COURSE(a_size_in_the_page_cache_is_lost, "+a w1 w60 f", "r32", "w5 k", .again = 6, .dices = 4)
+COURSE(in_use_in_the_page_cache_is_lost, "+a +b w1", "w2", "w5 w20 w40 k", .again = 9, .dices = 4)
 COURSE(a_recovery_is_cut, "+a +b w1 i w2 k", "w3 cb w4", "w5 k")
 COURSE(level_process, "+a w1", "w2 i w3 ca w4", "", "'level':'process'")
 COURSE(another_program_writes, "+a w1 i w2 k", "w3", "w5 k", .foreign = true)
@@ -816,6 +844,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(reopens),
     cmocka_unit_test(grows),
     cmocka_unit_test(shrinks),
+    cmocka_unit_test(a_size_in_the_page_cache_is_lost),
+    cmocka_unit_test(in_use_in_the_page_cache_is_lost),
     cmocka_unit_test(a_recovery_is_cut),
     cmocka_unit_test(level_process),
     cmocka_unit_test(another_program_writes),
