@@ -113,9 +113,11 @@ static int replace_tide(struct keeper *k, struct change *c, struct error *err)
     }
     if (k->void_tide && old) {
         const struct segments of = keeper_segments(k, tide_super(old));
+        const bool other = !tide_id_equal(&of.uuid, &tide_super(k->tide)->uuid);
         keeper_drop_segments(k, tide_super(old));
-        if (of.runtime && !tide_id_equal(&of.uuid, &tide_super(k->tide)->uuid))
+        if (of.runtime && other)
             stamp_unlink(&of); /* nobody will look for it again */
+        k->guarded &= !other;
     }
     tide_close(old);
     forget_extents(k); /* the old file's, which a bitmap may have that the new one does not name */
@@ -198,7 +200,7 @@ static int check_nobodys(struct keeper *k, struct error *err)
     struct tide *t;
 
     int r = tide_open(k->options.path, false, &t, &why);
-    if (r == -ENOENT || r == -EBADMSG)
+    if (r == -ENOENT || r == -EBADMSG || r == -ENODATA)
         return 0;
     if (r == 0) {
         r = error_set(err, EBUSY, "tide file '%s' has bitmaps of a node with driver '%s'",

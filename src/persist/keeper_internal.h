@@ -82,11 +82,12 @@ struct keeper {
     bool lost;      /* no tide file can be had: bitmaps are inconsistent after the next crash */
     bool giving_up; /* so what would be believed is being taken away, under `lock` */
     bool refusing;  /* nor can the old one be taken away: writes are refused */
+    bool void_tide; /* it is damaged, or the qcow2 image does not vouch for it: it gets a successor,
+                     * with another uuid */
     /* Of a qcow2 image: */
-    bool void_tide; /* it does not vouch for the tide file, whose uuid must not be used again */
-    bool guarded;   /* it does, durably */
-    bool foreign;   /* it does not even name it */
-    bool from_tide; /* recovery has found bitmaps there that the image has not */
+    bool guarded;                /* it does, durably */
+    bool foreign;                /* it does not even name it */
+    bool from_tide;              /* recovery has found bitmaps there that the image has not */
     struct tide_id next_session; /* that is about to begin; none: nobody has tried yet */
     struct tide_id next_uuid;    /* of the tide file that it makes */
     uint64_t epoch;              /* the next one */

@@ -131,7 +131,13 @@ static int weigh(struct keeper *k, struct found *f, struct error *err)
                    : 0;
     if (BROKEN(torn_block_stays))
         k->ring_next = s->ring_sequence;
+    /* What tells that there is something wrong must not be overwritten while the superblock is that
+     * of the old session: the file gets a successor. */
+    if (ring < 0 && !BROKEN(damage_overwritten))
+        k->void_tide = true;
     if (tide_is_doubtful(k->tide)) {
+        k->void_tide = true;
+        k->guarded = false; /* an image without bitmaps is written without one, too */
         keeper_decide(k, RECOVERY_NONE,
                       "a superblock of the tide file, which may be the newest, cannot be read");
         return 0;
@@ -499,7 +505,7 @@ static int recover(struct keeper *k, struct error *err)
         k->recovery.verdict = RECOVERY_NEW;
         return 0;
     }
-    if (r == -EBADMSG) {
+    if (r == -EBADMSG || r == -ENODATA) {
         log_warning("Node '%s': %s: its bitmaps are lost", node_name(k->node), why.text);
         keeper_decide(k, RECOVERY_NONE, why.text);
         return 0;
@@ -517,7 +523,7 @@ static int recover(struct keeper *k, struct error *err)
     k->epoch = BROKEN(epoch_reused) ? behind_named(s) : s->next_epoch;
     k->ring_next = s->ring_sequence;
     bool doubt;
-    if (k->options.image && !s->in_use && s->table.n == 0) {
+    if (k->options.image && !s->in_use && s->table.n == 0 && !tide_is_doubtful(k->tide)) {
         k->recovery.verdict = RECOVERY_NEW; /* it has records of groups, and no bitmaps */
         return 0;
     }

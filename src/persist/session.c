@@ -208,12 +208,11 @@ static void keep_verdict(struct keeper *k)
     struct error err = ERROR_INIT;
     bool any = false;
 
-    if (k->void_tide)
+    if (k->options.image && !k->guarded)
         return; /* the image says it, and will not vouch for this file again */
-
     for (size_t i = 0; k->tide && i < tide_super(k->tide)->table.n; i++)
         any |= !tide_super(k->tide)->table.items[i].inconsistent;
-    if (!any)
+    if (!any && !(k->tide && tide_is_doubtful(k->tide)))
         return;
     LOCKED(&k->lock);
     if (!BROKEN(verdict_given_up_on))
@@ -463,8 +462,8 @@ static void go_on(struct keeper *k, bool undone)
     else
         keeper_distrust(k, why);
     k->stale = k->tide;
-    k->void_tide = k->options.image;
-    if (!BROKEN(verdict_not_kept))
+    k->void_tide = k->options.image || (k->tide && tide_is_doubtful(k->tide));
+    if (!k->options.image && !BROKEN(verdict_not_kept))
         keep_verdict(k);
 }
 

@@ -237,7 +237,10 @@ static int read_super(struct tide *t, bool *torn, struct error *err)
 
     int result = 0;
     if (r[0] < 0 && r[1] < 0) {
-        result = r[0] == -ECANCELED || r[1] == -ECANCELED ? -ECANCELED : -EBADMSG;
+        const bool unread = r[0] != -EBADMSG || r[1] != -EBADMSG;
+        result = r[0] == -ECANCELED || r[1] == -ECANCELED ? -ECANCELED
+                 : unread                                 ? -ENODATA
+                                                          : -EBADMSG;
         error_set(err, -result,
                   "tide file '%s' has no valid superblock: of the first, %s; of the second, %s",
                   t->path, why[0].text, why[1].text);
@@ -331,14 +334,18 @@ int tide_open(const char *path, bool read_only, struct tide **ret, struct error 
     return r;
 }
 
-int tide_remove(struct tide *t, struct error *err)
+int tide_unlink(const char *path, struct error *err)
 {
     SHIELD();
-    int r = io_unlink(t->path);
+    int r = io_unlink(path);
     if (r == 0 || r == -ENOENT)
-        r = io_sync_dir_of(t->path);
-    if (r < 0)
-        error_set_errno(err, -r, "removing tide file '%s'", t->path);
+        r = io_sync_dir_of(path);
+    return r < 0 ? error_set_errno(err, -r, "removing tide file '%s'", path) : 0;
+}
+
+int tide_remove(struct tide *t, struct error *err)
+{
+    int r = tide_unlink(t->path, err);
     tide_close(t);
     return r;
 }
@@ -400,14 +407,27 @@ int tide_sync(struct tide *t)
     return r;
 }
 
+/* What could not be read has been outdone by what the other slot durably holds, and goes: written
+ * in full, it can be read again. */
+static void settle_doubt(struct tide *t)
+{
+    t->doubtful = false;
+    memset(t->buf, 0, TIDE_SUPER_BYTES);
+    if (write_durable(t, t->buf, TIDE_SUPER_BYTES, t->slot ? 0 : TIDE_SUPER_BYTES) < 0)
+        log_warning("Tide file '%s': a superblock that cannot be read cannot be taken away",
+                    t->path);
+}
+
 static int write_super(struct tide *t, struct super *s, struct error *err)
 {
     size_t length;
+    const bool doubtful = t->doubtful;
 
     if (t->failed)
         return error_set(err, EIO, "tide file '%s' has failed before", t->path);
     assert(tide_id_equal(&s->uuid, &t->super.uuid) && s->next_epoch >= t->super.next_epoch);
-    s->sequence = t->super.sequence + 1;
+    /* A superblock that cannot be read may be the next one already. */
+    s->sequence = t->super.sequence + (doubtful && !BROKEN(doubt_not_outdone) ? 2 : 1);
     int r = super_encode(s, t->buf, &length, err);
     if (r < 0)
         return error_wrap(err, "writing tide file '%s'", t->path);
@@ -415,7 +435,11 @@ static int write_super(struct tide *t, struct super *s, struct error *err)
     const bool begins = !tide_id_equal(&s->session, &t->super.session) && has_opening(s);
     if (begins && !BROKEN(ring_opened_late))
         r = open_ring(t, s);
+    /* Torn over one that cannot be read, it would make that one torn, too, and the older one count.
+     * Torn over the older one it leaves none that does. */
     unsigned slot = BROKEN(superblock_same_slot) ? t->slot : !t->slot;
+    if (doubtful && !BROKEN(doubt_overwritten))
+        slot = t->slot;
     if (r == 0)
         r = write_durable(t, t->buf, length, slot * TIDE_SUPER_BYTES);
     if (r == 0 && begins && BROKEN(ring_opened_late))
@@ -426,6 +450,8 @@ static int write_super(struct tide *t, struct super *s, struct error *err)
     t->super = *s;
     t->slot = slot;
     *s = (struct super){0};
+    if (doubtful)
+        settle_doubt(t);
     return 0;
 }
 
@@ -544,7 +570,7 @@ int tide_read_ring(struct tide *t, uint32_t *table, uint64_t *next_sequence, str
     CLEANUP(memory_freep) uint8_t *buf = block_buffer(bytes);
     CLEANUP(memory_freep)
     struct ring_block *blocks = xcalloc(TIDE_RING_BLOCKS + 1, sizeof *blocks);
-    bool bad[TIDE_RING_BLOCKS];
+    bool bad[TIDE_RING_BLOCKS], unread[TIDE_RING_BLOCKS];
     uint64_t next;
 
     if (!buf)
@@ -552,10 +578,17 @@ int tide_read_ring(struct tide *t, uint32_t *table, uint64_t *next_sequence, str
     int r = tide_read_blocks(t, buf, bytes, TIDE_RING_OFFSET, bad);
     if (r < 0)
         return error_set_errno(err, -r, "reading tide file '%s'", t->path);
+    memcpy(unread, bad, sizeof unread);
     size_t n = decode_ring(t, buf, blocks, bad);
     r = ring_rebuild(blocks, n, t->super.ring_sequence, table, t->super.slots, &next, err);
     if (r < 0)
         return error_wrap(err, "tide file '%s'", t->path);
+    if (unread[next % TIDE_RING_BLOCKS] && !BROKEN(unread_block_is_torn))
+        return error_set(
+            err, EBADMSG,
+            "tide file '%s': transaction %llu of the hot ring, which may be the newest, "
+            "cannot be read",
+            t->path, (unsigned long long)next);
     /* One is in flight at a time: so one may be torn. The second would have been whole, and newer.
      */
     if (bad[next % TIDE_RING_BLOCKS] && bad[(next + 1) % TIDE_RING_BLOCKS])

@@ -43,11 +43,13 @@ int tide_create(const char *path, struct super *s, const struct bitmap *const *c
  * newest valid superblock; what a crash has torn of another one is taken away, durably, unless
  * READ_ONLY (or the file has failed). -ENOENT: none there. -EBUSY: another has it. -EBADMSG: no
  * valid superblock, or one of another version, or the file is shorter than it says; ERR says which.
- */
+ * -ENODATA: none either, but one cannot be read, and may be later. */
 int tide_open(const char *path, bool read_only, struct tide **ret, struct error *err) MUST_CHECK;
 void tide_close(struct tide *t); /* the file stays; NULL is allowed; nothing is in flight */
 /* The file goes, its directory is synced. Closes T in any case. */
 int tide_remove(struct tide *t, struct error *err) MUST_CHECK;
+/* The same of one that cannot be opened. */
+int tide_unlink(const char *path, struct error *err) MUST_CHECK;
 DEFINE_CLEANUP(struct tide *, tide_close, tide_closep)
 
 const char *tide_path(const struct tide *t);

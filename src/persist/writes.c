@@ -266,12 +266,20 @@ static int find_path(const struct keeper *k, char **ret, struct error *err)
     return r;
 }
 
+/* Closes T. */
 static int void_tide(struct keeper *k, struct tide *t, const char *path, struct error *err)
 {
+    CLEANUP(tide_closep) struct tide *closed = t;
     CLEANUP(super_fini) struct super s = {0};
     struct tide_table *const tables[] = {&s.table, &s.next};
     bool any = false;
 
+    if (tide_is_doubtful(t)) {
+        log_warning("Node '%s': the image is written past the bitmaps that '%s' may have of a node "
+                    "with another driver: they are lost",
+                    node_name(k->node), path);
+        return tide_remove(steal(closed), err);
+    }
     super_copy(&s, tide_super(t));
     for (unsigned i = 0; i < ARRAY_SIZE(tables); i++)
         for (size_t j = 0; j < tables[i]->n; j++) {
@@ -305,12 +313,16 @@ int keeper_void_others(struct keeper *k)
     LOCKED(&k->lock);
     if (r == 0)
         r = k->voided || k->tide || !path ? -ENOENT : tide_open(path, false, &t, &err);
-    else if (r == -ENOENT || r == -EBADMSG || r == -EBUSY)
+    else if (r == -ENOENT || r == -EBADMSG || r == -EBUSY || r == -ENODATA)
         r = -EIO;
     if (r == 0) {
         r = void_tide(k, t, path, &err);
-        tide_close(t);
-    } else if (r == -ENOENT || r == -EBADMSG || r == -EBUSY) {
+    } else if (r == -ENODATA && !BROKEN(unreadable_left)) {
+        /* When it can be read again it tells nothing of what is written now. */
+        log_warning("Node '%s': %s: it is removed", node_name(k->node), err.text);
+        error_clear(&err);
+        r = tide_unlink(path, &err);
+    } else if (r == -ENOENT || r == -EBADMSG || r == -EBUSY || r == -ENODATA) {
         r = 0;
     }
     if (r < 0)

@@ -102,10 +102,11 @@ static void somebody_writes(struct history *h, struct disk *d, bool told)
 
 /* ---- a sector goes bad ---- */
 
-/* The block of the ring in which a sector may go, and the rest tell of it: not the newest, and not
- * what follows it, which is where a torn one would be. -1: there is none. */
+/* The block of the ring in which a sector may go, and who reads it can tell: not the newest, unless
+ * it cannot be read, and not what follows it, which is where a torn one would be. -1: there is
+ * none. */
 static int older_block(struct history *h, const uint8_t *bytes, uint64_t size,
-                       const struct super *s)
+                       const struct super *s, bool newest_too)
 {
     struct ring_block b;
     uint64_t newest = 0;
@@ -118,7 +119,7 @@ static int older_block(struct history *h, const uint8_t *bytes, uint64_t size,
                 continue;
             if (!pass)
                 newest = max_u64(newest, b.sequence);
-            else if (b.sequence < newest)
+            else if (b.sequence < newest || newest_too)
                 older[n++] = i;
         }
     return n ? older[dice_below(&h->bad_dice, (uint64_t)n)] : -1;
@@ -150,8 +151,8 @@ static void spoil(struct history *h, const struct disk *d)
         return;
     snprintf(path, sizeof path, "%s.tide", d->path);
     uint8_t *bytes = machine_dump(&h->m, path, &size);
-    int block = older_block(h, bytes, size, &s);
     const bool readable = one_in(&h->bad_dice, 2);
+    int block = older_block(h, bytes, size, &s, !readable); /* garbage may be what a crash tears */
     bool found = true;
     if (!readable && one_in(&h->bad_dice, 3)) /* garbage would be a torn one */
         at = dice_below(&h->bad_dice, 2) * TIDE_SUPER_BYTES;

@@ -34,9 +34,10 @@ struct life {
     unsigned bad_dir_syncs;  /* so many syncs of directories fail */
     int back_error;          /* of syncs of backing images */
     bool no_statx;
-    bool no_new_tide; /* there is no room for a tide file, */
-    bool no_room;     /* for more in one that there is, */
-    bool no_segments; /* for a segment */
+    bool no_new_tide;                 /* there is no room for a tide file, */
+    bool no_room;                     /* for more in one that there is, */
+    bool no_segments;                 /* for a segment */
+    uint64_t unread_at, unread_bytes; /* of tide files: cannot be read */
 
     /* What takes long. */
     bool slow_syncs; /* of images */
@@ -47,6 +48,7 @@ struct life {
     uint64_t die_after_ns; /* a write of data takes so long, and then it ends; 0: it does not */
     bool die_in_truncate;  /* of an image, when that is done */
     bool die_in_unlink;    /* of a tide file: it takes a while, and then the life ends */
+    unsigned ends_at;      /* the so-manieth operation as in LEFT is not done any more; 0: it is */
 
     /* What has been. */
     bool ours[FDS], tide[FDS]; /* of tide files and segments; of the former */
@@ -125,6 +127,9 @@ static inline int error_of(struct life *l, const struct io_op *op)
         return -EIO;
     if (is_sync(op) && on_image(l, op) && l->is_back[op->fd])
         return l->back_error;
+    if (op->kind == IO_READ && on_tide(l, op) && op->offset < l->unread_at + l->unread_bytes &&
+        op->offset + op->length > l->unread_at)
+        return -EIO;
     if (l->slow_close && op->kind == IO_WRITE && on_image(l, op) && l->is_qcow2[op->fd] &&
         l->left && --l->left == 0)
         return -ENOSPC;
@@ -176,6 +181,8 @@ static inline int64_t perform(struct world *w, struct io_op *op)
     if (last && !unlinks)
         plain_perform(w, op);
     if (last)
+        _exit(KILLED);
+    if (l->ends_at && has_effect(l, op) && --l->ends_at == 0)
         _exit(KILLED);
     bool fails = l->left && has_effect(l, op) && --l->left == 0;
     if (fails && l->fault != FAILS_THOUGH_DONE)

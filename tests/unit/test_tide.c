@@ -567,6 +567,47 @@ TIDE_TEST(a_superblock_that_cannot_be_read_is_in_doubt)
     }
 }
 
+/* Written over it, and torn, a new one would make the older one count. */
+TIDE_TEST(a_superblock_in_doubt_is_outdone_before_it_goes)
+{
+    struct error err = ERROR_INIT;
+    for (unsigned i = 0; i < 12; i++) {
+        const unsigned newest_in = i & 1, bad = i >> 1 & 1, good = !bad, writes = i >> 2;
+        struct super s, next;
+        small_super(p, &s, GiB);
+        struct tide *t = create(p, &s); /* in slot 0 */
+        for (unsigned slot = 1; slot == 1 || slot % 2 != newest_in; slot++) {
+            super_copy(&next, tide_super(t));
+            CHECK(tide_write_super(t, &next, NULL) == 0);
+        }
+        const uint64_t newest = tide_super(t)->sequence;
+        tide_close(t);
+
+        fail_next(p->spy, IO_READ, bad * TIDE_SUPER_BYTES, -EIO, false);
+        CHECK_OK(tide_open(p->path, false, &t, &err), err);
+        super_copy(&next, tide_super(t));
+        next.size_bytes = next.resizing_bytes = GiB / 2;
+        p->spy->n = 0;
+        if (writes < 2) /* the machine dies after so many */
+            fail_next(p->spy, IO_WRITE, 0, -EIO, false);
+        p->spy->spared = writes;
+        CHECK(tide_write_super(t, &next, &err) == (writes ? 0 : -EIO));
+        error_clear(&err);
+        int first = find_op(p->spy, IO_WRITE, 0, 0);
+        CHECK(first >= 0 && p->spy->ops[first].offset == good * TIDE_SUPER_BYTES);
+        int second = find_op(p->spy, IO_WRITE, 0, (size_t)first + 1);
+        CHECK((second >= 0) == (writes > 0));
+        CHECK(second < 0 || (p->spy->ops[second].offset == bad * TIDE_SUPER_BYTES &&
+                             p->spy->ops[second].length == TIDE_SUPER_BYTES));
+        t = reopen(p, t); /* and it can be read again */
+        CHECK(!tide_is_doubtful(t));
+        CHECK(writes ? tide_super(t)->size_bytes == GiB / 2 : tide_super(t)->sequence == newest);
+        tide_close(t);
+        super_fini(&s);
+        super_fini(&next);
+    }
+}
+
 TIDE_TEST(a_new_file_tells_the_table_too)
 {
     struct error err = ERROR_INIT;
@@ -613,6 +654,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(room_is_used_again),
     cmocka_unit_test(the_ring_tells_what_was_hot),
     cmocka_unit_test(a_superblock_that_cannot_be_read_is_in_doubt),
+    cmocka_unit_test(a_superblock_in_doubt_is_outdone_before_it_goes),
     cmocka_unit_test(a_new_file_tells_the_table_too),
 };
 

@@ -23,8 +23,9 @@ struct spy {
     size_t n;
     enum io_kind fail; /* the next one of this kind at or after `fail_from` ... */
     uint64_t fail_from;
-    int error;     /* ... gets this; 0: none */
-    bool happened; /* and yet it happened */
+    unsigned spared; /* (so many of them are not meant) */
+    int error;       /* ... gets this; 0: none */
+    bool happened;   /* and yet it happened */
     bool no_direct;
     bool slow; /* others run while it is written */
 };
@@ -73,7 +74,7 @@ static inline int64_t spy_perform(struct world *w, struct io_op *op)
         return -EINVAL;
     if (s->slow && op->kind == IO_WRITE)
         task_yield_uncancelled();
-    if (s->error && op->kind == s->fail && op->offset >= s->fail_from) {
+    if (s->error && op->kind == s->fail && op->offset >= s->fail_from && s->spared-- == 0) {
         int error = s->error;
         s->error = 0;
         if (s->happened)
@@ -99,6 +100,7 @@ static inline void fail_next(struct spy *s, enum io_kind kind, uint64_t from, in
 {
     s->fail = kind;
     s->fail_from = from;
+    s->spared = 0;
     s->error = error;
     s->happened = happened;
 }

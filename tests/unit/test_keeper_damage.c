@@ -1,0 +1,111 @@
+/* Tide files that cannot be read in part, or not at all, and perhaps only for a while: each life
+ * that finds one is ended at each of its operations, and the next one, which can read all of it,
+ * must not believe what misses a write. */
+#include "faultylives.h"
+
+#include "persist/super.h"
+
+enum { REGION = 64 << 10, REGIONS = 4 << 4 };
+
+static void write_regions(struct life *l, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        CHECK(write_at(l, 0, (uint64_t)i * REGION) == 0);
+}
+
+static void write_some(struct life *l)
+{
+    add(l);
+    write_regions(l, 2);
+}
+
+/* The last transaction is where the ring of the session has begun. */
+static void write_all_round(struct life *l)
+{
+    add(l);
+    write_regions(l, REGIONS);
+}
+
+static void write_last(struct life *l)
+{
+    CHECK(write_at(l, 0, (REGIONS - 1) * REGION) == 0);
+    say("written");
+}
+
+static void misses_nothing(struct life *l)
+{
+    struct dirty_bitmap *bm = dirty_find(l->n[0], "b");
+
+    if (!bm || dirty_inconsistent(bm))
+        return;
+    CHECK(is_dirty(l, 0, 0) && is_dirty(l, 0, REGION));
+    CHECK(!was_said("written") || is_dirty(l, 0, (REGIONS - 1) * REGION));
+}
+
+static void misses_nothing_of_all(struct life *l)
+{
+    say("written");
+    misses_nothing(l);
+}
+
+static void damaged(void (*first)(struct life *), void (*last)(struct life *), uint64_t at,
+                    uint64_t bytes)
+{
+    bool whole = false;
+
+    for (unsigned n = 1; !whole; n++) {
+        make_new_disks();
+        run_life_with((struct life){.body = first, .small_regions = true});
+        lose_segments();
+        run_life_with((struct life){.body = write_last,
+                                    .small_regions = true,
+                                    .unread_at = at,
+                                    .unread_bytes = bytes,
+                                    .ends_at = n});
+        whole = was_said("written");
+        lose_segments();
+        run_life_with((struct life){.body = last, .small_regions = true});
+    }
+}
+
+static void a_superblock_that_cannot_be_read(void **state)
+{
+    for (unsigned slot = 0; slot < 2; slot++)
+        damaged(write_some, misses_nothing, slot * TIDE_SUPER_BYTES, 512);
+}
+
+static void no_superblock_can_be_read(void **state)
+{
+    damaged(write_some, misses_nothing, 0, 2 * TIDE_SUPER_BYTES);
+}
+
+static void the_newest_transaction_cannot_be_read(void **state)
+{
+    const uint64_t last = 1 + REGIONS; /* as the first is 1, and makes none hot */
+
+    damaged(write_all_round, misses_nothing_of_all,
+            TIDE_RING_OFFSET + last % TIDE_RING_BLOCKS * RING_BLOCK, RING_BLOCK);
+}
+
+/* Nor by who cannot read it. */
+static void a_ring_without_its_newest_transaction_is_not_believed(void **state)
+{
+    const uint64_t last = 1 + REGIONS;
+
+    make_new_disks();
+    run_life_with((struct life){.body = write_all_round, .small_regions = true});
+    lose_segments();
+    run_life_with(
+        (struct life){.body = misses_nothing_of_all,
+                      .small_regions = true,
+                      .unread_at = TIDE_RING_OFFSET + last % TIDE_RING_BLOCKS * RING_BLOCK,
+                      .unread_bytes = RING_BLOCK});
+}
+
+static const struct CMUnitTest tests[] = {
+    T(a_superblock_that_cannot_be_read),
+    T(no_superblock_can_be_read),
+    T(the_newest_transaction_cannot_be_read),
+    T(a_ring_without_its_newest_transaction_is_not_believed),
+};
+UNIT_MAIN(tests)
