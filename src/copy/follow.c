@@ -52,7 +52,8 @@ struct follow {
 
     struct write_observer observer;
     struct dirty_bitmap *shown;
-    struct bitmap *dirty; /* its bits */
+    struct bitmap *dirty;   /* its bits */
+    struct bitmap *touched; /* on the target, or tried; NULL: nobody will ask */
     struct rangelock locks;
     TAILQ_HEAD(, follow_write) writes;
 
@@ -148,6 +149,12 @@ int follow_new(struct edge *source, struct edge *target, const struct follow_opt
         f->unit = max_u64(granularity, node_cluster_size(node_skip_filters(target->node)));
     f->unmap = options->unmap;
     f->blocking = options->blocking;
+    f->touched = options->recall ? bitmap_new(f->size, f->unit) : NULL;
+    if (options->recall && !f->touched) {
+        dirty_release(shown);
+        free(f);
+        return error_set_errno(err, ENOMEM, "bitmap of node '%s'", node_name(n));
+    }
     size_buffers(f, options->buffer);
     f->shown = shown;
     f->dirty = dirty_bits(shown);
@@ -169,6 +176,7 @@ void follow_free(struct follow *f)
     assert(rangelock_idle(&f->locks) && TAILQ_EMPTY(&f->writes) && f->in_flight == 0);
     node_unobserve(dirty_node(f->shown), &f->observer);
     dirty_release(f->shown);
+    bitmap_free(f->touched);
     crew_fini(&f->crew);
     free(f);
 }
@@ -176,6 +184,16 @@ void follow_free(struct follow *f)
 struct bitmap *follow_dirty(struct follow *f)
 {
     return f->dirty;
+}
+
+const struct bitmap *follow_touched(const struct follow *f)
+{
+    return f->touched;
+}
+
+void follow_hold_back(struct follow *f)
+{
+    f->failed = true;
 }
 
 uint64_t follow_buffer(const struct follow *f)
@@ -298,6 +316,8 @@ static int copy_held(struct follow *f, struct range run, bool *read_failed)
     struct range rest = run;
     int r = 0;
 
+    if (f->touched)
+        bitmap_mark(f->touched, run);
     if (!BROKEN(mirror_clears_after_copy))
         bitmap_clear(f->dirty, run);
     f->in_flight += run.length;
@@ -470,6 +490,8 @@ static int pass_on(struct follow *f, struct range r, const void *buf, unsigned f
 {
     int ret;
 
+    if (f->touched)
+        bitmap_mark(f->touched, r);
     bitmap_clear(f->dirty, r);
     f->in_flight += r.length;
     if (buf)

@@ -26,6 +26,7 @@ struct follow_options {
     bool unmap;           /* zeroes may become holes */
     bool whole_clusters;  /* the target may have nothing behind its clusters: no part of one */
     bool blocking;        /* copy mode write-blocking */
+    bool recall;          /* follow_touched() will be asked for */
 };
 
 /* SOURCE (of the filter) and TARGET are lent edges of equal size; if the source gets another one,
@@ -37,6 +38,10 @@ void follow_free(struct follow *f); /* the same holds; nobody copies any more */
 
 /* What the target does not have; lent. Chunks on their way are not in it. */
 struct bitmap *follow_dirty(struct follow *f);
+/* What has been written to the target, or tried, in whole clusters if it was; lent. */
+const struct bitmap *follow_touched(const struct follow *f);
+/* Quiesced: guests' writes go to the target no more, and are marked, until follow_run. */
+void follow_hold_back(struct follow *f);
 uint64_t follow_buffer(const struct follow *f);
 /* Bytes copied so far, and that plus what is dirty or on its way. */
 void follow_progress(const struct follow *f, uint64_t *done, uint64_t *total);

@@ -232,15 +232,14 @@ static void keep_achieved(struct backup *b)
     else if (remaining && (flush_both(b, !BROKEN(always_source_not_flushed), NULL) == 0 ||
                            BROKEN(flush_failure_forgotten)))
         roll_back(b, remaining);
-    else if (b->sync != SYNC_BITMAP) {
-        /* Nothing of it may be relied on, and the bitmap did not say what there was: what is on
-         * the target and what is not yet, together. */
+    else {
+        /* Nothing of it may be relied on, nor what is beside it in the same chunk: what is on the
+         * target and what is not yet, together. */
         backup_progress(j, &j->done, &j->total);
         b->progress_final = true;
         bitmap_merge(copy_remaining(b->copy), copy_saved(b->copy));
-        roll_back(b, copy_remaining(b->copy));
-    } else
-        roll_back(b, NULL);
+        roll_back(b, BROKEN(lost_chunks_in_part) ? NULL : copy_remaining(b->copy));
+    }
 }
 
 static void backup_abort(struct job *j)

@@ -430,7 +430,7 @@ static void mirror_commit(struct job *j)
 }
 
 /* always: what the target lacks. Taken with no guest's write on its way to the target (what it
- * brings along may fail yet), and before the flush, which does not cover what comes later. */
+ * brings along may fail yet), nor any later, and before the flush, which would not cover it. */
 static struct bitmap *lacking(struct mirror *m)
 {
     struct graph *g = jobs_graph(m->job.jobs);
@@ -439,12 +439,15 @@ static struct bitmap *lacking(struct mirror *m)
         return bitmap_dup(follow_dirty(m->follow));
     GRAPH_LOCKED(g);
     graph_quiesce_begin(g, nodes, ARRAY_SIZE(nodes));
+    follow_hold_back(m->follow);
     struct bitmap *ret = bitmap_dup(follow_dirty(m->follow));
     graph_quiesce_end(g, nodes, ARRAY_SIZE(nodes));
     return ret;
 }
 
-/* always: what of the bitmap remains. NULL: nobody can say, so all. */
+/* always: what of the bitmap remains. NULL: nobody can say, so all. If it cannot be made durable it
+ * is what has been written to the target, too, in whole clusters: beside what was to be copied
+ * there, more may be lost. */
 static struct bitmap *remaining_of(struct mirror *m)
 {
     struct bitmap *bits = dirty_bits(m->bitmap), *ret;
@@ -454,8 +457,12 @@ static struct bitmap *remaining_of(struct mirror *m)
         return NULL;
     ret = lacking(m);
     if (ret &&
-        (edge_flush(m->to) < 0 || edge_flush(mirror_top_source(m->filter)) < 0 || has_lost(m)))
-        bitmap_free(steal(ret));
+        (edge_flush(m->to) < 0 || edge_flush(mirror_top_source(m->filter)) < 0 || has_lost(m))) {
+        if (BROKEN(lost_chunks_in_part))
+            bitmap_free(steal(ret));
+        else
+            bitmap_merge_range(ret, follow_touched(m->follow), range_make(0, bitmap_size(ret)));
+    }
     return ret;
 }
 

@@ -197,6 +197,7 @@ static int add_follow(struct mirror *m, const struct plan *p, struct error *err)
         .unmap = json_get_bool(p->args, "unmap", true),
         .whole_clusters = p->whole_clusters,
         .blocking = strcmp(json_get_string(p->args, "copy-mode", ""), "write-blocking") == 0,
+        .recall = p->bitmap && p->bitmap_mode == BITMAP_ALWAYS,
     };
     int r = follow_new(mirror_top_source(m->filter), m->to, &options, &m->follow, err);
     if (r < 0)

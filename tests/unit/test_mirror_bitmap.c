@@ -119,6 +119,7 @@ static void one_outcome(struct graph *g, const char *args, enum outcome what, bo
             want = during[c] || !here[c]; /* also what a disabled bitmap has not recorded */
         else
             want = user[c] || during[c];
+        want |= always && no_flush && mem_of(t)->written[c]; /* nobody knows what it has there */
         if (c == 60)
             want = after;
         bool is = bitmap_any(dirty_bits(bm), range_make((uint64_t)c * 65536, 65536));

@@ -662,8 +662,8 @@ static void check_bitmap(struct play *p)
     MUST(p, !dirty_busy(p->bitmap) && dirty_enabled(p->bitmap) == p->cell->enabled);
     MUST(p, dirty_first(p->s) == p->bitmap && !dirty_next(p->bitmap));
     for (uint64_t i = 0; i < SIZE; i += 512) {
-        /* What is not known to be durable counts as not achieved. */
-        const bool *left = !flush_failed ? m->left : takes_bitmap(p) ? m->user : m->wanted;
+        /* What is not known to be durable counts as not achieved, in whole chunks. */
+        const bool *left = flush_failed ? m->wanted : m->left;
         bool user = m->user[i / 512];
         bool successor = m->successor[i / 512];
         bool dirty;
