@@ -32,6 +32,7 @@ struct backup {
     bool mirror;
     bool compares; /* no backup: the bitmap is made anew, with what is kept for a base */
     bool holds;    /* its instant may have come */
+    bool unsure;   /* a sync of the disk failed in its life */
     char job[24], node[24], path[SIM_PATH];
     uint64_t generation; /* of the bitmap, before it */
     uint64_t from; /* of the instant; that itself is known when the command has returned, or the
@@ -275,7 +276,7 @@ static void conclude(struct client *c, struct node *n)
 {
     struct backup *b = &c->backup;
     struct inode *file = store_find(&c->h->m.store, b->path);
-    if (c->d->sync_failed && (b->succeeded || b->always)) {
+    if ((b->unsure || c->d->sync_failed) && (b->succeeded || b->always)) {
         /* What was read from it may have changed under everybody's hands: no use to anybody. */
         c->has_chain = c->has_chain && !b->keeps;
         end_backup(c);
@@ -468,7 +469,7 @@ static void restore_kept(struct client *c, const char *path)
 static void conclude_compare(struct client *c, bool succeeded)
 {
     if (succeeded) {
-        c->has_chain = !c->d->sync_failed;
+        c->has_chain = !c->backup.unsure && !c->d->sync_failed;
         c->base_from = 0; /* what differs has been written at some time */
         c->told_bad = false;
     }
@@ -636,6 +637,7 @@ static void ended(void *self, enum life_end end, bool power, bool no_segments)
         c->backup.cut = true;
         model_instant(&c->d->model, c->backup.from, &c->backup.instant);
     }
+    c->backup.unsure |= c->backup.running && c->d->sync_failed;
     if (power)
         c->left = LEFT_POWERLESS;
     else if (c->left == LEFT_CLEAN && end == END_KILLED)

@@ -41,6 +41,7 @@ struct side {
     uint64_t from;
     struct instant next_instant;
     bool told, succeeded;
+    bool unsure;      /* a sync of the disk failed in its life */
     bool unknown;     /* an image was closed well meanwhile, and has another generation ... */
     bool seen, moved; /* ... after a crash: what has become of it here ... */
     uint64_t found;   /* ... and its generation then: a clean close of an image forgets it */
@@ -268,7 +269,7 @@ static void see(struct groups *c, struct side *s)
     if (c->change == INCREMENT && s->moved && !is_last_job(c, s))
         violation(c->h, "%s: '%s' has moved on by job '%s', not '%s'", s->d->node, c->bitmap,
                   st.job, s->job);
-    if (s->d->sync_failed) /* what was read may have changed under everybody's hands */
+    if (s->unsure || s->d->sync_failed) /* what was read may have changed under everybody's hands */
         take_base(s, BASE_NONE, NULL, NULL);
     else if (s->moved && c->change == CLEAR)
         take_base(s, BASE_INSTANT, NULL, &s->next_instant);
@@ -342,7 +343,7 @@ static void end_change(struct groups *c)
     HEAP_OF_THE_MACHINE();
     for (struct side *s = first_side(c); s; s = next_side(c, s)) {
         instant_fini(&s->next_instant);
-        s->told = s->succeeded = s->seen = s->moved = s->unknown = false;
+        s->told = s->succeeded = s->seen = s->moved = s->unknown = s->unsure = false;
         s->job[0] = '\0';
     }
     c->change = NOTHING;
@@ -567,7 +568,7 @@ static void change_now(struct groups *c, struct life *l, enum change what)
 
     size_t n = in_any_order(c, row);
     for (struct side *s = first_side(c); s; s = next_side(c, s)) {
-        s->seen = s->moved = s->told = s->succeeded = false;
+        s->seen = s->moved = s->told = s->succeeded = s->unsure = false;
         snprintf(s->job, sizeof s->job, "job%u-%u-%u", c->number, ++c->next, s->d->number);
         snprintf(s->node, sizeof s->node, "copy%u-%u-%u", c->number, c->next, s->d->number);
         if (what == INCREMENT)
@@ -744,7 +745,8 @@ static void ended(void *self, enum life_end end, bool power, bool no_segments)
     c->power |= power;
     c->seen_whole = false;
     for (struct side *s = first_side(c); s; s = next_side(c, s)) {
-        s->seen &= c->change != NOTHING;                   /* else it is to be looked at anew */
+        s->seen &= c->change != NOTHING; /* else it is to be looked at anew */
+        s->unsure |= c->change != NOTHING && s->d->sync_failed;
         if (c->change != NOTHING && !s->next_instant.held) /* cut inside the command */
             model_instant(&s->d->model, s->from, &s->next_instant);
     }

@@ -824,7 +824,6 @@ static void between(struct history *h, enum life_end end, bool faulty)
         h->disks[i].cut_in_flight =
             end == END_KILLED && (h->disks[i].cut_in_flight || model_in_flight(&h->disks[i].model));
         model_cut(&h->disks[i].model);
-        h->disks[i].sync_failed = false;
         h->disks[i].jobs = 0;
         h->disks[i].alone = false;
         if (end == END_KILLED && h->disks[i].left <= LEFT_FAILING) /* (or it was not looked at) */
@@ -850,6 +849,8 @@ static void between(struct history *h, enum life_end end, bool faulty)
         come_and_go(h, &h->disks[i], false);
     bool no_segments = others_disturb_segments(h) || !h->with_runtime || h->no_memory;
     ALL_CLIENTS(h, ended, end, power, no_segments);
+    for (unsigned i = 0; i < h->n_disks; i++)
+        h->disks[i].sync_failed = false;
     others_between(h, end, power);
     machine_pass_time(&h->m, dice_below(&h->dice, 10) * NSEC_PER_SEC / 4);
     if (one_in(&h->dice, 20)) { /* somebody sets the clock */
