@@ -192,6 +192,9 @@ bool keeper_is_engaged(const struct keeper *k);
 void keeper_end_guarded(struct keeper *k);
 /* What was recovered is about to be saved in the image: begins a session, if there is none. */
 void keeper_before_save(struct keeper *k);
+/* A full tmpfs is no reason to lose bitmaps: after WHY, which it tells and takes. False: there is
+ * nothing that could be done without. */
+bool keeper_do_without_runtime(struct keeper *k, struct error *why);
 /* Under k->lock: opens the session, and gives up what it must. */
 void keeper_begin_use(struct keeper *k);
 

@@ -373,6 +373,8 @@ static void end_session(struct keeper *k)
     }
     if (k->stale && !k->node->read_only && k->tide)
         r = keeper_commit(k, &err); /* what recovery has found is not found twice */
+    if (r < 0 && !BROKEN(full_tmpfs_ends_nothing) && keeper_do_without_runtime(k, &err))
+        r = keeper_commit(k, &err);
     checkpoint_stop(k);
     if (k->hot && k->tide && !k->damaged && !has_unannounced(k))
         unwritten = keeper_unwritten(k, &n_unwritten);

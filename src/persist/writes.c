@@ -181,21 +181,24 @@ static int write_through(struct keeper *k, struct range r)
     return k->refusing ? -EIO : result;
 }
 
+bool keeper_do_without_runtime(struct keeper *k, struct error *why)
+{
+    if (k->lost || !k->options.runtime)
+        return false;
+    log_warning("Node '%s': %s: after a kill its bitmaps will be as after a power loss",
+                node_name(k->node), why->text);
+    free((char *)steal(k->options.runtime));
+    error_clear(why);
+    return true;
+}
+
 void keeper_begin_use(struct keeper *k)
 {
     struct error err = ERROR_INIT;
 
-    if (keeper_change_state(k, &err) == 0)
+    if (keeper_change_state(k, &err) == 0 ||
+        (keeper_do_without_runtime(k, &err) && keeper_change_state(k, &err) == 0))
         return;
-    if (!k->lost && k->options.runtime) {
-        /* A full tmpfs is no reason to lose them. */
-        log_warning("Node '%s': %s: after a kill its bitmaps will be as after a power loss",
-                    node_name(k->node), err.text);
-        free((char *)steal(k->options.runtime));
-        error_clear(&err);
-        if (keeper_change_state(k, &err) == 0)
-            return;
-    }
     log_error("Node '%s': %s: its bitmaps do not survive a crash", node_name(k->node), err.text);
     if (!k->lost)
         keeper_give_up(k, &err);

@@ -25,6 +25,28 @@ static void that_others_wrote_is_told_once_and_for_all(void **state)
     }
 }
 
+static void close_first(struct life *l)
+{
+    CHECK(is_dirty(l, 0, 0));
+    close_disk(l, 0);
+}
+
+/* What recovery has found is closed without segments, or nothing would tell of other writers before
+ * the next open. (sim --persist --seed 240007401) */
+static void a_close_where_tmpfs_is_full(void **state)
+{
+    for (int others = 0; others < 2; others++) {
+        make_new_disks();
+        run_life(write_and_die);
+        lose_segments();
+        run_life_with((struct life){.body = close_first, .no_segments = true});
+        usleep(100000);
+        if (others)
+            write_as_another();
+        run_life(others ? is_inconsistent : has_first);
+    }
+}
+
 static void die_in_a_write(struct life *l)
 {
     add(l);
@@ -274,6 +296,7 @@ static void guests_hear_of_a_sync_that_failed(void **state)
 
 static const struct CMUnitTest tests[] = {
     T(that_others_wrote_is_told_once_and_for_all),
+    T(a_close_where_tmpfs_is_full),
     T(a_kill_with_writes_in_flight_and_then_another_writer),
     T(a_kill_in_a_long_write),
     T(a_kill_that_has_left_no_stamp),
