@@ -66,7 +66,7 @@ enum witness_verdict keeper_ask_guard(struct keeper *k, const struct super *s, c
         reason = NULL;
     k->guarded = !reason;
     k->foreign = !g.named || memcmp(g.uuid, s->uuid.bytes, sizeof g.uuid);
-    k->void_tide = !k->guarded;
+    k->void_tide = !k->guarded || (k->void_tide && !BROKEN(guard_hides_damage));
     return reason ? WITNESS_CHANGED : WITNESS_SAME;
 }
 
