@@ -19,6 +19,8 @@ enum {
     RUN_BLOCKS = 256,                             /* in one write */
     WRITERS = 64,                                 /* runs in flight */
     READ_BYTES = 1024 * 1024,
+    NEAR_BYTES = 256 * 1024, /* reading a hole is cheaper than another read */
+    STRETCHES = 256,         /* asked for at once */
 };
 
 /* ---- copies ---- */
@@ -227,22 +229,28 @@ static int read_sector(struct area_read *a, const uint8_t *sector, uint64_t inde
     return 0;
 }
 
-/* The next stretch of [*at, end) that has data, cut to blocks; false: none. */
-static bool next_data(const struct tide *t, uint64_t *at, uint64_t end, uint64_t *stop)
+/* Up to N stretches of REST that have data, in whole blocks; what lies between two that are near is
+ * read with them. REST becomes what is behind them. */
+static unsigned next_data(const struct tide *t, struct range *rest, struct range *ret, unsigned n)
 {
-    int64_t data = io_seek(t->fd, *at, SEEK_DATA);
-    *stop = end;
-    if (data == -ENXIO)
-        return false;
-    if (data < 0)
-        return *at < end; /* a file system that does not know: all is data */
-    *at = align_down((uint64_t)data, TIDE_ALIGN);
-    if (*at >= end)
-        return false;
-    int64_t hole = io_seek(t->fd, *at, SEEK_HOLE);
-    if (hole > 0 && (uint64_t)hole < end)
-        *stop = align_up((uint64_t)hole, TIDE_ALIGN);
-    return true;
+    unsigned kept = 0;
+    int found = io_data(t->fd, *rest, ret, n);
+    if (found < 0) { /* a file system that does not know: all is data */
+        ret[0] = *rest;
+        *rest = range_between(range_end(*rest), range_end(*rest));
+        return 1;
+    }
+    const uint64_t end = range_end(*rest),
+                   from = (unsigned)found == n ? range_end(ret[n - 1]) : end;
+    for (int i = 0; i < found; i++) {
+        struct range r = range_round_out(ret[i], TIDE_ALIGN);
+        if (kept && r.start <= range_end(ret[kept - 1]) + NEAR_BYTES)
+            ret[kept - 1] = range_between(ret[kept - 1].start, range_end(r));
+        else
+            ret[kept++] = r;
+    }
+    *rest = range_between(min_u64(align_up(from, TIDE_ALIGN), end), end);
+    return kept;
 }
 
 static int read_stretch(struct area_read *a, uint64_t at, uint64_t stop, uint8_t *buf,
@@ -281,11 +289,12 @@ int tide_read_area(struct tide *t, uint64_t extent_offset, uint64_t epoch, struc
     CLEANUP(memory_freep) uint8_t *buf = block_buffer(READ_BYTES);
     if (!buf)
         return error_set_errno(err, ENOMEM, "reading tide file '%s'", t->path);
-    uint64_t at = extent_offset, end = extent_offset + bytes, stop;
+    struct range rest = range_make(extent_offset, bytes), data[STRETCHES];
     int r = 0;
-    while (r == 0 && at < end && next_data(t, &at, end, &stop)) {
-        r = read_stretch(&a, at, stop, buf, err);
-        at = stop;
+    for (unsigned n; r == 0 && !range_empty(rest);) {
+        n = next_data(t, &rest, data, STRETCHES);
+        for (unsigned i = 0; r == 0 && i < n; i++)
+            r = read_stretch(&a, data[i].start, range_end(data[i]), buf, err);
     }
     if (r == 0)
         *bad_bytes = a.bad_bytes;

@@ -137,6 +137,12 @@ int64_t io_seek(int fd, uint64_t offset, int whence)
     return WAITING(.kind = IO_SEEK, .fd = fd, .offset = offset, .flags = whence);
 }
 
+int io_data(int fd, struct range within, struct range *ret, unsigned n)
+{
+    return (int)WAITING(.kind = IO_DATA, .fd = fd, .offset = within.start, .length = within.length,
+                        .ret = ret, .flags = (int)n);
+}
+
 int io_lock(int fd, int type, uint64_t offset, uint64_t length)
 {
     return (int)WAITING(.kind = IO_LOCK, .fd = fd, .flags = type, .offset = offset,

@@ -10,6 +10,7 @@
  * is marked "at once" do their work all the same. */
 #pragma once
 
+#include "base/range.h"
 #include "rt/task.h"
 
 #include <sys/socket.h>
@@ -36,6 +37,9 @@ int io_fstatx(int fd, struct statx *ret);
 int io_fstatfs(int fd, struct statfs *ret);
 /* SEEK_DATA or SEEK_HOLE from OFFSET; the position, or -ENXIO past the last data. */
 int64_t io_seek(int fd, uint64_t offset, int whence);
+/* The stretches of WITHIN that have data, in order and cut to it, at most N (then there may be more
+ * behind the last): how many, or -errno where the file system cannot tell. */
+int io_data(int fd, struct range within, struct range *ret, unsigned n);
 /* An open file description lock (F_OFD_SETLK) on [offset, offset+length); TYPE F_RDLCK,
  * F_WRLCK, F_UNLCK. -EAGAIN when another holds it. */
 int io_lock(int fd, int type, uint64_t offset, uint64_t length);

@@ -67,6 +67,27 @@ static int64_t do_write(const struct io_op *op)
     return RETRY(pwritev2(op->fd, &iov, 1, (off_t)op->offset, op->flags));
 }
 
+/* A file that has become shorter in between has no more of it. */
+static int64_t do_data(const struct io_op *op)
+{
+    struct range *ret = op->ret;
+    const off_t end = (off_t)(op->offset + op->length);
+    off_t at = (off_t)op->offset;
+    int n = 0;
+
+    while (n < op->flags && at < end) {
+        off_t data = lseek(op->fd, at, SEEK_DATA);
+        off_t hole = data < 0 ? data : lseek(op->fd, data, SEEK_HOLE);
+        if (hole < 0)
+            return errno == ENXIO ? n : -errno;
+        if (data >= end)
+            break;
+        at = hole < end ? hole : end;
+        ret[n++] = range_between((uint64_t)data, (uint64_t)at);
+    }
+    return n;
+}
+
 static int64_t do_lock(const struct io_op *op)
 {
     struct flock lock = {
@@ -202,6 +223,8 @@ int64_t posix_do(const struct io_op *op)
         return RETRY(fstatfs(fd, op->ret));
     case IO_SEEK:
         return RETRY(lseek(fd, (off_t)op->offset, op->flags));
+    case IO_DATA:
+        return do_data(op);
     case IO_LOCK:
     case IO_LOCK_TEST:
         return do_lock(op);

@@ -27,6 +27,7 @@ enum io_kind {
     IO_STATX,     /* fd, or path when it is not NULL; ret: struct statx */
     IO_STATFS,    /* fd, ret: struct statfs */
     IO_SEEK,      /* fd, offset, flags: whence */
+    IO_DATA,      /* fd, offset, length, ret: struct range[], flags: how many at most */
     IO_LOCK,      /* fd, flags: type, offset, length */
     IO_LOCK_TEST, /* the same */
     IO_UNLINK,    /* path */

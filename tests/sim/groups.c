@@ -397,8 +397,9 @@ static void look(struct groups *c, const char *when)
             continue;
         }
         if (!s->seen) {
-            if (settings.strict && s->good && !c->power && !s->d->process && c->change != ADD &&
-                !c->removed_in_doubt && (bm ? dirty_inconsistent(bm) : c->change != REMOVE))
+            if (settings.strict && s->good && !c->power && !s->d->process && !c->h->clock_set &&
+                c->change != ADD && !c->removed_in_doubt &&
+                (bm ? dirty_inconsistent(bm) : c->change != REMOVE))
                 violation(c->h, "%s: '%s' is %s after a kill", s->d->node, c->bitmap,
                           bm ? "inconsistent" : "gone");
             /* On a full disk a tide file may have to go, which the log says. What is inconsistent,

@@ -278,6 +278,11 @@ static int fills_the_disk(void *arg)
     TRUE_HERE(io_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 8192, 4096) == 0);
     TRUE_HERE(write_sector(fd, 24, 'x', 0) == 0);
     TRUE_HERE(io_seek(fd, 8192, SEEK_DATA) == 12288 && io_seek(fd, 0, SEEK_HOLE) == 8192);
+    struct range data[2];
+    TRUE_HERE(io_data(fd, range_make(512, 16384), data, 2) == 2 && data[0].start == 512 &&
+              range_end(data[0]) == 8192 && data[1].start == 12288 && data[1].length == 512);
+    TRUE_HERE(io_data(fd, range_make(512, 16384), data, 1) == 1 &&
+              io_data(fd, range_make(8192, 4096), data, 2) == 0);
     TRUE_HERE(io_fstatx(fd, &after) == 0 && after.stx_mtime.tv_sec > before.stx_mtime.tv_sec &&
               after.stx_btime.tv_sec == before.stx_btime.tv_sec &&
               after.stx_mtime.tv_nsec % 4000000 == 0);

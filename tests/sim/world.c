@@ -69,6 +69,7 @@ static const char *const kind_names[] = {
     [IO_SYNC_DIR] = "sync-dir", [IO_IOCTL] = "ioctl",         [IO_REALPATH] = "realpath",
     [IO_MAP] = "map",           [IO_WORKER] = "worker",       [IO_CLOSE] = "close",
     [IO_UNMAP] = "unmap",       [IO_UNLINK_SOCKET] = "",      [IO_LIST] = "list",
+    [IO_DATA] = "data",
 };
 
 static void trace_operation(struct machine *m, const struct operation *o, const char *what)
@@ -262,6 +263,22 @@ static int64_t do_statx(struct machine *m, struct operation *o)
     return 0;
 }
 
+static int64_t do_data(struct inode *i, const struct io_op *op)
+{
+    struct range *ret = op->ret;
+    const uint64_t end = op->offset + op->length;
+    int n = 0;
+
+    for (uint64_t at = op->offset; n < op->flags && at < end; at = range_end(ret[n++])) {
+        int64_t data = inode_seek(i, at, SEEK_DATA);
+        if (data < 0 || (uint64_t)data >= end)
+            break;
+        ret[n] = range_between((uint64_t)data,
+                               min_u64(end, (uint64_t)inode_seek(i, (uint64_t)data, SEEK_HOLE)));
+    }
+    return n;
+}
+
 static int64_t do_statfs(struct operation *o)
 {
     bool memory = o->file->inode->in_memory;
@@ -418,6 +435,8 @@ static int64_t take_effect(struct machine *m, struct operation *o)
         return do_statfs(o);
     case IO_SEEK:
         return inode_seek(f->inode, o->op.offset, o->op.flags);
+    case IO_DATA:
+        return do_data(f->inode, &o->op);
     case IO_LOCK:
         return inode_lock(f->inode, f, o->op.flags, o->op.offset, o->op.length);
     case IO_LOCK_TEST:

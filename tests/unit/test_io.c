@@ -103,6 +103,20 @@ IN_LOOP(a_file_keeps_what_is_written)
     assert_int_equal(data, 0);
     assert_int_equal(io_seek(fd, MiB, SEEK_DATA), -ENXIO);
     assert_int_equal(io_seek(fd, 0, SEEK_END), MiB);
+    struct range stretches[3];
+    int n = io_data(fd, range_make(0, MiB), stretches, 3);
+    assert_in_range(n, 1, 2);
+    assert_int_equal(stretches[0].start, 0);
+    if (r == 0 && n == 2) { /* what has been cut out parts them */
+        assert_int_equal(range_end(stretches[0]), 4096);
+        assert_int_equal(stretches[1].start, 12288);
+        assert_int_equal(io_data(fd, range_make(0, MiB), stretches, 1), 1);
+        assert_int_equal(io_data(fd, range_make(4096, 8192), stretches, 3), 0);
+        assert_int_equal(io_data(fd, range_make(100, 12288), stretches, 3), 2);
+        assert_int_equal(stretches[0].start, 100);
+        assert_int_equal(range_end(stretches[1]), 12388);
+    }
+    assert_int_equal(io_data(fd, range_make(2 * MiB, MiB), stretches, 3), 0);
 
     char other[128], *real = NULL;
     in_dir(other, sizeof other, "other");

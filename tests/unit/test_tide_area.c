@@ -137,6 +137,24 @@ TIDE_TEST(clean_blocks_are_not_written_and_holes_not_read)
     super_fini(&s);
 }
 
+/* More stretches than are asked for at once, too far from each other to be read together. */
+TIDE_TEST(bits_all_over_a_large_disk)
+{
+    struct super s;
+    small_super(p, &s, 512 * GiB);
+    s.table.items[0].granularity_bits = 9;
+    struct tide *t = create(p, &s);
+    CLEANUP(bitmap_freep) struct bitmap *bits = bitmap_new(512 * GiB, 512);
+    for (uint64_t i = 0; i < 300; i++) {
+        const struct range r = range_make(i * (512 * GiB / 300), 1);
+        bitmap_mark(bits, r);
+        CHECK(tide_write_area(t, some_extent, 1, bits, &r, 1) == 0);
+    }
+    expect_area(t, some_extent, 1, bits);
+    tide_close(t);
+    super_fini(&s);
+}
+
 TIDE_TEST(damaged_sectors_are_dirt)
 {
     struct error err = ERROR_INIT;
@@ -281,6 +299,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(areas_hold_bits_under_their_epoch),
     cmocka_unit_test(a_new_file_holds_the_bits_it_was_given),
     cmocka_unit_test(clean_blocks_are_not_written_and_holes_not_read),
+    cmocka_unit_test(bits_all_over_a_large_disk),
     cmocka_unit_test(damaged_sectors_are_dirt),
     cmocka_unit_test(unreadable_blocks_are_dirt),
     cmocka_unit_test(a_sector_of_the_future_tells_of_a_lost_superblock),
