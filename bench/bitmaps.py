@@ -157,11 +157,13 @@ def warm(side):
     handle.shutdown()
 
 
-def writes(tmp, sides):
+def writes(tmp, sides, load):
+    """LOAD, a side that is not measured, keeps the disk busy for the floor: what it writes must not be on
+    the disk of any that is."""
     rows = [row for row in ROWS if all(word in row[0] for word in args.only.split(","))]
     values = {}
     idle, busy = [], {}
-    for side in sides:
+    for side in [*sides, load]:
         warm(side)
     for number in range(args.rounds):
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
@@ -174,7 +176,7 @@ def writes(tmp, sides):
                 size, offset = f"{args.warm}M", 0 if warmed else place
             idle.append(flush_time(tmp))
             busy.setdefault(name, []).append(
-                busy_flush_time(tmp, sides[0], (rw, block, depth, size, offset, number * 100 + row)))
+                busy_flush_time(tmp, load, (rw, block, depth, size, offset, number * 100 + row)))
             for side in sides if (number + row) % 2 == 0 else sides[::-1]:
                 if warmed and side.bitmaps and not side.qemu:
                     touch(side, 4 * MIB, args.warm * MIB)
@@ -283,7 +285,8 @@ def main():
             try:
                 for name in args.sides.split(","):
                     sides.append(Side(tmp, name, *kinds[name]))
-                writes(tmp, sides)
+                sides.append(Side(tmp, "load", *kinds["none"]))
+                writes(tmp, sides[:-1], sides[-1])
             finally:
                 for side in sides:
                     side.daemon.kill()

@@ -242,8 +242,11 @@ static void see(struct groups *c, struct side *s)
     s->seen = true;
     s->found = st.generation;
     /* far from the old one, and before it if somebody has set the clock back */
-    if (bm && s->d->qcow2 &&
-        (st.generation < s->generation || st.generation > s->generation + 16)) {
+    const bool another =
+        bm && s->d->qcow2 && (st.generation < s->generation || st.generation > s->generation + 16);
+    /* the superblock that tells it may be the one that cannot be read */
+    const bool unread = bm && dirty_inconsistent(bm) && c->h->spoiled;
+    if (another || unread) {
         s->unknown = true;
         take_base(s, BASE_NONE, NULL, NULL);
         return;
