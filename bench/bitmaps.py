@@ -80,7 +80,8 @@ class Side:
         done = subprocess.run(
             ["fio", "--name=x", "--ioengine=nbd", f"--uri={self.uri}", f"--rw={rw}", f"--bs={block}",
              f"--iodepth={depth}", f"--size={size}", f"--offset={offset}", "--time_based",
-             f"--runtime={args.seconds * 1000:.0f}ms", f"--randseed={seed}", "--norandommap",
+             f"--runtime={args.seconds * 1000:.0f}ms", f"--randseed={seed}", "--randrepeat=0",
+             "--norandommap",
              "--output-format=json"],
             capture_output=True, check=True, stdin=subprocess.DEVNULL)
         text = done.stdout.decode()

@@ -245,6 +245,7 @@ void keeper_end_guarded(struct keeper *k)
     keeper_before_save(k);
     checkpoint_stop(k);
     hot_free(steal(k->hot));
+    durable_fini(&k->durable);
     LOCKED(&k->lock); /* what is gone from memory may yet be collected (keeper_bits_gone) */
     const bool read_only = k->node->read_only; /* then there is what was added since, at most */
     int r = image_save(k->options.image, !k->lost && !read_only, &err);

@@ -3,7 +3,7 @@
  *     keeper.c     changes of state
  *     sets.c       the sets of bits and their places
  *     session.c    from the first change to the close
- *     writes.c     the write path
+ *     writes.c     the write path; hot.c, durable.c: what it need not wait for
  *     guarded.c    a qcow2 image beside the tide file
  *     checkpoint.c when hot regions leave
  *     group.c      changes of several disks at once
@@ -11,6 +11,7 @@
  */
 #pragma once
 
+#include "persist/durable.h"
 #include "persist/hot.h"
 #include "persist/keeper.h"
 #include "persist/segment.h"
@@ -63,7 +64,8 @@ struct keeper {
     struct tide *tide;      /* NULL: none so far */
     struct stamp *stamp;
     struct scope tasks;
-    struct hot *hot; /* level power, while a session is open */
+    struct hot *hot;        /* level power, while a session is open */
+    struct durable durable; /* the same */
     LIST_HEAD(, kept_set) sets;
     struct checkpoints checkpoints;
 

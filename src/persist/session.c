@@ -260,6 +260,7 @@ void keeper_free(struct keeper *k)
         peer->voided = false; /* a tide file is left, perhaps of that one's image */
     checkpoint_stop(k);
     hot_free(k->hot);
+    durable_fini(&k->durable);
     keeper_forget_doubt(k);
     scope_fini(&k->tasks);
     while ((s = LIST_FIRST(&k->sets)))
@@ -379,6 +380,7 @@ static void end_session(struct keeper *k)
     if (k->hot && k->tide && !k->damaged && !has_unannounced(k))
         unwritten = keeper_unwritten(k, &n_unwritten);
     hot_free(steal(k->hot));
+    durable_fini(&k->durable);
     LOCKED(&k->lock); /* what is gone from memory may yet be collected (keeper_bits_gone) */
     if (!k->in_use || !k->tide || k->lost)
         return;
@@ -574,6 +576,7 @@ struct json_object *keeper_hot_info(const struct keeper *k)
     json_add_uint(info, "entered", now.entered);
     json_add_uint(info, "cleanings", now.cleanings);
     json_add_uint(info, "cleaned", now.cleaned);
+    json_add_uint(info, "passed", k->durable.passed);
     json_add_uint(info, "marked", now.marked);
     json_add_uint(info, "left", now.left);
     json_add_uint(info, "amount-cleanings", now.amount_cleanings);

@@ -105,6 +105,45 @@ struct range *keeper_unwritten(const struct keeper *k, size_t *n)
     return ranges;
 }
 
+/* Does the superblock say that marks for S go there? */
+static bool is_live(const struct keeper *k, const struct kept_set *s)
+{
+    struct tide_area area;
+    const struct tide_bitmap *e = s && s->epoch ? entry_at(k, s->epoch, &area) : NULL;
+
+    return e && e->enabled && !e->inconsistent &&
+           (e->successor.epoch ? e->successor.epoch : e->current.epoch) == s->epoch;
+}
+
+/* Of a group that may yet be committed nobody knows which table counts. */
+static bool is_plain(const struct super *s)
+{
+    return tide_id_none(&s->group) && s->size_bytes == s->resizing_bytes;
+}
+
+/* What a cleaning of RANGES makes known: of the sets that writes mark at this moment, all of which
+ * the superblock must name. */
+static struct lesson *ask_durable(const struct keeper *k, const struct range *ranges, size_t n)
+{
+    const struct super *super = tide_super(k->tide);
+    const struct bitmap *sets[TIDE_SUPER_BYTES / 64];
+    size_t n_sets = 0;
+
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm)) {
+        struct dirty_state st;
+        if (!keeper_keeps(bm) || !dirty_recording(bm))
+            continue;
+        dirty_get_state(bm, &st);
+        sets[n_sets] = st.successor ? st.successor : st.current;
+        if (BROKEN(durable_in_users_bitmap))
+            sets[n_sets] = st.current;
+        else if (n_sets + 1 == ARRAY_SIZE(sets) || !is_live(k, keeper_set_of(k, sets[n_sets])))
+            return NULL;
+        n_sets++;
+    }
+    return is_plain(super) ? durable_ask(super, sets, n_sets, ranges, n) : NULL;
+}
+
 /* Both sets of every bitmap. */
 static int hot_op_clean(void *owner, const uint32_t *regions, size_t n)
 {
@@ -116,10 +155,37 @@ static int hot_op_clean(void *owner, const uint32_t *regions, size_t n)
         return -EIO;
     ranges_of(k, regions, n, ranges);
     const struct tide *t = k->tide;
+    CLEANUP(lesson_freep) struct lesson *learned = ask_durable(k, ranges, n);
     int r = write_sets(k, false, ranges, n);
     if (r < 0 || k->tide != t)
         return r;
-    return BROKEN(clean_not_synced) ? 0 : tide_sync(k->tide);
+    r = BROKEN(clean_not_synced) ? 0 : tide_sync(k->tide);
+    if (r == 0)
+        durable_learn(&k->durable, tide_super(t), steal(learned));
+    return r;
+}
+
+/* A deliberate fault: dirty in memory. */
+static bool is_marked(const struct keeper *k, struct range r)
+{
+    for (struct dirty_bitmap *bm = dirty_first(k->node); bm; bm = dirty_next(bm)) {
+        struct dirty_state st;
+        if (!keeper_keeps(bm) || !dirty_recording(bm))
+            continue;
+        dirty_get_state(bm, &st);
+        if (bitmap_count_range(st.successor ? st.successor : st.current, r) < r.length)
+            return false;
+    }
+    return true;
+}
+
+/* Durably dirty already, in all sets that a write marks. */
+static bool is_known(const struct keeper *k, struct range r)
+{
+    if (BROKEN(durable_in_memory) && is_marked(k, r))
+        return true;
+    return k->tide && !tide_failed(k->tide) && !k->lost &&
+           durable_has(&k->durable, tide_super(k->tide), r);
 }
 
 /* A task: the tide file has failed. */
@@ -407,7 +473,9 @@ static int let_pass(struct keeper *k, struct range r)
         return -EIO;
     if (k->lost)
         return 0;
-    if (k->hot && k->takes) {
+    if (k->hot && k->takes && is_known(k, r)) {
+        durable_pass(&k->durable, r);
+    } else if (k->hot && k->takes) {
         k->taken++;
         result = hot_take(k->hot, r);
         if (result == -E2BIG)
@@ -432,13 +500,15 @@ int keeper_before_write(struct keeper *k, struct range r)
 
 void keeper_mark(struct keeper *k, struct range r)
 {
-    if (k->hot && k->takes)
+    if (k->hot && k->takes && !is_known(k, r)) /* else no copy lacks it */
         hot_marked(k->hot, r);
 }
 
 void keeper_written(struct keeper *k, struct range r)
 {
-    if (k->hot && k->takes && !k->lost) { /* then no table is kept, and some have taken nothing */
+    const bool passed = durable_passed(&k->durable, r);
+
+    if (!passed && k->hot && k->takes && !k->lost) { /* then some have taken nothing */
         hot_give(k->hot, r);
         one_has_given(k);
     }

@@ -58,9 +58,9 @@ static SCHEMA_OBJECT(XTidemarkRecovery, REQ("state", XTidemarkRecoveryState), OP
 static SCHEMA_OBJECT(XTidemarkHotRegions, REQ("region-size", int), REQ("slots", int),
                      REQ("hot", int), REQ("clean", int), REQ("waiting", int), REQ("commits", int),
                      REQ("entered", int), REQ("cleanings", int), REQ("cleaned", int),
-                     REQ("marked", int), REQ("left", int), REQ("idle-checkpoints", int),
-                     REQ("period-checkpoints", int), REQ("flush-checkpoints", int),
-                     REQ("amount-cleanings", int));
+                     REQ("passed", int), REQ("marked", int), REQ("left", int),
+                     REQ("idle-checkpoints", int), REQ("period-checkpoints", int),
+                     REQ("flush-checkpoints", int), REQ("amount-cleanings", int));
 
 static SCHEMA_OBJECT(BlockDeviceInfo, REQ("file", str), OPT("node-name", str), REQ("ro", bool),
                      REQ("drv", str), OPT("backing_file", str), REQ("backing_file_depth", int),

@@ -286,10 +286,10 @@ static void conclude(struct client *c, struct node *n)
      * have lost what it seems to have, also beside what was to be copied (it copies in chunks). */
     if (b->succeeded || (b->always && !b->full && file && !file->syncs_failed)) {
         take_in(c, n);
-        c->in_chunks |= !b->succeeded;
     } else if (b->full && b->keeps) {
         c->has_chain = false; /* the bitmap was cleared for it */
     }
+    c->in_chunks |= b->always && !b->full && !b->succeeded;
     end_backup(c);
 }
 
