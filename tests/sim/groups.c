@@ -282,10 +282,11 @@ static void see(struct groups *c, struct side *s)
         take_base(s, BASE_NONE, NULL, NULL);
 }
 
-/* Without a tide file an image keeps its bitmaps until a clean end, and no longer. */
-static bool has_no_tide(const struct groups *c, const struct side *s)
+/* Without a tide file, for which a full disk has no room, an image keeps its bitmaps until a clean
+ * end, and no longer; a raw disk does not. */
+static bool has_no_tide(struct groups *c, struct side *s)
 {
-    return s->d->qcow2 && c->h->m.n_full;
+    return c->h->m.n_full && (s->d->qcow2 || !bitmap_of(c, s));
 }
 
 /* All sides have been seen. */
