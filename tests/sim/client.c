@@ -717,7 +717,8 @@ static void opened(void *self, struct life *l)
         conclude(c, n);
         node_unref(n);
     } else if (b->running && b->told) {
-        c->has_chain = c->has_chain && !b->always; /* its target has not been kept */
+        /* Its target has not been kept, or the bitmap may have been cleared for it. */
+        c->has_chain = c->has_chain && !b->always && !b->full;
         end_backup(c);
     } else if (b->running) {
         int moved = b->keeps ? has_moved(c, b) : 0;
