@@ -21,6 +21,7 @@
  * any more to get an error. The image then still says in_use, and the next open knows. */
 #include "persist/image.h"
 
+#include "base/broken.h"
 #include "base/log.h"
 #include "block/driver.h"
 #include "block/qcow2/bitmaps.h"
@@ -228,6 +229,20 @@ static int read_list(struct image *im, struct error *err)
     return 0;
 }
 
+/* That a bitmap is in use may be in the page cache alone, of a program that was killed before its
+ * flush, and no bitmap of it records any more: what is written from now on must not outlive it. */
+static int keep_in_use(struct node *n, const struct qcow2_bitmap_list *l, struct error *err)
+{
+    bool any = false;
+
+    for (size_t i = 0; i < l->n; i++)
+        any |= l->items[i].in_use;
+    if (!any || BROKEN(found_in_use_not_flushed))
+        return 0;
+    int r = edge_flush(node_primary(n));
+    return r < 0 ? error_set_errno(err, -r, "Could not flush the image") : 0;
+}
+
 int image_load_rest(struct image *im, bool unsaved, struct error *err)
 {
     CLEANUP(qcow2_bitmap_list_freep) struct qcow2_bitmap_list *l = steal(im->list);
@@ -250,7 +265,7 @@ int image_load_rest(struct image *im, bool unsaved, struct error *err)
         r = qcow2_bitmaps_drop(n, err);
     else
         r = qcow2_bitmaps_set_in_use(n, l, true, err);
-    return r;
+    return r < 0 || n->read_only ? r : keep_in_use(n, l, err);
 }
 
 /* ---- in use ---- */
@@ -415,6 +430,8 @@ static int make_writable(struct image *im, bool trust, struct error *err)
         return r;
     compare(im, l, trust);
     r = l->misplaced ? qcow2_bitmaps_drop(n, err) : 0;
+    if (r == 0)
+        r = keep_in_use(n, l, err);
     if (r == 0)
         set_readonly(n, false);
     return r;

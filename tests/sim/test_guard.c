@@ -89,6 +89,7 @@ static const char *const names[BITMAPS] = {"a", "b"};
 static struct {
     const char *script, *options;
     bool foreign, read_only, no_runtime;
+    bool leaves;          /* the client leaves what is inconsistent where it is */
     unsigned tide_writes; /* it is killed at one of the first so many after it was opened; 0: not */
     uint64_t opened;      /* the event at which it was */
     struct graph *g;
@@ -228,6 +229,10 @@ static void take_note(unsigned which)
 
     if (!bm || !dirty_inconsistent(bm) || now.read_only)
         return;
+    if (now.leaves) {
+        know.now.bitmaps[which].distrusted = true;
+        return;
+    }
     know.then = know.now;
     know.then.bitmaps[which].there = know.then.bitmaps[which].distrusted = false;
     know.doubt = true;
@@ -647,7 +652,7 @@ static void start(uint64_t seed)
 struct course {
     const char *name, *before, *script, *after, *options;
     const char *between; /* another program's script, before SCRIPT */
-    bool foreign, no_runtime;
+    bool foreign, no_runtime, leaves;
     unsigned dices; /* different ends; 0: one */
     /* What only a kill and a power loss soon afterwards tell: AFTER is killed at one of its first
      * so many writes to the tide file, SCRIPT at each event since the opening. */
@@ -662,6 +667,7 @@ static bool begin_course(const struct course *c, uint64_t seed, uint64_t kill_at
     start(seed);
     now.options = c->options ? c->options : "";
     now.no_runtime = c->no_runtime;
+    now.leaves = c->leaves;
     run(c->before, 0);
     if (c->between) {
         now.foreign = true;
@@ -746,6 +752,8 @@ COURSE(a_recovery_is_cut, "+a +b w1 i w2 k", "w3 cb w4", "w5 k")
 COURSE(level_process, "+a w1", "w2 i w3 ca w4", "", "'level':'process'")
 COURSE(another_program_writes, "+a w1 i w2 k", "w3", "w5 k", .foreign = true)
 COURSE(another_program_writes_a_saved_image, "+a w1 i k", "w3", "w5 k", .foreign = true)
+COURSE(another_program_is_killed_at_its_first_write, "+a w5 w20 w40 f sa", "w20", "w5 w20 w40 k",
+       .foreign = true, .leaves = true, .dices = 8)
 COURSE(after_another_program, "+a w1 i w2 k", "w4 i", "w5 k", .between = "w3 k")
 COURSE(another_program_clears, "+a w1 i k", "w3", "w5 k", .between = "w3 ca w4")
 COURSE(without_a_runtime_directory, "+a w1", "w2 i ca w3", "w4 k", .no_runtime = true)
@@ -850,6 +858,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(level_process),
     cmocka_unit_test(another_program_writes),
     cmocka_unit_test(another_program_writes_a_saved_image),
+    cmocka_unit_test(another_program_is_killed_at_its_first_write),
     cmocka_unit_test(after_another_program),
     cmocka_unit_test(another_program_clears),
     cmocka_unit_test(without_a_runtime_directory),
