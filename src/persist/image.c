@@ -237,7 +237,9 @@ static int keep_in_use(struct node *n, const struct qcow2_bitmap_list *l, struct
 
     for (size_t i = 0; i < l->n; i++)
         any |= l->items[i].in_use;
-    if (!any || BROKEN(found_in_use_not_flushed))
+    /* The other two would find that it is durable already, by this flush. */
+    if (!any || BROKEN(found_in_use_not_flushed) || BROKEN(guard_found_in_use_believed) ||
+        BROKEN(size_left_in_cache))
         return 0;
     int r = edge_flush(node_primary(n));
     return r < 0 ? error_set_errno(err, -r, "Could not flush the image") : 0;

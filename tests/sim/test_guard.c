@@ -752,8 +752,8 @@ COURSE(a_recovery_is_cut, "+a +b w1 i w2 k", "w3 cb w4", "w5 k")
 COURSE(level_process, "+a w1", "w2 i w3 ca w4", "", "'level':'process'")
 COURSE(another_program_writes, "+a w1 i w2 k", "w3", "w5 k", .foreign = true)
 COURSE(another_program_writes_a_saved_image, "+a w1 i k", "w3", "w5 k", .foreign = true)
-COURSE(another_program_is_killed_at_its_first_write, "+a w5 w20 w40 f sa", "w20", "w5 w20 w40 k",
-       .foreign = true, .leaves = true, .dices = 8)
+COURSE(another_program_is_killed_at_its_first_write, "+a w20 f sa", "w20", "w20 k", .foreign = true,
+       .leaves = true, .dices = 4)
 COURSE(after_another_program, "+a w1 i w2 k", "w4 i", "w5 k", .between = "w3 k")
 COURSE(another_program_clears, "+a w1 i k", "w3", "w5 k", .between = "w3 ca w4")
 COURSE(without_a_runtime_directory, "+a w1", "w2 i ca w3", "w4 k", .no_runtime = true)
